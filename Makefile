@@ -1,0 +1,25 @@
+# Two commands: `make demo` shows what this does, `make test` that it works. Each makes .venv when there is none.
+PYTHON ?= python3
+BIN := .venv/bin
+# Threads of a BLAS that wait for each other on a busy machine cost more than they give in small tests.
+TEST_ENV := OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+.PHONY: demo test lint clean
+
+demo: .venv/ready
+	$(BIN)/python -m recipes.align_qwen3
+
+test: .venv/ready
+	$(TEST_ENV) $(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,5 @@
+"""mlxmm: multimodal training on MLX."""
+
+from mlxmm import blas
+
+blas.enable()

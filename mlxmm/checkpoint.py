@@ -1,0 +1,93 @@
+"""A checkpoint: a folder of safetensors and a state.json, whole or absent.
+
+    weights.safetensors     every parameter of the module, by its dotted name
+    optimizer.safetensors   moments, step counts, learning rates
+    state.json              counters, what was trainable, callbacks, loggers, and a checksum of each file
+    ...                     what the module's `from_pretrained` reads beside the weights
+"""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxmm.config import UserError
+from mlxmm.files import sha256, whole_folder, write_json
+
+FORMAT = 1
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+
+
+def save(folder: Path, module, optimizer, state: dict) -> None:
+    """Write module, optimizer and `state` (JSON values) to `folder`, replacing it as a whole."""
+    with whole_folder(folder) as temporary:
+        mx.save_safetensors(str(temporary / WEIGHTS), dict(tree_flatten(module.parameters())))
+        mx.save_safetensors(str(temporary / OPTIMIZER), dict(tree_flatten(optimizer.state)))
+        module.save_config(temporary)
+        files = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+        write_json(temporary / STATE, {"format": FORMAT, **state, "files": files})
+
+
+def read_state(folder: Path) -> dict:
+    """The counters of a checkpoint, after every file was compared with its checksum.
+
+    Raises `UserError` that names the file that is missing or damaged.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no checkpoint: {STATE} is missing") from None
+    except ValueError:
+        raise UserError(f"{folder / STATE} is damaged; resume from another checkpoint") from None
+    if state["format"] > FORMAT:
+        raise UserError(f"{folder} has format {state['format']}, newer than {FORMAT}: update mlxmm")
+    for name, checksum in state["files"].items():
+        if not (folder / name).exists() or sha256(folder / name) != checksum:
+            raise UserError(f"{folder / name} is missing or damaged; resume from another checkpoint")
+    return state
+
+
+def load_weights(path: Path, module) -> None:
+    """Read a safetensors file into `module`; every name and shape must be the module's own."""
+    load_arrays(path, mx.load(str(path)), module)
+
+
+def load_arrays(path: Path, weights: dict[str, mx.array], module) -> None:
+    """Put named arrays, read from `path`, into `module`, each in the dtype that the module has."""
+    own = dict(tree_flatten(module.parameters()))
+    misfits = {
+        "missing": sorted(set(own) - set(weights)),
+        "unexpected": sorted(set(weights) - set(own)),
+        "of another shape": [
+            f"{name} {weights[name].shape}, wanted {own[name].shape}"
+            for name in own
+            if name in weights and weights[name].shape != own[name].shape
+        ],
+    }
+    if any(misfits.values()):
+        found = "; ".join(f"{len(names)} {kind} ({names[0]})" for kind, names in misfits.items() if names)
+        raise UserError(f"{path} holds another model than {type(module).__name__}: {found}")
+    module.load_weights([(name, array.astype(own[name].dtype)) for name, array in weights.items()])
+    mx.eval(module.parameters())  # `mx.load` is lazy, and the file may be replaced or deleted later
+
+
+def load_optimizer(folder: Path, optimizer, module) -> None:
+    """Take back moments and step counts; parameters that are new to the optimizer start at zero."""
+    state = mx.load(str(folder / OPTIMIZER))
+    mx.eval(state)
+    optimizer.state = tree_unflatten(list(state.items()))
+    # Frozen layers leave empty dicts, which safetensors cannot hold: `init` puts them back.
+    optimizer.init(module.trainable_parameters())
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole, or none. Says which ones it passes over."""
+    folders = sorted(checkpoints.glob("step=*"), key=lambda path: int(path.name.removeprefix("step=")))
+    for folder in reversed(folders):
+        try:
+            read_state(folder)
+            return folder
+        except UserError as error:
+            print(f"passed over: {error}")
+    return None

@@ -1,0 +1,128 @@
+"""DataModule, and CaptionData: pictures with captions from any source, ready for a Trainer."""
+
+from collections.abc import Callable, Sequence
+
+import attrs
+import numpy as np
+from attrs.validators import ge
+
+from mlxmm.config import option
+from mlxmm.data.loader import Loader
+from mlxmm.data.rows import Columns, open_rows
+from mlxmm.data.shapes import ShapesConfig, ShapesGrammar, ShapesRows, ShapesTexts
+
+
+class DataModule:
+    """Where batches come from: Lightning's `LightningDataModule`. A missing loader is None."""
+
+    def prepare_data(self) -> None:
+        """Download and unpack: once, before anything else."""
+
+    def setup(self, stage: str) -> None:
+        """Open the data for "fit", "validate" or "test"; called before each, so do it once."""
+
+    def train_dataloader(self):
+        """Asked for at the start of every epoch."""
+
+    def val_dataloader(self):
+        """Asked for at every validation."""
+
+    def test_dataloader(self):
+        """Asked for at every test."""
+
+
+@attrs.frozen(kw_only=True)
+class CaptionDataConfig:
+    """Which pictures and captions, and how many at a time."""
+
+    source: str = option(
+        "shapes", "`shapes`, a parquet file or glob, a folder of images with metadata, or a data set on the Hub"
+    )
+    revision: str | None = option(None, "commit, tag or branch of a data set on the Hub")
+    image_column: str = option("image", "column that holds the picture")
+    caption_column: str = option("caption", "column that holds a caption or a list of them")
+    split_column: str | None = option(None, "column that says train, val or test; none: the source's own splits")
+    batch_size: int = option(64, "pictures in a batch", ge(1))
+    num_threads: int = option(1, "threads that decode pictures ahead", ge(1))
+    shapes: ShapesConfig = ShapesConfig()
+
+
+class CaptionData(DataModule):
+    """Pictures with captions. `encode(row, caption)` makes an example of a row and one of its captions.
+
+    Training draws one caption a picture and epoch; validation and test take the first. `rows` maps splits to
+    rows; `test_parts` names the splits that captions are judged on.
+    """
+
+    def __init__(self, config: CaptionDataConfig, seed: int, encode: Callable[[dict, str], dict] | None = None):
+        self.config, self.seed, self.encode = config, seed, encode
+        self.rows: dict[str, Sequence] = {}
+        self.skipped: list[str] = []  # names of pictures that cannot be decoded
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether new training pictures can be drawn at will."""
+        return self.config.source == "shapes"
+
+    def setup(self, stage=None):
+        if self.rows:
+            return
+        if self.is_synthetic:
+            self.grammar = ShapesGrammar(self.config.shapes, self.seed)
+            self.rows = self.grammar.rows(self.seed)
+        else:
+            self._open_source()
+
+    def _open_source(self) -> None:
+        config = self.config
+        columns = Columns(
+            image=config.image_column, caption=config.caption_column, split=config.split_column
+        )
+        rows = open_rows(config.source, columns, revision=config.revision, seed=self.seed)
+        for split, part in rows.items():
+            self.rows[split], bad = part.without_undecodable(config.num_threads)
+            self.skipped += bad
+        for name in self.skipped:
+            print(f"skipped, cannot be decoded: {name}")
+
+    def fresh_rows(self, epoch: int) -> Sequence:
+        """New training scenes of the same kind, a function of (seed, epoch)."""
+        return self.grammar.rows(self.seed, epoch)["train"]
+
+    def texts(self) -> Sequence[tuple[str, str]]:
+        """(notes, caption) pairs that a language model of these data reads: the whole grammar of `shapes`, or
+        all training captions, with no notes."""
+        if self.is_synthetic:
+            return ShapesTexts(self.grammar, self.seed)
+        return [("", caption) for caption in self.rows["train"].captions()]
+
+    @property
+    def test_parts(self) -> list[str]:
+        """The splits whose names begin with "test"."""
+        return [split for split in self.rows if split.startswith("test")]
+
+    def train_dataloader(self):
+        return self._loader("train", self._draw, shuffle=True, drop_last=True)
+
+    def val_dataloader(self):
+        return self._loader("val", self._first)
+
+    def test_dataloader(self):
+        return self._loader("test", self._first)
+
+    def _loader(self, split: str, encode: Callable, **how) -> Loader:
+        batch_size = min(self.config.batch_size, len(self.rows[split]))
+        return Loader(
+            rows=self.rows[split],
+            encode=encode,
+            batch_size=batch_size,
+            seed=self.seed,
+            num_threads=self.config.num_threads,
+            **how,
+        )
+
+    def _draw(self, row: dict, rng: np.random.Generator) -> dict:
+        return self.encode(row, row["captions"][int(rng.integers(len(row["captions"])))])
+
+    def _first(self, row: dict, rng: np.random.Generator) -> dict:
+        return self.encode(row, row["captions"][0])

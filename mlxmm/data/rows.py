@@ -1,0 +1,156 @@
+"""Rows of pictures with captions from parquet files, image folders and the Hub. `datasets` is read here only.
+
+A row is `{"image": PIL, "captions": [str], "id": str}`.
+"""
+
+import glob
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import attrs
+import numpy as np
+
+from mlxmm.config import UserError
+from mlxmm.data.images import UndecodableImage, decode_image
+
+SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
+HELD_OUT = 0.05  # of the rows for each of val and test, where a source has no splits of its own
+MAX_UNDECODABLE = 0.01  # of a split's rows: beyond it something is wrong with the source
+
+
+@attrs.frozen(kw_only=True)
+class Columns:
+    """What a source calls its columns."""
+
+    image: str
+    caption: str
+    split: str | None
+
+
+@attrs.frozen
+class CaptionRows(Sequence):
+    """The rows `indices` of a `datasets.Dataset`, decoded when asked for."""
+
+    table: object
+    indices: np.ndarray
+    columns: Columns
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> dict:
+        index = int(self.indices[place])
+        row = self.table[index]
+        return {
+            "image": decode_image(row[self.columns.image]),
+            "captions": _captions(row[self.columns.caption], index),
+            "id": self.name(place),
+        }
+
+    def captions(self) -> list[str]:
+        """Every caption, without touching a picture."""
+        column = self.table.select_columns([self.columns.caption]).select(self.indices)
+        rows = column[self.columns.caption]
+        return [text for index, row in zip(self.indices, rows) for text in _captions(row, int(index))]
+
+    def name(self, place: int) -> str:
+        """What a person finds the row by: its file where it has one, its number where not."""
+        index = int(self.indices[place])
+        image = self.table[index][self.columns.image]
+        path = image.get("path") if isinstance(image, dict) else None
+        return f"{path} (row {index})" if path else f"row {index}"
+
+    def without_undecodable(self, num_threads: int) -> tuple["CaptionRows", list[str]]:
+        """The rows whose pictures can be decoded, and the names of the others.
+
+        Raises `UserError` that names the first five, where they are more than one in a hundred.
+        """
+        with ThreadPoolExecutor(num_threads) as pool:
+            good = np.array(list(pool.map(self._is_decodable, range(len(self)))), dtype=bool)
+        bad = [self.name(int(place)) for place in np.flatnonzero(~good)]
+        if len(bad) > MAX_UNDECODABLE * len(self):
+            raise UserError(
+                f"{len(bad)} of {len(self)} pictures cannot be decoded, more than one in a hundred: "
+                + ", ".join(bad[:5])
+            )
+        return attrs.evolve(self, indices=self.indices[good]), bad
+
+    def _is_decodable(self, place: int) -> bool:
+        try:
+            decode_image(self.table[int(self.indices[place])][self.columns.image])
+            return True
+        except UndecodableImage:
+            return False
+
+
+def open_rows(source: str, columns: Columns, *, revision: str | None, seed: int) -> dict[str, CaptionRows]:
+    """The rows of `source`, by split: "train", "val", "test".
+
+    `source` is a parquet file or glob, a folder of images with metadata.jsonl or .csv, or a data set on the Hub.
+    Raises `UserError` where it, a column or a split is not there.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    tables = _load(source, revision)
+    first = next(iter(tables.values()))
+    for column in (columns.image, columns.caption, columns.split):
+        if column is not None and column not in first.column_names:
+            raise UserError(f"{source} has no column {column!r}; it has {', '.join(first.column_names)}")
+    tables = {
+        name: table.cast_column(columns.image, datasets.Image(decode=False)) for name, table in tables.items()
+    }
+    rows = {split: CaptionRows(*part, columns) for split, part in _split(tables, columns.split, seed).items()}
+    if empty := [split for split in SPLITS if split not in rows or not len(rows[split])]:
+        raise UserError(f"{source} has no rows for {', '.join(empty)}; its splits are {', '.join(tables)}")
+    return rows
+
+
+def _load(source: str, revision: str | None) -> dict:
+    import datasets
+
+    files = sorted(glob.glob(source)) if not Path(source).is_dir() else []
+    try:
+        if Path(source).is_dir():
+            return datasets.load_dataset("imagefolder", data_dir=source)
+        if files:
+            return datasets.load_dataset("parquet", data_files=files)
+        if source.endswith(".parquet") or source.count("/") != 1:
+            raise UserError(f"{source} is not there: neither a parquet file, a glob, a folder nor a Hub id")
+        return datasets.load_dataset(source, revision=revision)
+    except UserError:
+        raise
+    except Exception as error:  # `datasets` raises whatever its readers and the network raise
+        raise UserError(f"{source} cannot be read: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _split(tables: dict, split_column: str | None, seed: int) -> dict[str, tuple]:
+    """(table, indices) of each of our splits: by a column, by the source's own splits, or at random."""
+    if split_column is None and len(tables) > 1:
+        return {
+            split: (tables[name], np.arange(len(tables[name])))
+            for split, names in SPLITS.items()
+            for name in names
+            if name in tables
+        }
+    table = next(iter(tables.values()))
+    if split_column is not None:
+        labels = np.array(table[split_column])
+        return {split: (table, np.flatnonzero(np.isin(labels, names))) for split, names in SPLITS.items()}
+    order = np.random.default_rng(seed).permutation(len(table))
+    num_held_out = max(1, int(HELD_OUT * len(table)))
+    val, test, train = np.split(order, [num_held_out, 2 * num_held_out])
+    return {"train": (table, np.sort(train)), "val": (table, val), "test": (table, test)}
+
+
+def _captions(value, index: int) -> list[str]:
+    texts = [value] if isinstance(value, str) else list(value or ())
+    texts = [text.strip() for text in texts if text and text.strip()]
+    if not texts:
+        raise UserError(f"row {index} has no caption")
+    return texts
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

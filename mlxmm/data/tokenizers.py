@@ -1,0 +1,54 @@
+"""Tokenizers: those of the Hub, and small ones trained on captions. All are transformers' fast tokenizers."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from mlxmm.config import UserError
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a folder in the Hub's layout."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no tokenizer: {str(error).splitlines()[0]}") from None
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, adds_start_and_end: bool = False):
+    """A byte-level BPE of at most `vocab_size` tokens: nothing is unknown to it.
+
+    With `adds_start_and_end` a text becomes start, tokens, end, as CLIP's tokenizer makes it; without, tokens
+    alone, as Qwen's does. END is also what pads.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END, START],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if adds_start_and_end:
+        ids = [(token, tokenizer.token_to_id(token)) for token in (START, END)]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{START} $A {END}", special_tokens=ids
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=START, eos_token=END, pad_token=END, unk_token=END
+    )
+
+
+def end_token(tokenizer) -> int:
+    """The id that ends a text, which captions are taught to end with."""
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end token: captions could not learn to end")
+    return tokenizer.eos_token_id

@@ -1,0 +1,99 @@
+"""Where metrics go: a line of JSON each, and TensorBoard's event files."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+class Logger:
+    """What a `Trainer` writes to. `metrics` maps names to Python floats."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int, epoch: int) -> None:
+        """Write scalars; `step` counts updates."""
+
+    def log_images(self, name: str, images: np.ndarray, step: int) -> None:
+        """Write (N, H, W, 3) uint8 pictures."""
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Write Markdown."""
+
+    def flush(self) -> None:
+        """Hand everything to the operating system: a checkpoint is about to be saved."""
+
+    def finalize(self, status: str) -> None:
+        """The run has ended; `status` is "success" or "failed"."""
+
+    def position(self) -> int:
+        """How far the logger's file reaches, in bytes."""
+        return 0
+
+    def rewind(self, position: int, step: int) -> None:
+        """Forget what was written after `position`, when `step` updates were done: a run resumes there."""
+
+
+class JSONLLogger(Logger):
+    """`metrics.jsonl` in `folder`: one object a line, {"step": 10, "epoch": 0, "train/loss": …, "time": …}.
+
+    `time` is in seconds since the epoch of Unix. What is not finite is written as null: JSON has no NaN.
+    """
+
+    def __init__(self, folder: Path | str):
+        self.path = Path(folder) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def log_metrics(self, metrics, step, epoch):
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, "epoch": epoch, **finite, "time": time.time()}) + "\n")
+
+    def position(self):
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def rewind(self, position, step):
+        if self.path.exists():
+            os.truncate(self.path, min(position, self.path.stat().st_size))
+
+
+class TensorBoardLogger(Logger):
+    """TensorBoard's event files in `folder`: scalars, pictures, text, hyper-parameters."""
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        self._writer = None
+        self._purge_step = None
+
+    @property
+    def writer(self):
+        """The tensorboardX writer, made when something is first written: no file without content."""
+        if self._writer is None:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.folder), purge_step=self._purge_step)
+        return self._writer
+
+    def log_metrics(self, metrics, step, epoch):
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.add_scalar("epoch", epoch, step)
+
+    def log_images(self, name, images, step):
+        self.writer.add_images(name, images, step, dataformats="NHWC")
+
+    def log_text(self, name, text, step):
+        self.writer.add_text(name, text, step)
+
+    def flush(self):
+        if self._writer is not None:
+            self._writer.flush()
+
+    def finalize(self, status):
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def rewind(self, position, step):
+        self._purge_step = step + 1  # TensorBoard hides what older files hold from here on

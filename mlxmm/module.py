@@ -1,0 +1,120 @@
+"""Module: a network, its loss and its optimizer, in one object that a Trainer fits."""
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxmm.config import UserError
+
+
+class Module(nn.Module):
+    """What a `Trainer` fits: Lightning's `LightningModule` on MLX.
+
+    Steps take a batch, a tree of arrays, and return a dict of scalar means with "loss" among them and, where
+    examples count differently, their "weight" (examples, or supervised tokens). They are compiled: they run as
+    Python once per batch shape, so they return what they measure and keep no record of their own.
+    """
+
+    trainer = None  # the Trainer that fits this module, while it does
+
+    def training_step(self, batch) -> dict[str, mx.array]:
+        """The loss of one batch, and what else is worth a curve."""
+        raise NotImplementedError(f"{type(self).__name__} has no training_step")
+
+    def validation_step(self, batch) -> dict[str, mx.array]:
+        """What to measure on one validation batch; `training_step`, unless a module measures more."""
+        return self.training_step(batch)
+
+    def test_step(self, batch) -> dict[str, mx.array]:
+        """What to measure on one test batch; `validation_step`, unless a module measures more."""
+        return self.validation_step(batch)
+
+    def configure_optimizers(self):
+        """The `mlx.optimizers.Optimizer` of the parameters that are trainable now."""
+        raise NotImplementedError(f"{type(self).__name__} has no configure_optimizers")
+
+    def after_update(self) -> None:
+        """Keep parameters within bounds: called inside the compiled update, after the optimizer."""
+
+    def save_config(self, folder: Path) -> None:
+        """Write beside the weights of a checkpoint what `from_pretrained` needs to read them."""
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off, and afterwards back on exactly where it was on."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part._training = mode  # `train(mode)` would set the parts below it too
+
+
+class Modes:
+    """What a compiled step captured and never looks at again: what is frozen, and who is in training mode."""
+
+    def __init__(self, module: nn.Module):
+        self._parts = [(part, part.training, frozenset(part._no_grad)) for part in module.modules()]
+
+    def changed(self) -> bool:
+        """Whether a step compiled at the time of this snapshot would no longer do what the module says."""
+        return any(part._training is not mode or part._no_grad != frozen for part, mode, frozen in self._parts)
+
+
+def trainable_names(module: nn.Module) -> list[str]:
+    """The dotted names of the parameters that receive gradients."""
+    return [name for name, _ in tree_flatten(module.trainable_parameters())]
+
+
+def set_trainable(module: nn.Module, names: Iterable[str]) -> None:
+    """Make the named parameters trainable and freeze all others."""
+    wanted = set(names)
+    for prefix, part in module.named_modules():
+        own = [key for key, value in part.items() if isinstance(value, mx.array)]
+        part.freeze(recurse=False)
+        part.unfreeze(recurse=False, keys=[key for key in own if f"{prefix}.{key}".lstrip(".") in wanted])
+
+
+def match_parameters(module: nn.Module, pattern: str) -> list[str]:
+    """The names of the parameters under `pattern`: dotted, layers by Python slices.
+
+    "projector", "language_model.model.layers[-2:]", "vision.layers[0].mlp". Raises `UserError` when there
+    are none.
+    """
+    expression = re.compile(_expand(module, pattern) + r"(\.|$)")
+    names = [name for name, _ in tree_flatten(module.parameters()) if expression.match(name)]
+    if not names:
+        parts = ", ".join(sorted(module.children()))
+        raise UserError(f"{pattern!r} names no parameter of {type(module).__name__}, whose parts are {parts}")
+    return names
+
+
+def _expand(module: nn.Module, pattern: str) -> str:
+    """`pattern` as a regular expression, its slices as the layers they choose."""
+    expression, part = "", module
+    for word in re.findall(r"[^.\[\]]+|\[[^\]]*\]", pattern):
+        if not word.startswith("["):
+            expression += ("\\." if expression else "") + re.escape(word)
+            part = part.get(word, {}) if isinstance(part, dict) else {}
+            continue
+        chosen = _choose(word[1:-1], len(part))
+        expression += rf"\.({'|'.join(map(str, chosen)) or 'none'})"
+        part = part[chosen[0]] if chosen else {}
+    return expression
+
+
+def _choose(index: str, length: int) -> list[int]:
+    """The positions that "-2:", "3" or "::2" choose out of `length`."""
+    try:
+        numbers = [int(number) if number else None for number in index.split(":")]
+        chosen = range(length)[slice(*numbers) if len(numbers) > 1 else numbers[0]]
+    except (ValueError, TypeError, IndexError):
+        raise UserError(f"[{index}] is no index or slice of {length} layers") from None
+    return [chosen] if isinstance(chosen, int) else list(chosen)
