@@ -1,5 +1,26 @@
 """mlxmm: multimodal training on MLX."""
 
 from mlxmm import blas
+from mlxmm.callback import Callback
+from mlxmm.data.datamodule import DataModule
+from mlxmm.loggers import JSONLLogger, TensorBoardLogger
+from mlxmm.module import Module
+from mlxmm.modules.contrastive_clip import ContrastiveCLIP
+from mlxmm.modules.qwen3_aligner import Qwen3Aligner
+from mlxmm.modules.zero_shot import ZeroShotClassifier
+from mlxmm.trainer import Trainer, TrainerConfig
+
+__all__ = [
+    "Callback",
+    "ContrastiveCLIP",
+    "DataModule",
+    "JSONLLogger",
+    "Module",
+    "Qwen3Aligner",
+    "TensorBoardLogger",
+    "Trainer",
+    "TrainerConfig",
+    "ZeroShotClassifier",
+]
 
 blas.enable()

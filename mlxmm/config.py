@@ -40,7 +40,7 @@ def parse_config(presets: Mapping[str, Any], argv: Sequence[str], read_saved: Ca
     """
     import tyro
 
-    name, flags = _take_flag("--preset", argv)
+    name, flags = take_flag("--preset", argv)
     if name is not None and name not in presets:
         raise UserError(f"--preset {name}: choose one of {', '.join(presets)}")
     default = presets[name or "default"] if name else read_saved(flags) or presets["default"]
@@ -82,7 +82,7 @@ def _typed(kind, value):
     return value
 
 
-def _take_flag(flag: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
+def take_flag(flag: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
     """The value of `flag`, written `--flag value` or `--flag=value`, and the other arguments."""
     value, rest, words = None, [], iter(argv)
     for word in words:

@@ -96,6 +96,11 @@ class CaptionData(DataModule):
             return ShapesTexts(self.grammar, self.seed)
         return [("", caption) for caption in self.rows["train"].captions()]
 
+    def sample_texts(self, most: int = 5_000) -> list[tuple[str, str]]:
+        """The first texts: enough to train a tokenizer on."""
+        texts = self.texts()
+        return [texts[i] for i in range(min(len(texts), most))]
+
     @property
     def test_parts(self) -> list[str]:
         """The splits whose names begin with "test"."""

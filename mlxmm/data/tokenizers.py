@@ -28,7 +28,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, adds_start_and_end
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -52,3 +52,9 @@ def end_token(tokenizer) -> int:
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end token: captions could not learn to end")
     return tokenizer.eos_token_id
+
+
+def token_length(tokenizer, texts: Iterable[str]) -> int:
+    """The tokens of the longest text, up to a multiple of four."""
+    longest = max(map(len, tokenizer(list(texts))["input_ids"]))
+    return -(-longest // 4) * 4

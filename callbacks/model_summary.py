@@ -1,0 +1,25 @@
+"""ModelSummary: how many parameters each part has, and how many of them are trained."""
+
+from mlx.utils import tree_flatten
+
+from mlxmm.callback import Callback
+
+
+class ModelSummary(Callback):
+    """Prints a table when training starts."""
+
+    def on_train_start(self, trainer, module):
+        if trainer.config.enable_model_summary and trainer.is_global_zero:
+            print(summary(module))
+
+
+def summary(module) -> str:
+    """A line for each part of `module`: parameters, and trainable ones."""
+    counts: dict[str, list[int]] = {}
+    for column, tree in enumerate((module.parameters(), module.trainable_parameters())):
+        for name, array in tree_flatten(tree):
+            for part in (name.split(".")[0], "total"):
+                counts.setdefault(part, [0, 0])[column] += array.size
+    counts["total"] = counts.pop("total")
+    lines = [f"{'part':<20}{'parameters':>14}{'trainable':>14}"]
+    return "\n".join(lines + [f"{part:<20}{n:>14,}{trained:>14,}" for part, (n, trained) in counts.items()])

@@ -1,0 +1,53 @@
+"""TQDMProgressBar: where the run is; plain lines where output is no terminal."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from mlxmm.callback import Callback
+
+
+class TQDMProgressBar(Callback):
+    """A bar over the run's updates with the newest loss that was logged; without a terminal a line at each log."""
+
+    def __init__(self, name: str = "fit", refresh_seconds: float = 0.2):
+        self.name, self.refresh_seconds = name, refresh_seconds
+        self._bar = None
+
+    def on_train_start(self, trainer, module):
+        if not (trainer.config.enable_progress_bar and trainer.is_global_zero):
+            return
+        self._total, self._start = trainer.estimated_stepping_batches, time.perf_counter()
+        self._is_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=self._total,
+            initial=trainer.global_step,
+            desc=self.name,
+            unit="step",
+            mininterval=self.refresh_seconds,
+            disable=not self._is_terminal,
+        )
+
+    def on_train_batch_end(self, trainer, module, metrics):
+        if self._bar is None:
+            return
+        self._bar.update()
+        if trainer.global_step % trainer.config.log_every_n_steps == 0:
+            shown = {k: f"{v:.4f}" for k, v in trainer.callback_metrics.items() if k.endswith("loss")}
+            self._bar.set_postfix(shown, refresh=False)
+            if not self._is_terminal:
+                seconds = time.perf_counter() - self._start
+                told = "  ".join(f"{name} {value}" for name, value in shown.items())
+                print(f"{self.name} {trainer.global_step}/{self._total}  {told}  {seconds:.1f} s", flush=True)
+
+    def on_train_end(self, trainer, module):
+        self._close()
+
+    def on_exception(self, trainer, module, exception):
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,22 @@
+"""A contact sheet: pictures, what was expected, what the model said."""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw
+
+CELL, PICTURE, COLUMNS, MARGIN = (420, 110), 96, 2, 8
+LETTERS = 48  # of a caption that fit on a line
+
+
+def contact_sheet(rows: Sequence[dict], captions: Sequence[str]) -> Image.Image:
+    """An RGB picture with a cell for each row; a caption that is among the expected ones is green, others red."""
+    height = -(-len(rows) // COLUMNS) * CELL[1]
+    sheet = Image.new("RGB", (COLUMNS * CELL[0], height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (row, caption) in enumerate(zip(rows, captions)):
+        left, top = i % COLUMNS * CELL[0] + MARGIN, i // COLUMNS * CELL[1] + MARGIN
+        sheet.paste(row["image"].convert("RGB").resize((PICTURE, PICTURE), Image.Resampling.NEAREST), (left, top))
+        colour = "darkgreen" if caption in row["captions"] else "firebrick"
+        pen.text((left + PICTURE + MARGIN, top + 20), row["captions"][0][:LETTERS], fill="black")
+        pen.text((left + PICTURE + MARGIN, top + 45), caption[:LETTERS], fill=colour)
+    return sheet

@@ -1,0 +1,1 @@
+"""Network + loss + optimizer: what a Trainer fits."""

@@ -1,0 +1,1 @@
+"""Plain `mlx.nn`: arrays in, arrays out; no loss, no optimizer."""

@@ -1,0 +1,110 @@
+"""Causal language models: those of mlx-lm, which is used here only.
+
+B sequences, L positions, D features, V vocabulary.
+"""
+
+import json
+from pathlib import Path
+
+import attrs
+import mlx.core as mx
+import mlx.nn as nn
+from attrs.validators import ge, gt
+from mlx.utils import tree_flatten, tree_map
+
+from mlxmm.config import UserError, option
+
+
+@attrs.frozen(kw_only=True)
+class Qwen3Config:
+    """A small Qwen3, under the names of its `config.json`."""
+
+    hidden_size: int = option(64, "features of a position", ge(1))
+    num_hidden_layers: int = option(4, "blocks", ge(1))
+    intermediate_size: int = option(192, "features inside the MLP", ge(1))
+    num_attention_heads: int = option(4, "query heads", ge(1))
+    num_key_value_heads: int = option(4, "key and value heads", ge(1))
+    head_dim: int = option(16, "features of a head", ge(2))
+    max_position_embeddings: int = option(512, "longest text, in tokens", ge(1))
+    rope_theta: float = option(10_000.0, "longest wave length of the positions", gt(0))
+    rms_norm_eps: float = option(1e-6, "added to the mean square", gt(0))
+
+    def to_hub(self, tokenizer) -> dict:
+        """The `config.json` that mlx-lm and transformers read."""
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            **attrs.asdict(self),
+            "vocab_size": len(tokenizer),
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "tie_word_embeddings": True,
+            "hidden_act": "silu",
+            "attention_bias": False,
+        }
+
+
+def build_language_model(config: dict) -> nn.Module:
+    """mlx-lm's network for a `config.json`, with fresh weights."""
+    from mlx_lm.utils import _get_classes
+
+    network, arguments = _get_classes(config)
+    model = network(arguments.from_dict(config))
+    for layer in model.layers:
+        # GPT-2's scaling: the sum of 2 * layers branches keeps its variance.
+        for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            last.weight = last.weight * (2 * len(model.layers)) ** -0.5
+    return model
+
+
+def load_language_model(folder: Path) -> tuple[nn.Module, dict]:
+    """mlx-lm's network and its configuration from a folder in the Hub's layout, embeddings as they are.
+
+    Half-precision weights become float32 on a CPU, which has no fast arithmetic for them.
+    """
+    from mlx_lm.utils import load_model
+
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} holds no language model: config.json is missing")
+    try:
+        model, config = load_model(folder)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"{folder} holds no language model for mlx-lm: {error}") from None
+    if mx.default_device() == mx.cpu:
+        model.update(tree_map(_to_float32, model.parameters()))
+    return model, config
+
+
+def save_language_model(folder: Path, model: nn.Module, config: dict) -> None:
+    """Write `config.json` and `model.safetensors`, which mlx-lm and transformers load."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+
+
+def embed(model: nn.Module, tokens: mx.array) -> mx.array:
+    """(B, L) tokens to (B, L, D)."""
+    return model.model.embed_tokens(tokens)
+
+
+def hidden_states(model: nn.Module, embeddings: mx.array, cache=None) -> mx.array:
+    """(B, L, D) embeddings to the normalised states (B, L, D) that the head reads; each sees those before it."""
+    return model.model(None, cache, input_embeddings=embeddings)
+
+
+def head(model: nn.Module, states: mx.array) -> mx.array:
+    """(B, L, D) to logits (B, L, V)."""
+    if hasattr(model, "lm_head"):
+        return model.lm_head(states)
+    return model.model.embed_tokens.as_linear(states)
+
+
+def make_cache(model: nn.Module) -> list:
+    """Keys and values of the positions that are behind, one entry a layer."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    return make_prompt_cache(model)
+
+
+def _to_float32(array: mx.array) -> mx.array:
+    return array.astype(mx.float32) if array.dtype in (mx.bfloat16, mx.float16) else array

@@ -1,0 +1,111 @@
+"""A run's folder: made once, never written over, and found again to be resumed.
+
+    runs/<recipe>/<name>/config.json  metrics.jsonl  events.out.tfevents.*  checkpoints/  summary.json
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import attrs
+from attrs.validators import ge, lt
+
+from mlxmm import checkpoint
+from mlxmm.config import UserError, take_flag, from_json, option, to_json
+from mlxmm.files import remove_leftovers, whole_folder, write_json
+
+RUNS = Path("runs")
+
+
+@attrs.frozen(kw_only=True)
+class RunConfig:
+    """What every recipe has."""
+
+    run_dir: Path | None = option(None, "folder of the run; none: runs/<recipe>/<date and time>")
+    resume: str | None = option(None, "`last`, or a checkpoint's folder, to go on from")
+    seed: int = option(0, "of weights, data and all else that is random", ge(0), lt(2**24))
+
+
+@attrs.frozen
+class Run:
+    """An open run: its folder, and the checkpoint to go on from, if any."""
+
+    folder: Path
+    ckpt_path: Path | None = None
+
+    def part(self, name: str) -> "Run":
+        """A run inside this one, which goes on from its own newest checkpoint if it has any."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        return Run(folder, checkpoint.latest(folder / "checkpoints"))
+
+    def write_summary(self, figures: dict) -> None:
+        """Write `summary.json`: what a script or a paper's table would read."""
+        write_json(self.folder / "summary.json", figures)
+
+
+def open_run(config: RunConfig, recipe: str) -> Run:
+    """Make the folder of a new run, or find that of one to be resumed. Writes `config.json`.
+
+    Raises `UserError` where a new run's folder exists, or a run to be resumed does not.
+    """
+    if config.resume is None:
+        folder = config.run_dir or RUNS / recipe / time.strftime("%Y-%m-%d_%H-%M-%S")
+        try:
+            folder.mkdir(parents=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{folder} exists: name another --run-dir, or add --resume last") from None
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made: {error.strerror}") from None
+        write_json(folder / "config.json", to_json(attrs.evolve(config, run_dir=folder)))
+        return Run(folder)
+    folder, ckpt_path = _find(config.resume, config.run_dir, recipe)
+    remove_leftovers(folder)
+    return Run(folder, ckpt_path)
+
+
+def read_saved_config(cls: type, recipe: str) -> Callable[[Sequence[str]], RunConfig | None]:
+    """What reads, for the flags of a run to be resumed, the config that it was started with."""
+
+    def read(argv):
+        resume, rest = take_flag("--resume", argv)
+        run_dir, _ = take_flag("--run-dir", rest)
+        if resume is None:
+            return None
+        folder, _ = _find(resume, run_dir and Path(run_dir), recipe)
+        path = folder / "config.json"
+        return from_json(cls, json.loads(path.read_text())) if path.exists() else None
+
+    return read
+
+
+def _find(resume: str, run_dir: Path | None, recipe: str) -> tuple[Path, Path | None]:
+    """The folder of the run that `resume` names, and its checkpoint (none, if it was stopped before any)."""
+    if resume != "last":
+        path = Path(resume)
+        if not (path / checkpoint.STATE).exists():
+            raise UserError(f"--resume {resume}: no checkpoint is there; `last` takes the run's newest")
+        return run_dir or path.resolve().parent.parent, path
+    runs = sorted((RUNS / recipe).glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    folder = run_dir or (runs[-1].parent if runs else None)
+    if folder is None or not folder.is_dir():
+        raise UserError(f"--resume last: there is no run in {run_dir or RUNS / recipe}")
+    return folder, checkpoint.latest(folder / "checkpoints")
+
+
+def cached(name: str, key, make: Callable[[Path], None]) -> Path:
+    """The folder of what `make(folder)` wrote for `key` (JSON values), now or in an earlier run.
+
+    In $MLXMM_CACHE, or ~/.cache/mlxmm; whole or absent.
+    """
+    root = Path(os.environ.get("MLXMM_CACHE", Path.home() / ".cache" / "mlxmm"))
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    folder = root / f"{name}-{digest}"
+    if not folder.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        with whole_folder(folder) as temporary:
+            make(temporary)
+    return folder

@@ -1,0 +1,173 @@
+"""Teach Qwen3 to read what a CLIP tower sees: the projector first, then the language model's last two layers.
+
+    python -m recipes.align_qwen3
+    python -m recipes.align_qwen3 --module.vision openai/clip-vit-base-patch32 --module.lm Qwen/Qwen3-0.6B-Base \\
+        --data.source pictures.parquet
+
+Without flags it draws its own pictures and trains a small tower and a small Qwen3 first; both are kept in a cache.
+"""
+
+import time
+from pathlib import Path
+
+import attrs
+import mlx.core as mx
+
+from callbacks import (
+    FreezeSchedule,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelSummary,
+    SampleCaptions,
+    SyntheticRefresh,
+    TQDMProgressBar,
+)
+from mlxmm import Trainer, TrainerConfig
+from mlxmm.config import option, run_recipe, to_json
+from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
+from mlxmm.data.sheet import contact_sheet
+from mlxmm.data.tokenizers import START, token_length
+from mlxmm.files import whole_file, write_json
+from mlxmm.metrics import bleu, exact_match
+from mlxmm.modules.qwen3_aligner import Qwen3Aligner, Qwen3AlignerConfig
+from mlxmm.optimizers import OptimizerConfig
+from mlxmm.run import Run, RunConfig, cached, open_run, read_saved_config
+from recipes import train_clip, train_language_model
+
+SHEET_ROWS = 24
+
+
+@attrs.frozen(kw_only=True)
+class Config(RunConfig):
+    """Tower, projector and language model; data; when to open what."""
+
+    data: CaptionDataConfig = CaptionDataConfig()
+    module: Qwen3AlignerConfig = Qwen3AlignerConfig()
+    trainer: TrainerConfig = TrainerConfig(max_steps=1_170, val_check_interval=390)
+    open_step: int = option(120, "update from which the language model's last layers are trained too")
+    open_layers: int = option(2, "how many of its layers")
+    checkpoint_every: int = option(200, "updates between checkpoints")
+    max_test: int = option(1_000, "most pictures of each test part to caption")
+    tower: train_clip.TowerConfig = train_clip.TowerConfig()
+    language_model: train_language_model.LanguageModelConfig = train_language_model.LanguageModelConfig()
+
+
+FLICKR30K = Config(
+    data=CaptionDataConfig(
+        source="nlphuji/flickr30k", revision="refs/convert/parquet", split_column="split", batch_size=48
+    ),
+    module=Qwen3AlignerConfig(
+        vision="openai/clip-vit-base-patch32",
+        lm="Qwen/Qwen3-0.6B-Base",
+        layer=-2,
+        projector_width=2_048,
+        max_caption_tokens=32,
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=200, weight_decay=0.0),
+    ),
+    trainer=TrainerConfig(max_steps=6_000, val_check_interval=600),
+    open_step=1_200,
+    checkpoint_every=600,
+)
+PRESETS = {"default": Config(), "flickr30k": FLICKR30K}
+
+
+def main(config: Config) -> None:
+    start = time.perf_counter()
+    run = open_run(config, "align_qwen3")
+    data = CaptionData(config.data, config.seed)
+    data.setup()
+    aligner, figures = build(config, data, run)
+    figures |= align(config, aligner, data, run)
+    figures |= evaluate(config, aligner, data, run)
+    figures["seconds"] = time.perf_counter() - start
+    run.write_summary(figures | {"data/skipped": len(data.skipped), "data/skipped_rows": data.skipped})
+    print("\n".join(f"{name:<36}{value:>10.4f}" for name, value in figures.items()))
+    print(f"samples: {run.folder / 'samples.png'}\ncurves: tensorboard --logdir {run.folder}")
+
+
+def build(config: Config, data: CaptionData, run: Run) -> tuple[Qwen3Aligner, dict]:
+    """The aligner of the parts that `config.module` names; those it does not name are trained on `data`."""
+    module, figures = config.module, {}
+    key = to_json(attrs.evolve(config.data, batch_size=64)) | {"seed": config.seed}
+    if module.vision is None:
+        folder = cached("tower", [key, to_json(config.tower)], lambda to: _train_tower(config, data, run, to))
+        module = attrs.evolve(module, vision=str(folder))
+        figures |= _read_figures(folder, "zero_shot/accuracy")
+    if module.lm is None:
+        folder = cached(
+            "language-model", [key, to_json(config.language_model)], lambda to: _train_lm(config, data, run, to)
+        )
+        module = attrs.evolve(module, lm=str(folder), prompt=module.prompt or START)
+    mx.random.seed(config.seed)
+    aligner = Qwen3Aligner.from_parts(module)
+    if module.max_caption_tokens == 0:
+        captions = [caption for _, caption in data.sample_texts()]
+        length = token_length(aligner.tokenizer, captions) + 1  # the end
+        aligner.config = attrs.evolve(module, max_caption_tokens=length)
+    return aligner, figures
+
+
+def align(config: Config, aligner: Qwen3Aligner, data: CaptionData, run: Run) -> dict:
+    """Train the projector, then the last layers too; returns the figures of the run's end."""
+    data.encode = aligner.encode
+    last_layers = f"language_model.model.layers[-{config.open_layers}:]"
+    stages = {0: "projector", config.open_step: ("projector", last_layers)}
+    callbacks = [
+        FreezeSchedule(stages, unit="step"),
+        ModelSummary(),
+        LearningRateMonitor(),
+        TQDMProgressBar("align"),
+        SampleCaptions(data.rows["val"]),
+        ModelCheckpoint(every_n_train_steps=config.checkpoint_every, monitor="val/loss"),
+    ]
+    if data.is_synthetic:
+        callbacks.insert(0, SyntheticRefresh(data.fresh_rows))
+    trainer = Trainer(
+        attrs.evolve(config.trainer, seed=config.seed, default_root_dir=run.folder), callbacks=callbacks
+    )
+    trainer.fit(aligner, data, ckpt_path=run.ckpt_path)
+    return dict(trainer.callback_metrics)
+
+
+def evaluate(config: Config, aligner: Qwen3Aligner, data: CaptionData, run: Run) -> dict:
+    """Caption every test part; the control gives each picture's caption to another picture."""
+    figures = {}
+    for part in data.test_parts:
+        rows = [data.rows[part][i] for i in range(min(config.max_test, len(data.rows[part])))]
+        captions = aligner.caption([row["image"] for row in rows])
+        references = [row["captions"] for row in rows]
+        name = part.removeprefix("test")
+        figures[f"test/exact_match{name}"] = exact_match(captions, references)
+        if part == "test":
+            shuffled = captions[len(captions) // 2 :] + captions[: len(captions) // 2]
+            figures["test/exact_match_shuffled"] = exact_match(shuffled, references)
+            figures["test/bleu"] = bleu(captions, references)
+            figures["test/bleu_shuffled"] = bleu(shuffled, references)
+            with whole_file(run.folder / "samples.png") as path:
+                contact_sheet(rows[:SHEET_ROWS], captions[:SHEET_ROWS]).save(path)
+    return figures
+
+
+def _train_tower(config: Config, data: CaptionData, run: Run, folder: Path) -> None:
+    clip, figures = train_clip.train(config.tower, data, run.part("tower"), config.seed)
+    clip.save_pretrained(folder)
+    write_json(folder / "figures.json", figures)
+
+
+def _train_lm(config: Config, data: CaptionData, run: Run, folder: Path) -> None:
+    model, figures = train_language_model.train(
+        config.language_model, data, run.part("language_model"), config.seed
+    )
+    model.save_pretrained(folder)
+    write_json(folder / "figures.json", figures)
+
+
+def _read_figures(folder: Path, *names: str) -> dict:
+    import json
+
+    figures = json.loads((folder / "figures.json").read_text())
+    return {name: figures[name] for name in names if name in figures}
+
+
+if __name__ == "__main__":
+    run_recipe(main, PRESETS, read_saved_config(Config, "align_qwen3"))
