@@ -1,0 +1,61 @@
+"""What the tests share: tiny modules and data, and a cache of their own."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlxmm import Module, Trainer
+from mlxmm.optimizers import OptimizerConfig
+
+
+class TinyRegression(Module):
+    """Two layers with dropout between them, and a weighted squared error."""
+
+    def __init__(self, dropout: float = 0.2):
+        super().__init__()
+        mx.random.seed(7)
+        self.backbone, self.dropout, self.head = nn.Linear(4, 8), nn.Dropout(dropout), nn.Linear(8, 1)
+
+    def training_step(self, batch):
+        hidden = self.dropout(mx.maximum(self.backbone(batch["x"]), 0))
+        errors = mx.square(self.head(hidden)[:, 0] - batch["y"]) * batch["mask"]
+        weight = batch["mask"].sum()
+        return {"loss": errors.sum() / weight, "weight": weight}
+
+    def configure_optimizers(self):
+        return OptimizerConfig(warmup_steps=2, learning_rate=0.05).build(30)
+
+
+class DistinctBatches:
+    """Loader of shuffled, distinct batches: their order is a function of the epoch."""
+
+    def __init__(self, num_batches: int = 6, batch_size: int = 4):
+        rng = np.random.default_rng(0)
+        self.batches = [
+            {
+                "x": rng.normal(size=(batch_size, 4)).astype(np.float32),
+                "y": rng.normal(size=batch_size).astype(np.float32),
+                "mask": (rng.random(batch_size) < 0.7).astype(np.float32) + 0.1,
+            }
+            for _ in range(num_batches)
+        ]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def epoch(self, epoch, start=0):
+        order = np.random.default_rng(epoch).permutation(len(self.batches))
+        return (self.batches[i] for i in order[start:])
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    def make(**settings):
+        return Trainer(**({"logger": False, "default_root_dir": tmp_path, "enable_model_summary": False} | settings))
+
+    return make
