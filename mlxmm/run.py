@@ -63,7 +63,10 @@ def open_run(config: RunConfig, recipe: str) -> Run:
         write_json(folder / "config.json", to_json(attrs.evolve(config, run_dir=folder)))
         return Run(folder)
     folder, ckpt_path = _find(config.resume, config.run_dir, recipe)
+    folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
+    if not (folder / "config.json").exists():
+        write_json(folder / "config.json", to_json(attrs.evolve(config, run_dir=folder, resume=None)))
     return Run(folder, ckpt_path)
 
 
@@ -75,8 +78,8 @@ def read_saved_config(cls: type, recipe: str) -> Callable[[Sequence[str]], RunCo
         run_dir, _ = take_flag("--run-dir", rest)
         if resume is None:
             return None
-        folder, _ = _find(resume, run_dir and Path(run_dir), recipe)
-        path = folder / "config.json"
+        folder, ckpt_path = _find(resume, run_dir and Path(run_dir), recipe)
+        path = (ckpt_path.resolve().parent.parent if ckpt_path else folder) / "config.json"
         return from_json(cls, json.loads(path.read_text())) if path.exists() else None
 
     return read

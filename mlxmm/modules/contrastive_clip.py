@@ -84,6 +84,8 @@ class ContrastiveCLIP(Module):
         }
         for part in ("vision_config", "text_config"):
             values[part]["projection_dim"] = self.config.projection_dim
+        tokens = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
+        values["text_config"] = tokens | values["text_config"]
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         (folder / "preprocessor_config.json").write_text(json.dumps(self.processor.to_hub(), indent=2) + "\n")
         self.tokenizer.save_pretrained(str(folder))

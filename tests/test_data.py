@@ -1,0 +1,174 @@
+"""Data: splits that hold what they say, orders that are functions of (seed, epoch), sources that say what is wrong."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlxmm.config import UserError
+from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
+from mlxmm.data.images import ImageProcessor, UndecodableImage, decode_image
+from mlxmm.data.loader import Loader
+from mlxmm.data.shapes import ShapesConfig, ShapesGrammar, ShapesTexts
+from mlxmm.data.tokenizers import train_tokenizer
+
+
+def png(colour="red", size=(20, 16)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def make_parquet(tmp_path):
+    def make(images, captions=None, **columns):
+        import datasets
+
+        captions = captions or [[f"picture {i}", f"number {i}"] for i in range(len(images))]
+        rows = {"image": [{"bytes": image, "path": f"{i}.png"} for i, image in enumerate(images)]}
+        table = datasets.Dataset.from_dict(rows | {"caption": captions} | columns)
+        table = table.cast_column("image", datasets.Image(decode=False))
+        path = tmp_path / "rows.parquet"
+        table.to_parquet(path)
+        return str(path)
+
+    return make
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_training_scenes_hold_nothing_that_is_held_out(seed):
+    grammar = ShapesGrammar(ShapesConfig(), seed)
+    held_out = {f"{colour} {shape}" for colour, shape in grammar.unseen_attributes}
+    rows = grammar.rows(seed)
+    train = [rows["train"][i]["captions"][0] for i in range(400)]
+    assert not any(words in caption for caption in train for words in held_out)
+    unseen = {row["captions"][0] for row in (rows["test_unseen"][i] for i in range(100))}
+    assert not unseen & {rows["train"][i]["captions"][0] for i in range(2_000)}
+    attributes = [rows["test_unseen_attributes"][i]["captions"][0] for i in range(50)]
+    assert all(any(words in caption for words in held_out) for caption in attributes)
+
+
+def test_a_scene_is_a_function_of_seed_split_epoch_and_index():
+    one, two = (ShapesGrammar(ShapesConfig(), 3).rows(3, epoch=2)["train"] for _ in range(2))
+    assert np.array_equal(one[5]["image"], two[5]["image"]) and one[5]["captions"] == two[5]["captions"]
+    other = ShapesGrammar(ShapesConfig(), 3).rows(3, epoch=1)["train"]
+    assert not np.array_equal(one[5]["image"], other[5]["image"])
+
+
+def test_the_picture_shows_what_the_caption_says():
+    rows = ShapesGrammar(ShapesConfig(image_size=64), 0).rows(0)["test"]
+    pairs = [row for row in (rows[i] for i in range(80)) if "red" in row["captions"][0] and "blue" in row["captions"][0]]
+    assert pairs
+    for row in pairs:
+        pixels = np.asarray(row["image"]).astype(int)
+        red = np.argwhere(pixels[..., 0] - pixels[..., 2] > 120).mean(0)
+        blue = np.argwhere(pixels[..., 2] - pixels[..., 0] > 120).mean(0)
+        first, second = (red, blue) if row["captions"][0].index("red") < row["captions"][0].index("blue") else (blue, red)
+        axis = 0 if "above" in row["captions"][0] else 1
+        assert first[axis] < second[axis], row["captions"][0]
+
+
+def test_notes_say_what_stands_where_and_nothing_else():
+    texts = ShapesTexts(ShapesGrammar(ShapesConfig(), 0), 0)
+    for i in range(200):
+        notes, caption = texts[i]
+        words = notes.split()
+        assert len(words) == 16 and set(words) - {"."} <= set(caption.split())
+
+
+def test_an_epoch_resumed_gives_the_batches_it_would_have_given():
+    def encode(row, rng):
+        return {"row": np.array(row), "draw": np.array(rng.integers(1_000))}
+
+    loader = Loader(rows=range(25), encode=encode, batch_size=4, seed=5, shuffle=True)
+    whole = list(loader.epoch(2))
+    assert len(whole) == len(loader) == 7 and sorted(np.concatenate([b["row"] for b in whole])) == list(range(25))
+    for resumed, batch in zip(loader.epoch(2, start=3), whole[3:], strict=True):
+        assert all(np.array_equal(resumed[name], batch[name]) for name in batch)
+    assert not np.array_equal(next(loader.epoch(1))["row"], whole[0]["row"])
+
+
+def test_five_captions_train_one_a_picture_and_the_first_validates(make_parquet):
+    captions = [[f"picture {i} caption {j}" for j in range(5)] for i in range(8)]
+    path = make_parquet([png()] * 8, captions, split=["train"] * 6 + ["val", "test"])
+    config = CaptionDataConfig(source=path, split_column="split", batch_size=6)
+    seen = []
+    data = CaptionData(config, 0, lambda row, caption: seen.append(caption) or {"x": np.zeros(1)})
+    data.setup()
+    for epoch in range(8):
+        list(data.train_dataloader().epoch(epoch))
+    assert len(seen) == 48 and {caption.split()[1] for caption in seen} == set("012345")
+    assert {caption.split()[3] for caption in seen} == set("01234")
+    seen.clear()
+    list(data.val_dataloader().epoch(0))
+    assert seen == ["picture 6 caption 0"]
+    assert len(data.texts()) == 30
+
+
+def test_an_image_folder_is_read_with_its_captions(tmp_path):
+    lines = []
+    for i in range(40):
+        (tmp_path / f"{i}.png").write_bytes(png())
+        lines.append(json.dumps({"file_name": f"{i}.png", "caption": f"picture {i}"}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    data = CaptionData(CaptionDataConfig(source=str(tmp_path)), 0)
+    data.setup()
+    assert [len(data.rows[split]) for split in ("train", "val", "test")] == [36, 2, 2]
+    assert data.rows["train"][0]["captions"][0].startswith("picture")
+
+
+def test_a_picture_that_cannot_be_decoded_is_skipped_and_named(make_parquet, capsys):
+    images = [png()] * 200
+    images[7] = png()[:60]
+    data = CaptionData(CaptionDataConfig(source=make_parquet(images, split=["train"] * 180 + ["val", "test"] * 10), split_column="split"), 0)
+    data.setup()
+    assert len(data.rows["train"]) == 179 and data.skipped == ["7.png (row 7)"]
+    assert "7.png" in capsys.readouterr().out
+
+
+def test_more_than_one_bad_picture_in_a_hundred_stops_the_run_and_names_five(make_parquet):
+    images = [png()] * 94 + [b"no picture"] * 6
+    config = CaptionDataConfig(source=make_parquet(images, split=["val", "test"] * 10 + ["train"] * 80), split_column="split")
+    with pytest.raises(UserError, match=r"6 of 80 .*94\.png.*98\.png") as caught:
+        CaptionData(config, 0).setup()
+    assert "99.png" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"source": "no/such/file.parquet"}, "is not there"),
+        ({"image_column": "picture"}, "no column 'picture'; it has image, caption"),
+        ({"split_column": "part"}, "no column 'part'"),
+    ],
+)
+def test_a_source_that_does_not_fit_is_one_clear_line(make_parquet, settings, message):
+    config = CaptionDataConfig(**({"source": make_parquet([png()] * 4)} | settings))
+    with pytest.raises(UserError, match=message) as caught:
+        CaptionData(config, 0).setup()
+    assert "\n" not in str(caught.value)
+
+
+def test_pictures_of_every_mode_become_rgb_on_white():
+    half = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert decode_image(half).getpixel((0, 0)) == (255, 255, 255)
+    grey = Image.fromarray(np.full((4, 4), 65535, dtype=np.uint16))
+    assert decode_image(grey).getpixel((0, 0)) == (255, 255, 255)
+    assert decode_image(Image.new("CMYK", (4, 4))).mode == decode_image(Image.new("P", (1, 1))).mode == "RGB"
+    with pytest.raises(UndecodableImage):
+        decode_image(png()[:50])
+
+
+def test_preprocessing_survives_its_own_config():
+    for processor in (ImageProcessor.square(32), ImageProcessor(image_size=24, resize=(24, 24))):
+        assert ImageProcessor._from_hub(processor.to_hub()) == processor
+        assert processor([Image.new("RGB", (50, 40))]).shape == (1, processor.image_size, processor.image_size, 3)
+
+
+def test_a_tokenizer_reads_back_what_it_wrote_even_letters_it_never_saw():
+    tokenizer = train_tokenizer(["a small red circle", "a large blue square"], 400)
+    text = "a large red süß ✓"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]).strip() == text
+    assert len(tokenizer("a small red circle")["input_ids"]) == 4
