@@ -4,13 +4,17 @@ BIN := .venv/bin
 # Threads of a BLAS that wait for each other on a busy machine cost more than they give in small tests.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint chaos clean
 
 demo: .venv/ready
 	$(BIN)/python -m recipes.align_qwen3
 
 test: .venv/ready
 	$(TEST_ENV) $(BIN)/python -m pytest
+
+chaos: .venv/ready
+	$(BIN)/python tools/chaos.py --kills 5
+	$(BIN)/python tools/chaos.py --kills 5 --while-saving
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -122,7 +122,9 @@ class ShapesGrammar:
 
     def sample_any(self, rng: np.random.Generator) -> Scene:
         """A scene of the whole grammar, held out or not."""
-        num_things = int(rng.integers(1, self.config.max_objects + 1))
+        # Two objects twice as often as one: there is more to tell of them.
+        chances = np.arange(1, self.config.max_objects + 1)
+        num_things = int(rng.choice(chances, p=chances / chances.sum()))
         picks = rng.random((num_things, 3))
         names = [SIZES, tuple(COLOURS), SHAPES]
         things = tuple(Thing(*(n[int(p * len(n))] for n, p in zip(names, row))) for row in picks)
