@@ -21,9 +21,7 @@ class SampleCaptions(Callback):
             return
         rows = [self.rows[i] for i in range(min(self.num_samples, len(self.rows)))]
         captions = module.caption([row["image"] for row in rows])
-        lines = [
-            f"| {i} | {row['captions'][0]} | {said} |" for i, (row, said) in enumerate(zip(rows, captions))
-        ]
+        lines = [f"| {i} | {row['captions'][0]} | {said} |" for i, (row, said) in enumerate(zip(rows, captions))]
         table = "\n".join(["| | expected | said |", "| --- | --- | --- |", *lines])
         pixels = np.stack([module.processor.pixels(row["image"]) for row in rows])
         for logger in trainer.loggers:

@@ -1,9 +1,9 @@
 """A checkpoint: a folder of safetensors and a state.json, whole or absent.
 
-    weights.safetensors     every parameter of the module, by its dotted name
-    optimizer.safetensors   moments, step counts, learning rates
-    state.json              counters, what was trainable, callbacks, loggers, and a checksum of each file
-    ...                     what the module's `from_pretrained` reads beside the weights
+weights.safetensors     every parameter of the module, by its dotted name
+optimizer.safetensors   moments, step counts, learning rates
+state.json              counters, what was trainable, callbacks, loggers, and a checksum of each file
+...                     what the module's `from_pretrained` reads beside the weights
 """
 
 import json

@@ -48,9 +48,7 @@ def parse_config(presets: Mapping[str, Any], argv: Sequence[str], read_saved: Ca
     explanation = io.StringIO()
     try:
         with contextlib.redirect_stderr(explanation):
-            return tyro.cli(
-                type(default), default=default, args=flags, description=described, registry=_with_help()
-            )
+            return tyro.cli(type(default), default=default, args=flags, description=described, registry=_with_help())
     except SystemExit as exit:
         if exit.code in (0, None):  # --help
             raise

@@ -32,7 +32,10 @@ EXP2 = (
 )
 LOG2_E = 1.4426950408889634
 ROUNDER = 12582912.0  # 1.5 * 2**23: adding it to a float32 leaves no bits for a fraction
-EXPONENT_BIAS, EXPONENT_UNIT = 127.0, 8388608.0  # IEEE 754: a float32 has its exponent + 127 in units of 2**23
+EXPONENT_BIAS, EXPONENT_UNIT = (
+    127.0,
+    8388608.0,
+)  # IEEE 754: a float32 has its exponent + 127 in units of 2**23
 MIN_EXPONENT = -60.0  # exp(-60) = 9e-27 counts as 0; far smaller ones would be denormal, which are slow
 
 # erf(x) = x * P(x * x) / Q(x * x) for |x| < 3.8, lowest power first: erf of the Eigen library.

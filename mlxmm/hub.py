@@ -7,7 +7,13 @@ import mlx.core as mx
 
 from mlxmm.config import UserError
 
-NEEDED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # no pickles, no other frameworks' weights
+NEEDED = [
+    "*.json",
+    "*.safetensors",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+]  # no pickles, no other frameworks' weights
 
 
 def local_folder(path_or_id: str | Path, revision: str | None = None) -> Path:

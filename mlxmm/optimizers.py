@@ -25,9 +25,7 @@ class OptimizerConfig:
     def build(self, num_steps: int, *, scale: float = 1.0) -> "AdamW":
         """The optimizer of a run of `num_steps` updates, its rate multiplied by `scale`."""
         return AdamW(
-            warmup_cosine(
-                scale * self.learning_rate, self.warmup_steps, num_steps, final_fraction=self.final_fraction
-            ),
+            warmup_cosine(scale * self.learning_rate, self.warmup_steps, num_steps, final_fraction=self.final_fraction),
             betas=[self.beta1, self.beta2],
             eps=self.eps,
             weight_decay=self.weight_decay,

@@ -1,6 +1,6 @@
 """A run's folder: made once, never written over, and found again to be resumed.
 
-    runs/<recipe>/<name>/config.json  metrics.jsonl  events.out.tfevents.*  checkpoints/  summary.json
+runs/<recipe>/<name>/config.json  metrics.jsonl  events.out.tfevents.*  checkpoints/  summary.json
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import attrs
 from attrs.validators import ge, lt
 
 from mlxmm import checkpoint
-from mlxmm.config import UserError, take_flag, from_json, option, to_json
+from mlxmm.config import UserError, from_json, option, take_flag, to_json
 from mlxmm.files import remove_leftovers, whole_folder, write_json
 
 RUNS = Path("runs")

@@ -18,7 +18,7 @@ from mlxmm import checkpoint, distributed
 from mlxmm.callback import HOOKS, Callback
 from mlxmm.config import UserError, option
 from mlxmm.loggers import JSONLLogger, Logger, TensorBoardLogger
-from mlxmm.module import Module, Modes, evaluating, set_trainable, trainable_names
+from mlxmm.module import Modes, Module, evaluating, set_trainable, trainable_names
 from mlxmm.signals import Request, end_requests
 from mlxmm.train_step import average_sums, build_eval_step, build_train_step
 

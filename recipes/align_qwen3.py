@@ -95,7 +95,9 @@ def build(config: Config, data: CaptionData, run: Run) -> tuple[Qwen3Aligner, di
         figures |= _read_figures(folder, "zero_shot/accuracy")
     if module.lm is None:
         folder = cached(
-            "language-model", [key, to_json(config.language_model)], lambda to: _train_lm(config, data, run, to)
+            "language-model",
+            [key, to_json(config.language_model)],
+            lambda to: _train_lm(config, data, run, to),
         )
         module = attrs.evolve(module, lm=str(folder), prompt=module.prompt or START)
     mx.random.seed(config.seed)
@@ -122,9 +124,7 @@ def align(config: Config, aligner: Qwen3Aligner, data: CaptionData, run: Run) ->
     ]
     if data.is_synthetic:
         callbacks.insert(0, SyntheticRefresh(data.fresh_rows))
-    trainer = Trainer(
-        attrs.evolve(config.trainer, seed=config.seed, default_root_dir=run.folder), callbacks=callbacks
-    )
+    trainer = Trainer(attrs.evolve(config.trainer, seed=config.seed, default_root_dir=run.folder), callbacks=callbacks)
     trainer.fit(aligner, data, ckpt_path=run.ckpt_path)
     return dict(trainer.callback_metrics)
 
@@ -155,9 +155,7 @@ def _train_tower(config: Config, data: CaptionData, run: Run, folder: Path) -> N
 
 
 def _train_lm(config: Config, data: CaptionData, run: Run, folder: Path) -> None:
-    model, figures = train_language_model.train(
-        config.language_model, data, run.part("language_model"), config.seed
-    )
+    model, figures = train_language_model.train(config.language_model, data, run.part("language_model"), config.seed)
     model.save_pretrained(folder)
     write_json(folder / "figures.json", figures)
 

@@ -1,7 +1,7 @@
 """Train CLIP from scratch on pictures with captions; tiny by default.
 
-    python -m recipes.train_clip
-    python -m recipes.train_clip --data.source pictures.parquet --trainer.max-steps 2000
+python -m recipes.train_clip
+python -m recipes.train_clip --data.source pictures.parquet --trainer.max-steps 2000
 """
 
 import attrs

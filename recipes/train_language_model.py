@@ -1,6 +1,6 @@
 """Train a small Qwen3 as a language model on the text of a data set: captions, and for `shapes` its whole grammar.
 
-    python -m recipes.train_language_model
+python -m recipes.train_language_model
 """
 
 import attrs

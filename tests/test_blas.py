@@ -216,7 +216,15 @@ def library():
 
 @pytest.mark.parametrize(
     ("start", "bytes_"),
-    [(0, b"\x7fELG"), (4, b"\x01"), (5, b"\x02"), (16, b"\x02\0"), (18, b"\xf3\0"), (32, b"\xff" * 8), (56, b"\0\0")],
+    [
+        (0, b"\x7fELG"),
+        (4, b"\x01"),
+        (5, b"\x02"),
+        (16, b"\x02\0"),
+        (18, b"\xf3\0"),
+        (32, b"\xff" * 8),
+        (56, b"\0\0"),
+    ],
     ids=["magic", "32-bit", "big-endian", "executable", "machine", "header-offset", "no-headers"],
 )
 def test_a_corrupted_header_is_a_surprise(library, tmp_path, start, bytes_):

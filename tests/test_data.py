@@ -59,13 +59,17 @@ def test_a_scene_is_a_function_of_seed_split_epoch_and_index():
 
 def test_the_picture_shows_what_the_caption_says():
     rows = ShapesGrammar(ShapesConfig(image_size=64), 0).rows(0)["test"]
-    pairs = [row for row in (rows[i] for i in range(80)) if "red" in row["captions"][0] and "blue" in row["captions"][0]]
+    pairs = [
+        row for row in (rows[i] for i in range(80)) if "red" in row["captions"][0] and "blue" in row["captions"][0]
+    ]
     assert pairs
     for row in pairs:
         pixels = np.asarray(row["image"]).astype(int)
         red = np.argwhere(pixels[..., 0] - pixels[..., 2] > 120).mean(0)
         blue = np.argwhere(pixels[..., 2] - pixels[..., 0] > 120).mean(0)
-        first, second = (red, blue) if row["captions"][0].index("red") < row["captions"][0].index("blue") else (blue, red)
+        first, second = (
+            (red, blue) if row["captions"][0].index("red") < row["captions"][0].index("blue") else (blue, red)
+        )
         axis = 0 if "above" in row["captions"][0] else 1
         assert first[axis] < second[axis], row["captions"][0]
 
@@ -122,7 +126,12 @@ def test_an_image_folder_is_read_with_its_captions(tmp_path):
 def test_a_picture_that_cannot_be_decoded_is_skipped_and_named(make_parquet, capsys):
     images = [png()] * 200
     images[7] = png()[:60]
-    data = CaptionData(CaptionDataConfig(source=make_parquet(images, split=["train"] * 180 + ["val", "test"] * 10), split_column="split"), 0)
+    data = CaptionData(
+        CaptionDataConfig(
+            source=make_parquet(images, split=["train"] * 180 + ["val", "test"] * 10), split_column="split"
+        ),
+        0,
+    )
     data.setup()
     assert len(data.rows["train"]) == 179 and data.skipped == ["7.png (row 7)"]
     assert "7.png" in capsys.readouterr().out
@@ -130,7 +139,9 @@ def test_a_picture_that_cannot_be_decoded_is_skipped_and_named(make_parquet, cap
 
 def test_more_than_one_bad_picture_in_a_hundred_stops_the_run_and_names_five(make_parquet):
     images = [png()] * 94 + [b"no picture"] * 6
-    config = CaptionDataConfig(source=make_parquet(images, split=["val", "test"] * 10 + ["train"] * 80), split_column="split")
+    config = CaptionDataConfig(
+        source=make_parquet(images, split=["val", "test"] * 10 + ["train"] * 80), split_column="split"
+    )
     with pytest.raises(UserError, match=r"6 of 80 .*94\.png.*98\.png") as caught:
         CaptionData(config, 0).setup()
     assert "99.png" not in str(caught.value) and "\n" not in str(caught.value)
@@ -164,7 +175,12 @@ def test_pictures_of_every_mode_become_rgb_on_white():
 def test_preprocessing_survives_its_own_config():
     for processor in (ImageProcessor.square(32), ImageProcessor(image_size=24, resize=(24, 24))):
         assert ImageProcessor._from_hub(processor.to_hub()) == processor
-        assert processor([Image.new("RGB", (50, 40))]).shape == (1, processor.image_size, processor.image_size, 3)
+        assert processor([Image.new("RGB", (50, 40))]).shape == (
+            1,
+            processor.image_size,
+            processor.image_size,
+            3,
+        )
 
 
 def test_a_tokenizer_reads_back_what_it_wrote_even_letters_it_never_saw():

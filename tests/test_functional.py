@@ -58,7 +58,11 @@ def sigmoid_gradient(slope):
 
 @pytest.mark.parametrize(
     ("function", "exact"),
-    [(F.gelu_tanh, gelu_tanh_gradient), (F.quick_gelu, sigmoid_gradient(1.702)), (F.silu, sigmoid_gradient(1.0))],
+    [
+        (F.gelu_tanh, gelu_tanh_gradient),
+        (F.quick_gelu, sigmoid_gradient(1.702)),
+        (F.silu, sigmoid_gradient(1.0)),
+    ],
 )
 def test_gradient_is_that_of_float64(function, exact):
     x = np.linspace(-12, 12, 24_001, dtype=np.float32)
@@ -116,9 +120,7 @@ def test_attention_is_mlx_own(mask, num_kv_heads, L):
     fast = lambda *qkv: F.attention(*qkv, **options)
     own = lambda *qkv: mx.fast.scaled_dot_product_attention(*qkv, **options)
     assert_close(fast(*inputs), own(*inputs), 4e-6)
-    for actual, expected in zip(
-        gradient(fast, *inputs, cotangent=g), gradient(own, *inputs, cotangent=g), strict=True
-    ):
+    for actual, expected in zip(gradient(fast, *inputs, cotangent=g), gradient(own, *inputs, cotangent=g), strict=True):
         assert_close(actual, expected, 1e-5)
 
 

@@ -69,7 +69,10 @@ def test_the_callback_of_the_readme_runs_and_stops_a_run():
     names: dict = {}
     exec(code, names)  # the very text
     trainer = names["Trainer"](
-        max_steps=9, callbacks=[names["StopWhenGood"](threshold=1e9)], enable_model_summary=False, val_check_interval=3
+        max_steps=9,
+        callbacks=[names["StopWhenGood"](threshold=1e9)],
+        enable_model_summary=False,
+        val_check_interval=3,
     )
     data = DistinctBatches()
     trainer.fit(TinyRegression(), train_dataloaders=data, val_dataloaders=data)

@@ -52,9 +52,7 @@ def test_compiled_training_equals_plain_python(make_trainer):
 @pytest.mark.parametrize("num_batches", [2, 4])
 def test_accumulating_equals_one_large_batch(make_trainer, num_batches):
     large = DistinctBatches(num_batches=1, batch_size=8).batches[0]
-    small = [
-        {name: array[i :: num_batches] for name, array in large.items()} for i in range(num_batches)
-    ]
+    small = [{name: array[i::num_batches] for name, array in large.items()} for i in range(num_batches)]
     one, many = TinyRegression(dropout=0.0), TinyRegression(dropout=0.0)
     make_trainer(max_steps=3).fit(one, train_dataloaders=[large])
     make_trainer(max_steps=3, accumulate_grad_batches=num_batches).fit(many, train_dataloaders=small)
@@ -205,9 +203,7 @@ def test_metrics_of_a_resumed_run_are_those_of_the_whole_one(make_trainer, tmp_p
 
     def fit(folder, *others, ckpt_path=None):
         save = ModelCheckpoint(every_n_train_steps=4, dirpath=folder / "c")
-        trainer = make_trainer(
-            max_steps=15, log_every_n_steps=1, logger=JSONLLogger(folder), callbacks=[*others, save]
-        )
+        trainer = make_trainer(max_steps=15, log_every_n_steps=1, logger=JSONLLogger(folder), callbacks=[*others, save])
         trainer.fit(
             TinyRegression(),
             train_dataloaders=DistinctBatches(),

@@ -59,7 +59,9 @@ def kill_once(folder: Path, i: int, while_saving: bool) -> None:
     checkpoints = folder / "killed" / "checkpoints"
     while process.poll() is None:
         half_written = list(checkpoints.glob(".tmp-*step=*"))
-        if (while_saving and half_written and time.perf_counter() > deadline) or (not while_saving and time.perf_counter() > deadline):
+        if (while_saving and half_written and time.perf_counter() > deadline) or (
+            not while_saving and time.perf_counter() > deadline
+        ):
             break
         time.sleep(0.0005)
     process.send_signal(signal.SIGKILL)

@@ -9,7 +9,7 @@ from attrs.validators import ge
 from mlxmm.config import option
 from mlxmm.data.loader import Loader
 from mlxmm.data.rows import Columns, open_rows
-from mlxmm.data.shapes import ShapesConfig, ShapesGrammar, ShapesRows, ShapesTexts
+from mlxmm.data.shapes import ShapesConfig, ShapesGrammar, ShapesTexts
 
 
 class DataModule:
@@ -36,7 +36,8 @@ class CaptionDataConfig:
     """Which pictures and captions, and how many at a time."""
 
     source: str = option(
-        "shapes", "`shapes`, a parquet file or glob, a folder of images with metadata, or a data set on the Hub"
+        "shapes",
+        "`shapes`, a parquet file or glob, a folder of images with metadata, or a data set on the Hub",
     )
     revision: str | None = option(None, "commit, tag or branch of a data set on the Hub")
     image_column: str = option("image", "column that holds the picture")
@@ -75,9 +76,7 @@ class CaptionData(DataModule):
 
     def _open_source(self) -> None:
         config = self.config
-        columns = Columns(
-            image=config.image_column, caption=config.caption_column, split=config.split_column
-        )
+        columns = Columns(image=config.image_column, caption=config.caption_column, split=config.split_column)
         rows = open_rows(config.source, columns, revision=config.revision, seed=self.seed)
         for split, part in rows.items():
             self.rows[split], bad = part.without_undecodable(config.num_threads)

@@ -98,9 +98,7 @@ def open_rows(source: str, columns: Columns, *, revision: str | None, seed: int)
     for column in (columns.image, columns.caption, columns.split):
         if column is not None and column not in first.column_names:
             raise UserError(f"{source} has no column {column!r}; it has {', '.join(first.column_names)}")
-    tables = {
-        name: table.cast_column(columns.image, datasets.Image(decode=False)) for name, table in tables.items()
-    }
+    tables = {name: table.cast_column(columns.image, datasets.Image(decode=False)) for name, table in tables.items()}
     rows = {split: CaptionRows(*part, columns) for split, part in _split(tables, columns.split, seed).items()}
     if empty := [split for split in SPLITS if split not in rows or not len(rows[split])]:
         raise UserError(f"{source} has no rows for {', '.join(empty)}; its splits are {', '.join(tables)}")

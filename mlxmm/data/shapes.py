@@ -91,9 +91,7 @@ class ShapesGrammar:
         self.config = config
         rng = np.random.default_rng([seed, 0xA77])
         colours, shapes = rng.permutation(list(COLOURS)), rng.permutation(SHAPES)
-        self.unseen_attributes = {
-            (str(c), str(s)) for c, s in zip(colours, shapes[:NUM_UNSEEN_ATTRIBUTES])
-        }
+        self.unseen_attributes = {(str(c), str(s)) for c, s in zip(colours, shapes[:NUM_UNSEEN_ATTRIBUTES])}
         seen = [thing for thing in all_things() if not self._is_unseen(thing)]
         pairs = [frozenset(pair) for pair in combinations(seen, 2)] + [frozenset([t]) for t in seen]
         order = rng.permutation(len(pairs))

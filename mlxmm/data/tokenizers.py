@@ -39,9 +39,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, adds_start_and_end
     tokenizer.train_from_iterator(texts, trainer)
     if adds_start_and_end:
         ids = [(token, tokenizer.token_to_id(token)) for token in (START, END)]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{START} $A {END}", special_tokens=ids
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=ids)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=START, eos_token=END, pad_token=END, unk_token=END
     )

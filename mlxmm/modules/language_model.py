@@ -4,7 +4,6 @@ B texts, L tokens.
 """
 
 import attrs
-import mlx.core as mx
 import numpy as np
 from attrs.validators import ge
 

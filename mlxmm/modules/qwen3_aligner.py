@@ -71,7 +71,15 @@ class Qwen3Aligner(Module):
     """A vision tower, a projector and a language model. All is frozen but the projector; a `FreezeSchedule`
     opens more. The image is a prefix; the loss is on the caption and its end alone."""
 
-    def __init__(self, config: Qwen3AlignerConfig, vision_config: VisionConfig, processor: ImageProcessor, lm, lm_config: dict, tokenizer):
+    def __init__(
+        self,
+        config: Qwen3AlignerConfig,
+        vision_config: VisionConfig,
+        processor: ImageProcessor,
+        lm,
+        lm_config: dict,
+        tokenizer,
+    ):
         super().__init__()
         self.config, self.processor, self.tokenizer = config, processor, tokenizer
         self.vision_config, self.lm_config = vision_config, lm_config
