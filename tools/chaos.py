@@ -22,10 +22,10 @@ import mlx.core as mx
 FLAGS = """
     --data.batch-size 32 --data.shapes.num-train 640 --data.shapes.num-val 64 --data.shapes.num-test 32
     --tower.trainer.max-steps 40 --language-model.trainer.max-steps 20
-    --trainer.max-steps 400 --trainer.val-check-interval 30 --trainer.log-every-n-steps 5
+    --trainer.max-steps 600 --trainer.val-check-interval 30 --trainer.log-every-n-steps 5
     --open-step 50 --checkpoint-every 5
 """.split()
-MOMENTS = 3.0, 10.0  # seconds after a start at which it may be killed: the run takes several times as long
+MOMENTS = 3.0, 7.0  # seconds after a start at which it may be killed: the run takes several times as long
 
 
 def main() -> None:
