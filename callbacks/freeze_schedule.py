@@ -9,7 +9,7 @@ from mlxmm.callback import Callback
 from mlxmm.module import match_parameters, set_trainable
 
 
-@attrs.define(slots=False)
+@attrs.define
 class FreezeSchedule(Callback):
     """`FreezeSchedule({0: "projector", 2: ("projector", "language_model.model.layers[-2:]")})`.
 
@@ -20,6 +20,8 @@ class FreezeSchedule(Callback):
 
     stages: Mapping[int, str | Sequence[str]]
     unit: str = attrs.field(default="epoch", validator=in_(("epoch", "step")), kw_only=True)
+    _names: dict[int, list[str]] = attrs.field(factory=dict, init=False)
+    _current: int | None = attrs.field(default=None, init=False)
 
     def on_fit_start(self, trainer, module):
         self._names = {start: self._match(module, stage) for start, stage in self.stages.items()}

@@ -5,15 +5,15 @@ import os
 # transformers remarks at import that torch is missing: it is not needed. Read before anything imports it.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from mlxmm import blas  # noqa: E402
-from mlxmm.callback import Callback  # noqa: E402
-from mlxmm.data.datamodule import DataModule  # noqa: E402
-from mlxmm.loggers import JSONLLogger, TensorBoardLogger  # noqa: E402
-from mlxmm.module import Module  # noqa: E402
-from mlxmm.modules.contrastive_clip import ContrastiveCLIP  # noqa: E402
-from mlxmm.modules.qwen3_aligner import Qwen3Aligner  # noqa: E402
-from mlxmm.modules.zero_shot import ZeroShotClassifier  # noqa: E402
-from mlxmm.trainer import Trainer, TrainerConfig  # noqa: E402
+from mlxmm import blas
+from mlxmm.callback import Callback
+from mlxmm.data.datamodule import DataModule
+from mlxmm.loggers import JSONLLogger, TensorBoardLogger
+from mlxmm.module import Module
+from mlxmm.modules.contrastive_clip import ContrastiveCLIP
+from mlxmm.modules.qwen3_aligner import Qwen3Aligner
+from mlxmm.modules.zero_shot import ZeroShotClassifier
+from mlxmm.trainer import Trainer, TrainerConfig
 
 __all__ = [
     "Callback",

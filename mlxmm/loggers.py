@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ class Logger:
 
     def log_metrics(self, metrics: dict[str, float], step: int, epoch: int) -> None:
         """Write scalars; `step` counts updates."""
+
+    def log_hyperparams(self, params: dict) -> None:
+        """Write the settings of a run: a dict, of dicts where parts have settings of their own."""
 
     def log_images(self, name: str, images: np.ndarray, step: int) -> None:
         """Write (N, H, W, 3) uint8 pictures."""
@@ -80,6 +84,13 @@ class TensorBoardLogger(Logger):
             self.writer.add_scalar(name, value, step)
         self.writer.add_scalar("epoch", epoch, step)
 
+    def log_hyperparams(self, params):
+        from tensorboardX.summary import hparams
+
+        # `add_hparams` would open a second run beside this one.
+        for summary in hparams(dict(_flatten(params)), {}):
+            self.writer.file_writer.add_summary(summary)
+
     def log_images(self, name, images, step):
         self.writer.add_images(name, images, step, dataformats="NHWC")
 
@@ -97,3 +108,12 @@ class TensorBoardLogger(Logger):
 
     def rewind(self, position, step):
         self._purge_step = step + 1  # TensorBoard hides what older files hold from here on
+
+
+def _flatten(params: dict, prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:
+    """Dotted names and values of a kind that TensorBoard's table of hyper-parameters shows."""
+    for name, value in params.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value if isinstance(value, bool | int | float | str) else str(value)

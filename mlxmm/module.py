@@ -5,11 +5,12 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import attrs
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxmm.config import UserError
+from mlxmm.config import UserError, to_json
 
 
 class Module(nn.Module):
@@ -21,6 +22,12 @@ class Module(nn.Module):
     """
 
     trainer = None  # the Trainer that fits this module, while it does
+
+    @property
+    def hparams(self) -> dict:
+        """The settings that loggers write: those of `config`, where the module has one."""
+        config = vars(self).get("config")
+        return to_json(config) if attrs.has(type(config)) else {}
 
     def training_step(self, batch) -> dict[str, mx.array]:
         """The loss of one batch, and what else is worth a curve."""

@@ -16,7 +16,7 @@ from mlx.utils import tree_map
 
 from mlxmm import checkpoint, distributed
 from mlxmm.callback import HOOKS, Callback
-from mlxmm.config import UserError, option
+from mlxmm.config import UserError, option, to_json
 from mlxmm.loggers import JSONLLogger, Logger, TensorBoardLogger
 from mlxmm.module import Modes, Module, evaluating, set_trainable, trainable_names
 from mlxmm.signals import Request, end_requests
@@ -88,6 +88,7 @@ class Trainer:
             state = self._restore(ckpt_path)
             self._call("on_fit_start")
             self._make_optimizer(ckpt_path, state)
+            self._log_hyperparams()
             self._call("on_train_start")
             self._train(request)
             self._call("on_train_end")
@@ -241,6 +242,10 @@ class Trainer:
         if state is not None:
             checkpoint.load_optimizer(Path(ckpt_path), self.optimizer, self.module)
         self._build_train_step()
+
+    def _log_hyperparams(self) -> None:
+        for logger in self.loggers:
+            logger.log_hyperparams({"module": self.module.hparams, "trainer": to_json(self.config)})
 
     def _build_train_step(self) -> None:
         """Compile for what is trainable now. Moments already there stay; new parameters get their own."""

@@ -7,6 +7,7 @@
 Without flags it draws its own pictures and trains a small tower and a small Qwen3 first; both are kept in a cache.
 """
 
+import json
 import time
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from mlxmm import Trainer, TrainerConfig
 from mlxmm.config import option, run_recipe, to_json
 from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
 from mlxmm.data.sheet import contact_sheet
-from mlxmm.data.tokenizers import START, token_length
+from mlxmm.data.tokenizers import START, load_tokenizer, token_length
 from mlxmm.files import whole_file, write_json
+from mlxmm.hub import local_folder
 from mlxmm.metrics import bleu, exact_match
 from mlxmm.modules.qwen3_aligner import Qwen3Aligner, Qwen3AlignerConfig
 from mlxmm.optimizers import OptimizerConfig
@@ -100,13 +102,12 @@ def build(config: Config, data: CaptionData, run: Run) -> tuple[Qwen3Aligner, di
             lambda to: _train_lm(config, data, run, to),
         )
         module = attrs.evolve(module, lm=str(folder), prompt=module.prompt or START)
-    mx.random.seed(config.seed)
-    aligner = Qwen3Aligner.from_parts(module)
     if module.max_caption_tokens == 0:
         captions = [caption for _, caption in data.sample_texts()]
-        length = token_length(aligner.tokenizer, captions) + 1  # the end
-        aligner.config = attrs.evolve(module, max_caption_tokens=length)
-    return aligner, figures
+        length = token_length(load_tokenizer(local_folder(module.lm)), captions) + 1  # the end
+        module = attrs.evolve(module, max_caption_tokens=length)
+    mx.random.seed(config.seed)
+    return Qwen3Aligner.from_parts(module), figures
 
 
 def align(config: Config, aligner: Qwen3Aligner, data: CaptionData, run: Run) -> dict:
@@ -161,8 +162,6 @@ def _train_lm(config: Config, data: CaptionData, run: Run, folder: Path) -> None
 
 
 def _read_figures(folder: Path, *names: str) -> dict:
-    import json
-
     figures = json.loads((folder / "figures.json").read_text())
     return {name: figures[name] for name in names if name in figures}
 

@@ -107,6 +107,7 @@ MASKS = {
     "none": None,
     "causal": "causal",
     "added": mx.where(mx.random.uniform(shape=(2, 1, 1, 9), key=mx.random.key(5)) < 0.3, -1e9, 0.0),
+    "boolean": mx.random.uniform(shape=(2, 1, 1, 9), key=mx.random.key(6)) < 0.7,
 }
 
 

@@ -51,8 +51,9 @@ def test_a_run_leaves_behind_what_the_readme_says(finished):
     assert [row["step"] for row in rows if "val/loss_shuffled" in row] == [4, 8]
 
 
-def test_tensorboard_reads_scalars_images_and_text(finished):
+def test_tensorboard_reads_scalars_images_text_and_settings(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     events = EventAccumulator(str(finished[0]))
     events.Reload()
@@ -61,6 +62,8 @@ def test_tensorboard_reads_scalars_images_and_text(finished):
     assert [event.step for event in events.Scalars("val/loss")] == [4, 8]
     assert any(tag.startswith("samples") for tag in tags["images"])
     assert any(tag.startswith("samples") for tag in tags["tensors"])
+    table = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
+    assert table.session_start_info.hparams["module.optimizer.learning_rate"].number_value == 5e-3
 
 
 def test_frozen_parts_stay_and_exactly_the_opened_layers_change(finished, cache):

@@ -22,7 +22,7 @@ from mlxmm.data.tokenizers import end_token, load_tokenizer
 from mlxmm.generate import greedy
 from mlxmm.hub import local_folder, read_config
 from mlxmm.losses import token_accuracy, token_loss
-from mlxmm.module import Module
+from mlxmm.module import Module, evaluating
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.networks.clip import VisionConfig, VisionTower
 from mlxmm.networks.language_model import (
@@ -172,17 +172,13 @@ class Qwen3Aligner(Module):
 
     def caption(self, images: Sequence, *, max_new_tokens: int | None = None) -> list[str]:
         """One caption for each PIL image, by greedy decoding."""
-        captions = []
-        for start in range(0, len(images), BATCH):
-            prefix = self.prefix(self.processor(images[start : start + BATCH]))
-            rows = greedy(
-                self.language_model,
-                prefix,
-                max_new_tokens=max_new_tokens or self.config.max_caption_tokens,
-                stop_id=self._stop_id,
-            )
-            captions += [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
-        return captions
+        length = max_new_tokens or self.config.max_caption_tokens
+        rows = []
+        with evaluating(self):
+            for start in range(0, len(images), BATCH):
+                prefix = self.prefix(self.processor(images[start : start + BATCH]))
+                rows += greedy(self.language_model, prefix, max_new_tokens=length, stop_id=self._stop_id)
+        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     def configure_optimizers(self):
         return self.config.optimizer.build(self.trainer.estimated_stepping_batches)
