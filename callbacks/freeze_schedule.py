@@ -23,10 +23,11 @@ class FreezeSchedule(Callback):
     _names: dict[int, list[str]] = attrs.field(factory=dict, init=False)
     _current: int | None = attrs.field(default=None, init=False)
 
-    def on_fit_start(self, trainer, module):
-        self._names = {start: self._match(module, stage) for start, stage in self.stages.items()}
-        self._current = None
-        self._apply(trainer, module)
+    def setup(self, trainer, module, stage):
+        if stage == "fit":  # before the optimizer exists, which then has what is trainable and no more
+            self._names = {start: self._match(module, stage) for start, stage in self.stages.items()}
+            self._current = None
+            self._apply(trainer, module)
 
     def on_train_epoch_start(self, trainer, module):
         self._apply(trainer, module)

@@ -29,7 +29,7 @@ class TQDMProgressBar(Callback):
             disable=not self._is_terminal,
         )
 
-    def on_train_batch_end(self, trainer, module, metrics):
+    def on_train_batch_end(self, trainer, module, metrics, batches):
         if self._bar is None:
             return
         self._bar.update()

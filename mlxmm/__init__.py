@@ -13,7 +13,9 @@ from mlxmm.module import Module
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.modules.qwen3_aligner import Qwen3Aligner
 from mlxmm.modules.zero_shot import ZeroShotClassifier
-from mlxmm.trainer import Trainer, TrainerConfig
+from mlxmm.randomness import seed_everything
+from mlxmm.trainer import Trainer
+from mlxmm.trainer_config import TrainerConfig
 
 __all__ = [
     "Callback",
@@ -26,6 +28,7 @@ __all__ = [
     "Trainer",
     "TrainerConfig",
     "ZeroShotClassifier",
+    "seed_everything",
 ]
 
 blas.enable()

@@ -1,27 +1,36 @@
-"""Callback: code that runs at named moments of a run. One sentence a moment."""
+"""Callback: code that runs at named moments of a run. One sentence a moment; docs/hooks.md compares with Lightning."""
 
 
 class Callback:
     """Override the moments you want. `trainer` tells where the run is; `module` is what it fits.
 
-    Hooks come per update, not per micro-batch, and in the order of the trainer's list. Metrics are scalar
-    arrays: `float` of one waits for the device, so do that rarely.
+    Callbacks are called in the trainer's order, then the module's own method of the same name, which gets neither
+    `trainer` nor `module`. Hooks come per update, not per micro-batch. Metrics are scalar arrays: `float` of one
+    waits for the device, so do that rarely.
     """
 
+    saves_checkpoints = False  # such callbacks come last: what they save includes what the others did
+
     def setup(self, trainer, module, stage) -> None:
-        """Before anything else of `fit`, `validate` or `test` (the `stage`)."""
+        """Before anything else of `fit`, `validate`, `test` or `predict` (the `stage`)."""
 
     def teardown(self, trainer, module, stage) -> None:
         """After everything else of a stage that ended well."""
 
     def on_fit_start(self, trainer, module) -> None:
-        """Counters and weights are restored; the optimizer does not exist yet."""
+        """Weights, counters and optimizer are there, restored if the run is resumed."""
 
     def on_fit_end(self, trainer, module) -> None:
         """The last update and its validation are behind."""
 
+    def on_sanity_check_start(self, trainer, module) -> None:
+        """A few validation batches are about to be tried. No other hook hears of them."""
+
+    def on_sanity_check_end(self, trainer, module) -> None:
+        """They went well; nothing was logged, and no random state was touched."""
+
     def on_train_start(self, trainer, module) -> None:
-        """The optimizer exists; the first epoch is next."""
+        """The first epoch is next."""
 
     def on_train_end(self, trainer, module) -> None:
         """The last epoch, or as much of it as was wanted, is behind."""
@@ -32,32 +41,80 @@ class Callback:
     def on_train_epoch_end(self, trainer, module) -> None:
         """The last update of an epoch, and its validation, are behind."""
 
-    def on_train_batch_start(self, trainer, module, batches) -> None:
-        """An update is next; `batches` is the tuple of its micro-batches."""
+    def on_train_batch_start(self, trainer, module, batches) -> int | None:
+        """An update is next; `batches` is the tuple of its micro-batches. Return -1 to skip the rest of the epoch."""
 
     def on_before_optimizer_step(self, trainer, module, grads) -> None:
         """Gradients are summed and divided, not yet clipped; overriding this splits the compiled step in two."""
 
-    def on_train_batch_end(self, trainer, module, metrics) -> None:
+    def on_train_batch_end(self, trainer, module, metrics, batches) -> None:
         """An update is done and counted; `metrics` are its means."""
 
     def on_save_point(self, trainer, module) -> None:
         """The update, its validation and its epoch's end are behind: a checkpoint saved now misses nothing."""
 
     def on_validation_start(self, trainer, module) -> None:
-        """The module is about to be validated."""
+        """The module is about to be validated, and is in evaluation mode."""
+
+    def on_validation_epoch_start(self, trainer, module) -> None:
+        """Right after `on_validation_start`."""
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        """A validation batch is next."""
+
+    def on_validation_batch_end(self, trainer, module, batch, batch_idx) -> None:
+        """A validation batch is counted."""
+
+    def on_validation_epoch_end(self, trainer, module) -> None:
+        """The last validation batch is behind; its means are logged next."""
 
     def on_validation_end(self, trainer, module, metrics) -> None:
-        """The means over the validation data are known and logged."""
+        """The means over the validation data are known, and logged; the module is still in evaluation mode."""
 
     def on_test_start(self, trainer, module) -> None:
-        """The module is about to be tested."""
+        """The module is about to be tested, and is in evaluation mode."""
+
+    def on_test_epoch_start(self, trainer, module) -> None:
+        """Right after `on_test_start`."""
+
+    def on_test_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        """A test batch is next."""
+
+    def on_test_batch_end(self, trainer, module, batch, batch_idx) -> None:
+        """A test batch is counted."""
+
+    def on_test_epoch_end(self, trainer, module) -> None:
+        """The last test batch is behind; its means are logged next."""
 
     def on_test_end(self, trainer, module, metrics) -> None:
-        """The means over the test data are known and logged."""
+        """The means over the test data are known, and logged."""
+
+    def on_predict_start(self, trainer, module) -> None:
+        """Predictions are about to be made, in evaluation mode."""
+
+    def on_predict_epoch_start(self, trainer, module) -> None:
+        """Right after `on_predict_start`."""
+
+    def on_predict_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        """A batch is about to be predicted."""
+
+    def on_predict_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        """`outputs` is what `predict_step` returned, evaluated."""
+
+    def on_predict_epoch_end(self, trainer, module) -> None:
+        """The last batch is predicted."""
+
+    def on_predict_end(self, trainer, module) -> None:
+        """Right after `on_predict_epoch_end`."""
 
     def on_exception(self, trainer, module, exception) -> None:
         """The run ends early, by an error or by a signal; the exception is raised again afterwards."""
+
+    def on_save_checkpoint(self, trainer, module, checkpoint) -> None:
+        """Add to what is saved, or change it: a flat dict of arrays for each file, and JSON values as "state"."""
+
+    def on_load_checkpoint(self, trainer, module, checkpoint) -> None:
+        """The weights are restored from `checkpoint`, as `on_save_checkpoint` saw it; the optimizer comes later."""
 
     def state_dict(self) -> dict:
         """What to remember across a resume, as JSON values."""

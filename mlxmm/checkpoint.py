@@ -7,6 +7,7 @@ state.json              counters, what was trainable, callbacks, loggers, and a 
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,17 +17,31 @@ from mlxmm.config import UserError
 from mlxmm.files import sha256, whole_folder, write_json
 
 FORMAT = 1
-WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+WEIGHTS, STATE = "weights.safetensors", "state.json"
 
 
-def save(folder: Path, module, optimizer, state: dict) -> None:
-    """Write module, optimizer and `state` (JSON values) to `folder`, replacing it as a whole."""
+def contents(module, optimizer, state: dict) -> dict[str, dict]:
+    """What a checkpoint holds: arrays by their dotted names, and JSON values. Later updates do not change it."""
+    weights, moments = (dict(tree_flatten(tree)) for tree in (module.parameters(), optimizer.state))
+    return {"weights": weights, "optimizer": moments, "state": state}
+
+
+def save(folder: Path, checkpoint: dict[str, dict], save_config: Callable[[Path], None]) -> None:
+    """Write `folder`, replacing it as a whole: "state" as JSON, every other flat dict of arrays as safetensors."""
     with whole_folder(folder) as temporary:
-        mx.save_safetensors(str(temporary / WEIGHTS), dict(tree_flatten(module.parameters())))
-        mx.save_safetensors(str(temporary / OPTIMIZER), dict(tree_flatten(optimizer.state)))
-        module.save_config(temporary)
+        for name, arrays in checkpoint.items():
+            if name != "state":
+                mx.save_safetensors(str(temporary / f"{name}.safetensors"), arrays)
+        save_config(temporary)
         files = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
-        write_json(temporary / STATE, {"format": FORMAT, **state, "files": files})
+        write_json(temporary / STATE, {"format": FORMAT, **checkpoint["state"], "files": files})
+
+
+def load(folder: Path) -> dict[str, dict]:
+    """What `save` wrote, after every file was compared with its checksum; arrays are read when they are used."""
+    state = read_state(folder)
+    files = [folder / name for name in state["files"] if name.endswith(".safetensors")]
+    return {"state": state} | {path.stem: mx.load(str(path)) for path in files}
 
 
 def read_state(folder: Path) -> dict:
@@ -72,11 +87,10 @@ def load_arrays(path: Path, weights: dict[str, mx.array], module) -> None:
     mx.eval(module.parameters())  # `mx.load` is lazy, and the file may be replaced or deleted later
 
 
-def load_optimizer(folder: Path, optimizer, module) -> None:
+def load_optimizer(arrays: dict[str, mx.array], optimizer, module) -> None:
     """Take back moments and step counts; parameters that are new to the optimizer start at zero."""
-    state = mx.load(str(folder / OPTIMIZER))
-    mx.eval(state)
-    optimizer.state = tree_unflatten(list(state.items()))
+    mx.eval(arrays)
+    optimizer.state = tree_unflatten(list(arrays.items()))
     # Frozen layers leave empty dicts, which safetensors cannot hold: `init` puts them back.
     optimizer.init(module.trainable_parameters())
 

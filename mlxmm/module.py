@@ -19,6 +19,8 @@ class Module(nn.Module):
     Steps take a batch, a tree of arrays, and return a dict of scalar means with "loss" among them and, where
     examples count differently, their "weight" (examples, or supervised tokens). They are compiled: they run as
     Python once per batch shape, so they return what they measure and keep no record of their own.
+
+    Any hook of `Callback` may be a method of a module too, without `trainer` and `module`: `on_train_start(self)`.
     """
 
     trainer = None  # the Trainer that fits this module, while it does
@@ -40,6 +42,14 @@ class Module(nn.Module):
     def test_step(self, batch) -> dict[str, mx.array]:
         """What to measure on one test batch; `validation_step`, unless a module measures more."""
         return self.validation_step(batch)
+
+    def predict_step(self, batch):
+        """What `Trainer.predict` collects for one batch: anything. Not compiled."""
+        raise NotImplementedError(f"{type(self).__name__} has no predict_step")
+
+    def configure_callbacks(self) -> list:
+        """Callbacks of the module's own; they replace the trainer's of the same class."""
+        return []
 
     def configure_optimizers(self):
         """The `mlx.optimizers.Optimizer` of the parameters that are trainable now."""

@@ -12,9 +12,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlxmm import distributed
+from mlxmm.compiled import Compiler, remember
+from mlxmm.precision import autocast
+from mlxmm.randomness import isolated_random_state
 
 
-def build_train_step(module, optimizer, config, on_gradients: Callable | None = None) -> Callable:
+def build_train_step(module, optimizer, config, compiler: Compiler, on_gradients: Callable | None = None) -> Callable:
     """Return `train_step(batches) -> metrics`: one update from a few micro-batches.
 
     Compiling captures what is trainable, the training modes and the state dicts as they are now: build again
@@ -22,8 +25,10 @@ def build_train_step(module, optimizer, config, on_gradients: Callable | None = 
     function, so that Python sees real gradients in between.
     """
 
+    step = autocast(module, module.training_step, config.precision)
+
     def weighted_loss(batch):
-        sums = weighted_sums(module.training_step(batch))
+        sums = weighted_sums(step(batch))
         return sums["loss"], sums
 
     loss_and_grad = nn.value_and_grad(module, weighted_loss)
@@ -31,7 +36,7 @@ def build_train_step(module, optimizer, config, on_gradients: Callable | None = 
     def accumulate(batch, total):
         (_, sums), grads = loss_and_grad(batch)
         new = {"sums": sums, "grads": grads}
-        return new if total is None else tree_map(mx.add, total, new)
+        return add_sums(total, new)
 
     def average(total):
         means, grads = average_sums(total["sums"], total["grads"])
@@ -40,14 +45,12 @@ def build_train_step(module, optimizer, config, on_gradients: Callable | None = 
     def update(metrics, grads):
         metrics["grad_norm"] = norm = global_norm(grads)
         if config.gradient_clip_val is not None:
-            scale = mx.minimum(config.gradient_clip_val / (norm + 1e-6), 1.0)
-            grads = tree_map(lambda g: g * scale.astype(g.dtype), grads)
+            grads = clip(grads, norm, config.gradient_clip_val, config.gradient_clip_algorithm)
         optimizer.update(module, grads)
         module.after_update()
         return metrics
 
-    state = [module.state, optimizer.state, mx.random.state]
-    compiled = partial(mx.compile, inputs=state, outputs=state) if config.compile else lambda f: f
+    compiled = partial(compiler, state=[module.state, optimizer.state, mx.random.state])
     accumulate_alone, average_alone, update_alone = compiled(accumulate), compiled(average), compiled(update)
     finish = compiled(lambda total: update(*average(total)))
     whole = compiled(lambda batch: update(*average(accumulate(batch, None))))
@@ -68,15 +71,33 @@ def build_train_step(module, optimizer, config, on_gradients: Callable | None = 
     return train_step
 
 
-def build_eval_step(module, step: Callable, config) -> Callable:
-    """Return `eval_step(batch, total) -> total`: adds the weighted sums of one batch to those before it."""
+def build_eval_step(module, step: Callable, config, compiler: Compiler) -> Callable:
+    """Return `eval_step(batch) -> sums`: the weighted sums of what `step` measures on a batch."""
+    step = autocast(module, step, config.precision)
+    return compiler(lambda batch: weighted_sums(step(batch)), state=[module.state, mx.random.state])
 
-    def add(batch, total):
-        sums = weighted_sums(step(batch))
-        return sums if total is None else tree_map(mx.add, total, sums)
 
-    state = [module.state, mx.random.state]
-    return mx.compile(add, inputs=state, outputs=state) if config.compile else add
+def checked_twice(train_step: Callable, module, optimizer) -> Callable:
+    """`train_step` that computes its first update twice, and raises where the two differ by a bit."""
+    checked = False
+
+    def run(batches):
+        nonlocal checked
+        if not checked:
+            checked = True
+            restore = remember([module.state, optimizer.state])
+            with isolated_random_state():
+                mx.eval(train_step(batches), module.state)
+            first = tree_flatten(module.parameters())
+            restore()
+            metrics = train_step(batches)
+            for (name, once), (_, twice) in zip(first, tree_flatten(module.parameters())):
+                if not mx.array_equal(once, twice, equal_nan=True).item():
+                    raise RuntimeError(f"deterministic: the same update, computed twice, gave two values of {name}")
+            return metrics
+        return train_step(batches)
+
+    return run
 
 
 def weighted_sums(outputs: dict) -> dict:
@@ -85,12 +106,25 @@ def weighted_sums(outputs: dict) -> dict:
     return {name: mean * weight for name, mean in outputs.items() if name != "weight"} | {"weight": weight}
 
 
+def add_sums(total: dict | None, sums: dict) -> dict:
+    """Add the sums of a batch to those before it, if there were any."""
+    return sums if total is None else tree_map(mx.add, total, sums)
+
+
 def average_sums(sums: dict, *trees):
     """Divide sums, and trees of sums, by the weight of all processes: the one place where means are made."""
     sums, *trees = distributed.all_sum([sums, *trees])
     weight = sums["weight"]
     means = {name: total / weight for name, total in sums.items() if name != "weight"}
     return (means, *(tree_map(lambda x: x / weight.astype(x.dtype), tree) for tree in trees))
+
+
+def clip(grads, norm: mx.array, most: float, algorithm: str):
+    """Scale all gradients so that their `norm` is at most `most`; or, by "value", bound each number."""
+    if algorithm == "value":
+        return tree_map(lambda g: mx.clip(g, -most, most), grads)
+    scale = mx.minimum(most / (norm + 1e-6), 1.0)
+    return tree_map(lambda g: g * scale.astype(g.dtype), grads)
 
 
 def global_norm(grads) -> mx.array:

@@ -1,53 +1,38 @@
 """The Trainer: the loops. Everything else is a callback, a module or a loader.
 
-A run is a function of (config, global_step): the order of examples comes from (seed, epoch), the random key of
+A run is a function of (config, global_step): the order of examples comes from (seed, epoch), the random keys of
 an update from (seed, rank, global_step). So a resumed run is the run that was never stopped, to the bit.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import attrs
 import mlx.core as mx
-from attrs.validators import ge, optional
-from mlx.utils import tree_map
 
-from mlxmm import checkpoint, distributed
-from mlxmm.callback import HOOKS, Callback
-from mlxmm.config import UserError, option, to_json
+from mlxmm import batches, checkpoint, distributed, hooks
+from mlxmm.callback import Callback
+from mlxmm.compiled import Compiler, can_compile
+from mlxmm.config import UserError, to_json
+from mlxmm.layers import assert_finite, recomputed_layers, watched_outputs
 from mlxmm.loggers import JSONLLogger, Logger, TensorBoardLogger
 from mlxmm.module import Modes, Module, evaluating, set_trainable, trainable_names
+from mlxmm.profiler import NoProfiler, Profiler
+from mlxmm.randomness import isolated_random_state, seed_everything, step_seed
 from mlxmm.signals import Request, end_requests
-from mlxmm.train_step import average_sums, build_eval_step, build_train_step
-
-
-@attrs.frozen(kw_only=True)
-class TrainerConfig:
-    """How long to train and what to do on the way. A step is one optimizer update."""
-
-    max_steps: int = option(-1, "updates to run; -1: no limit", ge(-1))
-    max_epochs: int = option(1_000, "passes over the training data", ge(0))
-    accumulate_grad_batches: int = option(1, "batches per update", ge(1))
-    gradient_clip_val: float | None = option(1.0, "largest global gradient norm, or none", optional(ge(0)))
-    val_check_interval: int | None = option(
-        None, "updates between validations; none: at each epoch's end", optional(ge(1))
-    )
-    log_every_n_steps: int = option(50, "updates between lines of training metrics", ge(1))
-    seed: int = option(0, "of data order, dropout and all else that is random", ge(0))
-    compile: bool = option(True, "compile each update; without, it runs as plain Python")
-    default_root_dir: Path | None = option(None, "where loggers and checkpoints write; none: nowhere")
-    enable_checkpointing: bool = option(True, "let ModelCheckpoint write")
-    enable_progress_bar: bool = option(True, "show TQDMProgressBar")
-    enable_model_summary: bool = option(True, "print ModelSummary")
+from mlxmm.train_step import add_sums, average_sums, build_eval_step, build_train_step, checked_twice
+from mlxmm.trainer_config import TrainerConfig, duration
 
 
 class Trainer:
     """Fits a `Module`: Lightning's Trainer on MLX.
 
-    `callbacks` are called in the order given. `logger` is one Logger or several; True stands for
-    JSON lines and TensorBoard in `default_root_dir`, False for none. Settings of `TrainerConfig` may be given by name.
+    `callbacks` are called in the order given, those that save checkpoints last. `logger` is one Logger or several;
+    True stands for JSON lines and TensorBoard in `default_root_dir`, False for none. Settings of `TrainerConfig`
+    may be given by name.
     """
 
     def __init__(
@@ -58,16 +43,17 @@ class Trainer:
         logger: Logger | Sequence[Logger] | bool = True,
         **settings,
     ):
-        if isinstance(root := settings.get("default_root_dir"), str):
-            settings["default_root_dir"] = Path(root)
-        self.config = attrs.evolve(config or TrainerConfig(), **settings)
-        self.callbacks = list(callbacks)
-        self.loggers = _make_loggers(logger, self.config.default_root_dir)
-        self._hooks = _overridden_hooks(self.callbacks)
+        self.config = attrs.evolve(config or TrainerConfig(), **settings).resolved()
+        self.callbacks = hooks.arrange(callbacks)
+        self.loggers = [] if self.config.fast_dev_run else _make_loggers(logger, self.config.default_root_dir)
+        self.profiler = Profiler() if self.config.profiler else NoProfiler()
+        self.accumulate_grad_batches = self.config.accumulate_grad_batches
         self.global_step = 0  # updates, and nothing else
         self.current_epoch = 0
         self.batch_idx = 0  # micro-batches of this epoch that are behind
+        self.seconds = 0.0  # of training, before this fit began
         self.should_stop = False
+        self.state = "initializing"  # then running, and finished or interrupted
         self.callback_metrics: dict[str, float] = {}  # the newest value of all that was logged
         self.module = self.optimizer = self.datamodule = None
 
@@ -82,13 +68,15 @@ class Trainer:
         val_dataloaders=None,
         ckpt_path: Path | str | None = None,
     ) -> None:
-        """Train until `max_steps` updates, `max_epochs` epochs or `should_stop`; `ckpt_path` resumes a run."""
-        data = datamodule or _Loaders(train_dataloaders, val_dataloaders)
-        with self._stage("fit", module, data), end_requests() as request:
-            state = self._restore(ckpt_path)
+        """Train until `max_steps` updates, `max_epochs` epochs, `max_time` or `should_stop`.
+
+        `ckpt_path` is the checkpoint to go on from; "last" the newest whole one in `default_root_dir`.
+        """
+        data = datamodule or batches.Loaders(train=train_dataloaders, val=val_dataloaders)
+        with self._stage("fit", module, data), self._layers_prepared(), end_requests() as request:
+            self._prepare_fit(ckpt_path)
             self._call("on_fit_start")
-            self._make_optimizer(ckpt_path, state)
-            self._log_hyperparams()
+            self._sanity_check()
             self._call("on_train_start")
             self._train(request)
             self._call("on_train_end")
@@ -96,36 +84,50 @@ class Trainer:
 
     def validate(self, module: Module, datamodule=None, *, dataloaders=None) -> dict[str, float]:
         """The means of `validation_step` over the validation data, as "val/…"."""
-        with self._stage("validate", module, datamodule or _Loaders(val=dataloaders)):
-            return self._evaluate("validation", "val")
+        with self._stage("validate", module, datamodule or batches.Loaders(val=dataloaders)):
+            return self._validate()
 
     def test(self, module: Module, datamodule=None, *, dataloaders=None) -> dict[str, float]:
         """The means of `test_step` over the test data, as "test/…"."""
-        with self._stage("test", module, datamodule or _Loaders(test=dataloaders)):
-            return self._evaluate("test", "test")
+        with self._stage("test", module, datamodule or batches.Loaders(test=dataloaders)):
+            return self._evaluate("test", self.datamodule.test_dataloader(), self.config.limit_test_batches)
+
+    def predict(self, module: Module, datamodule=None, *, dataloaders=None) -> list:
+        """What `predict_step` returns for each batch."""
+        with self._stage("predict", module, datamodule or batches.Loaders(predict=dataloaders)):
+            return self._predict(self.datamodule.predict_dataloader())
 
     def save_checkpoint(self, folder: Path | str) -> None:
         """Write a checkpoint of the run as it is now, whole or not at all."""
+        contents = self.dump_checkpoint()
+        if self.is_global_zero:
+            checkpoint.save(Path(folder), contents, self.module.save_config)
+
+    def dump_checkpoint(self) -> dict[str, dict]:
+        """What a checkpoint of the run as it is now holds: later updates do not change it."""
         for logger in self.loggers:
             logger.flush()
         state = {
             "global_step": self.global_step,
             "current_epoch": self.current_epoch,
             "batch_idx": self.batch_idx,
+            "seconds": self.training_seconds,
             "callback_metrics": self.callback_metrics,
             "trainable": trainable_names(self.module),
             "callbacks": {c.state_key: c.state_dict() for c in self.callbacks},
             "loggers": [logger.position() for logger in self.loggers],
         }
-        if self.is_global_zero:
-            checkpoint.save(Path(folder), self.module, self.optimizer, state)
+        contents = checkpoint.contents(self.module, self.optimizer, state)
+        self._call("on_save_checkpoint", contents)
+        return contents
 
     def log(self, metrics: dict) -> None:
         """Write scalars under the current step. `float` waits for the device: not for every update."""
-        values = {name: float(value) for name, value in metrics.items()}
-        self.callback_metrics |= values
-        for logger in self.loggers:
-            logger.log_metrics(values, self.global_step, self.current_epoch)
+        with self.profiler.phase("logging"):
+            values = {name: float(value) for name, value in metrics.items()}
+            self.callback_metrics |= values
+            for logger in self.loggers:
+                logger.log_metrics(values, self.global_step, self.current_epoch)
 
     @property
     def is_global_zero(self) -> bool:
@@ -133,197 +135,289 @@ class Trainer:
         return distributed.rank() == 0
 
     @property
+    def training_seconds(self) -> float:
+        """How long this run has been in training, what came before a resume included."""
+        return self.seconds + (time.perf_counter() - self._started if self.state == "running" else 0.0)
+
+    @property
+    def num_compiled_variants(self) -> int:
+        """For how many batch shapes steps are compiled now: at most `max_compiled_variants` of each kind."""
+        return self._compiler.num_variants
+
+    @property
     def estimated_stepping_batches(self) -> int:
         """How many updates the run will have."""
         limits = [self.config.max_steps] if self.config.max_steps >= 0 else []
-        loader = self.datamodule.train_dataloader()
-        if hasattr(loader, "__len__"):
-            updates = -(-len(loader) // self.config.accumulate_grad_batches)
+        updates = self._count_updates(self._train_loader())
+        if updates is not None and self.config.max_epochs >= 0:
             limits.append(updates * self.config.max_epochs)
         if not limits:
             raise UserError("set max_steps: the training data do not tell how many batches they have")
         return min(limits)
 
-    # ------------------------------------------------------------------ the loop
+    # ------------------------------------------------------------------ the loops
 
     def _train(self, request: Request) -> None:
         while not self._done:
             self._call("on_train_epoch_start")
-            for batches, is_last in self._updates_of_epoch():
-                self._update(batches)
+            for group, is_last in self._updates_of_epoch():
+                is_last = not self._update(group) or is_last
                 if self._validation_due(is_last):
-                    self._evaluate("validation", "val")
-                if is_last:
+                    self._validate()
+                if is_last or self._done:
                     self._call("on_train_epoch_end")
+                if is_last:
                     self.current_epoch, self.batch_idx = self.current_epoch + 1, 0
                 self._call("on_save_point")
                 request.raise_if_made()
-                if self._done:
+                if is_last or self._done:
                     break
 
-    def _update(self, batches: tuple) -> None:
-        self._call("on_train_batch_start", batches)
+    def _update(self, group: tuple) -> bool:
+        """One optimizer update; False if a hook wants the rest of the epoch skipped instead."""
+        if -1 in self._call("on_train_batch_start", group):
+            return False
         if self._modes.changed():
             self._build_train_step()
-        mx.random.seed(self._step_seed())
-        metrics = self._train_step(batches)
-        mx.eval(metrics, self.module.state, self.optimizer.state)
+        with self.profiler.phase("step"):
+            seed_everything(step_seed(self.config.seed, distributed.rank(), self.global_step))
+            metrics = self._train_step(group)
+            mx.eval(metrics, self.module.state, self.optimizer.state)
         self.global_step += 1
-        self.batch_idx += len(batches)
+        self.batch_idx += len(group)
         if self.global_step % self.config.log_every_n_steps == 0:
             self.log({f"train/{name}": value for name, value in metrics.items()})
-        self._call("on_train_batch_end", metrics)
+        self._call("on_train_batch_end", metrics, group)
+        return True
 
     def _updates_of_epoch(self) -> Iterator[tuple[tuple, bool]]:
         """The micro-batches of each update left in this epoch, and whether it is the epoch's last."""
-        batches = _epoch(self.datamodule.train_dataloader(), self.current_epoch, self.batch_idx)
-        updates = iter(lambda: tuple(islice(batches, self.config.accumulate_grad_batches)), ())
-        update = next(updates, None)
-        if update is None:
+        limit = self.config.overfit_batches or self.config.limit_train_batches
+        number = 0 if self.config.overfit_batches else self.current_epoch
+        loader = self._train_loader()
+        self._updates_in_epoch = self._count_updates(loader)
+        rest = batches.epoch(loader, number, self.batch_idx, limit)
+        groups = batches.updates(rest, self.accumulate_grad_batches)
+        empty = True
+        while True:
+            with self.profiler.phase("data"):
+                group = next(groups, None)
+            if group is None:
+                break
+            empty = False
+            yield group
+        if empty:
             raise UserError("the training data gave no batch: fewer examples than one batch holds?")
-        while update is not None:
-            following = next(updates, None)
-            yield update, following is None
-            update = following
 
-    def _evaluate(self, stage: str, prefix: str) -> dict[str, float]:
+    def _validate(self) -> dict[str, float]:
+        if self.config.overfit_batches:
+            return self._evaluate("validation", self._train_loader(), self.config.overfit_batches)
+        return self._evaluate("validation", self.datamodule.val_dataloader(), self.config.limit_val_batches)
+
+    def _evaluate(self, stage: str, loader, limit: int | float) -> dict[str, float]:
         """The weighted means of `<stage>_step` over the data; {} where there are none."""
-        loader = getattr(self.datamodule, f"{prefix}_dataloader")()
-        if loader is None:
+        if loader is None or batches.count(loader, limit) == 0:
             return {}
-        self._call(f"on_{stage}_start")
-        with evaluating(self.module):
-            step = self._eval_step(f"{stage}_step")
-            total = None
-            for batch in _epoch(loader, 0, 0):
-                total = step(batch, total)
+        prefix = {"validation": "val"}.get(stage, stage)
+        with self.profiler.phase(stage), evaluating(self.module):
+            step, total = self._eval_step(f"{stage}_step"), None
+            self._call(f"on_{stage}_start")
+            self._call(f"on_{stage}_epoch_start")
+            for batch_idx, batch in enumerate(batches.epoch(loader, 0, limit=limit)):
+                self._call(f"on_{stage}_batch_start", batch, batch_idx)
+                total = add_sums(total, step(batch))
                 mx.eval(total)
-        means = {} if total is None else average_sums(total)[0]
-        metrics = {f"{prefix}/{name}": float(value) for name, value in means.items()}
-        self.log(metrics)
-        self._call(f"on_{stage}_end", metrics)
+                self._call(f"on_{stage}_batch_end", batch, batch_idx)
+            means = {} if total is None else average_sums(total)[0]
+            metrics = {f"{prefix}/{name}": float(value) for name, value in means.items()}
+            self._call(f"on_{stage}_epoch_end")
+            self.log(metrics)
+            self._call(f"on_{stage}_end", metrics)
         return metrics
+
+    def _predict(self, loader) -> list:
+        limit, results = self.config.limit_predict_batches, []
+        if loader is None or batches.count(loader, limit) == 0:
+            return results
+        with self.profiler.phase("predict"), evaluating(self.module):
+            self._call("on_predict_start")
+            self._call("on_predict_epoch_start")
+            for batch_idx, batch in enumerate(batches.epoch(loader, 0, limit=limit)):
+                self._call("on_predict_batch_start", batch, batch_idx)
+                results.append(self.module.predict_step(batch))
+                mx.eval(results[-1])
+                self._call("on_predict_batch_end", results[-1], batch, batch_idx)
+            self._call("on_predict_epoch_end")
+            self._call("on_predict_end")
+        return results
+
+    def _sanity_check(self) -> None:
+        """Try a few validation batches, so that an error in them comes now and not after an hour."""
+        loader, limit = self.datamodule.val_dataloader(), self.config.num_sanity_val_steps
+        if loader is None or limit == 0 or self.global_step > 0 or self.config.limit_val_batches == 0:
+            return
+        with isolated_random_state(), evaluating(self.module):
+            self._call("on_sanity_check_start")
+            step = self._eval_step("validation_step")
+            for batch in batches.epoch(loader, 0, limit=limit):
+                mx.eval(step(batch))
+            self._call("on_sanity_check_end")
 
     # ------------------------------------------------------------------ before and after
 
     @contextlib.contextmanager
     def _stage(self, stage: str, module: Module, datamodule) -> Iterator[None]:
         self.module, self.datamodule, module.trainer = module, datamodule, self
-        self.should_stop, self._eval_steps = False, {}
+        self.should_stop = self._told_of_minimum = False
+        self.state, self._started = "running", time.perf_counter()
+        self._compiler = Compiler(self._compiles(), self.config.max_compiled_variants)
+        self._eval_steps: dict[str, Callable] = {}
         try:
+            self.callbacks = hooks.arrange(self.callbacks, module.configure_callbacks())
+            self._hooks = hooks.table(self.callbacks, self, module)
             datamodule.prepare_data()
             datamodule.setup(stage)
             self._call("setup", stage)
+            if self.config.precision == "bf16-true":
+                module.set_dtype(mx.bfloat16)
             yield
+            datamodule.teardown(stage)
             self._call("teardown", stage)
         except BaseException as exception:
+            self._leave("interrupted")
             self._call("on_exception", exception)
             self._finalize("failed")
             raise
+        self._leave("finished")
         self._finalize("success")
 
-    def _restore(self, ckpt_path: Path | str | None) -> dict | None:
-        if ckpt_path is None:
-            return None
-        state = checkpoint.read_state(Path(ckpt_path))
-        checkpoint.load_weights(Path(ckpt_path) / checkpoint.WEIGHTS, self.module)
-        set_trainable(self.module, state["trainable"])
+    @contextlib.contextmanager
+    def _layers_prepared(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self.config.gradient_checkpointing:
+                stack.enter_context(recomputed_layers(self.module))
+            if self.config.detect_anomaly:
+                stack.enter_context(watched_outputs(self.module))
+            yield
+
+    def _prepare_fit(self, ckpt_path: Path | str | None) -> None:
+        saved = None if ckpt_path is None else checkpoint.load(self._checkpoint_folder(ckpt_path))
+        if saved is not None:
+            self._restore(saved)
+        self.optimizer = self.module.configure_optimizers()
+        if saved is not None:
+            checkpoint.load_optimizer(saved["optimizer"], self.optimizer, self.module)
+        self._build_train_step()
+        for logger in self.loggers:
+            logger.log_hyperparams({"module": self.module.hparams, "trainer": to_json(self.config)})
+
+    def _checkpoint_folder(self, ckpt_path: Path | str) -> Path:
+        if ckpt_path != "last":
+            return Path(ckpt_path)
+        root = self.config.default_root_dir
+        folder = checkpoint.latest(Path(root) / "checkpoints") if root else None
+        if folder is None:
+            raise UserError(f"ckpt_path='last': there is no checkpoint in {root}")
+        return folder
+
+    def _restore(self, saved: dict[str, dict]) -> None:
+        state = saved["state"]
         self.global_step, self.current_epoch = state["global_step"], state["current_epoch"]
         self.batch_idx, self.callback_metrics = state["batch_idx"], state["callback_metrics"]
+        self.seconds = state["seconds"]
         for callback in self.callbacks:
             if callback.state_key in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][callback.state_key])
+        self._call("on_load_checkpoint", saved)
+        checkpoint.load_arrays("the checkpoint", saved["weights"], self.module)
+        set_trainable(self.module, state["trainable"])
         for logger, position in zip(self.loggers, state["loggers"]):
             logger.rewind(position, self.global_step)
-        return state
-
-    def _make_optimizer(self, ckpt_path: Path | str | None, state: dict | None) -> None:
-        self.optimizer = self.module.configure_optimizers()
-        if state is not None:
-            checkpoint.load_optimizer(Path(ckpt_path), self.optimizer, self.module)
-        self._build_train_step()
-
-    def _log_hyperparams(self) -> None:
-        for logger in self.loggers:
-            logger.log_hyperparams({"module": self.module.hparams, "trainer": to_json(self.config)})
 
     def _build_train_step(self) -> None:
         """Compile for what is trainable now. Moments already there stay; new parameters get their own."""
         self.optimizer.init(self.module.trainable_parameters())
         self._modes = Modes(self.module)
-        watches = self._hooks["on_before_optimizer_step"]
-        on_gradients = (lambda grads: self._call("on_before_optimizer_step", grads)) if watches else None
-        self._train_step = build_train_step(self.module, self.optimizer, self.config, on_gradients)
+        watches = self._hooks["on_before_optimizer_step"] or self.config.detect_anomaly
+        self._train_step = build_train_step(
+            self.module, self.optimizer, self.config, self._compiler, self._on_gradients if watches else None
+        )
+        if self.config.deterministic:
+            self._train_step = checked_twice(self._train_step, self.module, self.optimizer)
 
-    def _eval_step(self, name: str):
+    def _on_gradients(self, grads) -> None:
+        if self.config.detect_anomaly:
+            assert_finite(grads, f"at step {self.global_step}, the gradient")
+        self._call("on_before_optimizer_step", grads)
+
+    def _eval_step(self, name: str) -> Callable:
         if name not in self._eval_steps:
-            self._eval_steps[name] = build_eval_step(self.module, getattr(self.module, name), self.config)
+            step = getattr(self.module, name)
+            self._eval_steps[name] = build_eval_step(self.module, step, self.config, self._compiler)
         return self._eval_steps[name]
 
-    def _call(self, hook: str, *args) -> None:
-        for method in self._hooks[hook]:
-            method(self, self.module, *args)
+    def _compiles(self) -> bool:
+        return self.config.compile and not self.config.detect_anomaly and can_compile()
+
+    def _call(self, hook: str, *args) -> list:
+        methods = self._hooks[hook]
+        if not methods:
+            return methods
+        with self.profiler.phase("callbacks"):
+            return [method(*args) for method in methods]
+
+    def _leave(self, state: str) -> None:
+        self.seconds, self.state = self.training_seconds, state
 
     def _finalize(self, status: str) -> None:
         for logger in self.loggers:
             logger.finalize(status)
+        if self.config.profiler and self.is_global_zero:
+            print(self.profiler.table())
 
-    def _validation_due(self, is_last: bool) -> bool:
-        interval = self.config.val_check_interval
-        return self._done or (is_last if interval is None else self.global_step % interval == 0)
-
-    def _step_seed(self) -> int:
-        """Seed, rank and step, each with bits of its own, in the 64 that MLX makes a key of."""
-        return (self.config.seed & 0xFFFFFF) << 40 | distributed.rank() << 32 | self.global_step
+    # ------------------------------------------------------------------ when
 
     @property
     def _done(self) -> bool:
-        ran_out = 0 <= self.config.max_steps <= self.global_step
-        return self.should_stop or ran_out or self.current_epoch >= self.config.max_epochs
+        config = self.config
+        if 0 <= config.max_steps <= self.global_step or 0 <= config.max_epochs <= self.current_epoch:
+            return True
+        if config.max_time is not None and self.training_seconds >= duration(config.max_time):
+            return True
+        return self.should_stop and self._may_stop()
 
+    def _may_stop(self) -> bool:
+        config = self.config
+        if self.global_step >= config.min_steps and self.current_epoch >= config.min_epochs:
+            return True
+        if not self._told_of_minimum:
+            least = f"min_steps={config.min_steps}, min_epochs={config.min_epochs}"
+            warnings.warn(f"asked to stop, but goes on until {least}", stacklevel=2)
+        self._told_of_minimum = True
+        return False
 
-@attrs.frozen
-class _Loaders:
-    """Loaders handed to the Trainer one by one, in the shape of a DataModule."""
+    def _validation_due(self, is_last: bool) -> bool:
+        if self._done:
+            return True
+        if (self.current_epoch + 1) % self.config.check_val_every_n_epoch:
+            return False
+        interval = self.config.val_check_interval
+        if isinstance(interval, int):
+            return self.global_step % interval == 0
+        if self._updates_in_epoch is None or interval == 1.0:
+            return is_last
+        done = -(-self.batch_idx // self.accumulate_grad_batches)
+        return done % max(1, int(self._updates_in_epoch * interval)) == 0
 
-    train: Iterable | None = None
-    val: Iterable | None = None
-    test: Iterable | None = None
+    def _count_updates(self, loader) -> int | None:
+        total = batches.count(loader, self.config.overfit_batches or self.config.limit_train_batches)
+        return None if total is None else -(-total // self.accumulate_grad_batches)
 
-    def prepare_data(self) -> None: ...
-
-    def setup(self, stage: str) -> None: ...
-
-    def train_dataloader(self):
-        return self.train
-
-    def val_dataloader(self):
-        return self.val
-
-    def test_dataloader(self):
-        return self.test
-
-
-def _epoch(loader, epoch: int, start: int) -> Iterator:
-    """The batches of an epoch from number `start` on, as trees of MLX arrays.
-
-    Our loaders go there directly; of any other iterable the first batches are skipped.
-    """
-    if loader is None:
-        raise UserError("there is no training data: give a datamodule or train_dataloaders")
-    batches = loader.epoch(epoch, start) if hasattr(loader, "epoch") else islice(iter(loader), start, None)
-    return (tree_map(mx.array, batch) for batch in batches)
-
-
-def _overridden_hooks(callbacks: Sequence[Callback]) -> dict[str, list]:
-    """For each moment, the methods that somebody wrote for it: an empty one costs nothing."""
-    keys = [callback.state_key for callback in callbacks if callback.state_dict()]
-    if twice := {key for key in keys if keys.count(key) > 1}:
-        raise UserError(f"two callbacks save their state as {', '.join(twice)}: give one another state_key")
-    return {
-        hook: [getattr(c, hook) for c in callbacks if getattr(type(c), hook) is not getattr(Callback, hook)]
-        for hook in HOOKS
-    }
+    def _train_loader(self):
+        loader = self.datamodule.train_dataloader()
+        if loader is None:
+            raise UserError("there is no training data: give a datamodule or train_dataloaders")
+        return loader
 
 
 def _make_loggers(logger, root: Path | None) -> list[Logger]:

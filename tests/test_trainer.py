@@ -75,7 +75,7 @@ def test_a_frozen_layer_stops_moving_under_the_compiled_step_and_moves_again(mak
             if trainer.global_step == 6:
                 module.backbone.unfreeze()
 
-        def on_train_batch_end(self, trainer, module, metrics):
+        def on_train_batch_end(self, trainer, module, metrics, batches):
             seen.append(np.array(module.backbone.weight))
 
     make_trainer(max_steps=9, callbacks=[Watch()]).fit(TinyRegression(), train_dataloaders=DistinctBatches())
@@ -105,7 +105,7 @@ def test_a_change_of_what_is_trainable_keeps_moments_and_gives_new_ones_their_ow
     kept = []
 
     class Open(Callback):
-        def on_fit_start(self, trainer, module):
+        def setup(self, trainer, module, stage):
             set_trainable(module, ["head.weight"])
 
         def on_train_batch_start(self, trainer, module, batches):
@@ -153,7 +153,7 @@ def test_a_callback_sees_real_gradients_and_changes_nothing(make_trainer):
         def on_before_optimizer_step(self, trainer, module, grads):
             norms.append(math.sqrt(sum(float(mx.square(g).sum()) for _, g in tree_flatten(grads))))
 
-        def on_train_batch_end(self, trainer, module, metrics):
+        def on_train_batch_end(self, trainer, module, metrics, batches):
             norms[-1] = (norms[-1], float(metrics["grad_norm"]))
 
     watched, alone = TinyRegression(), TinyRegression()
@@ -197,7 +197,7 @@ def test_a_signal_ends_the_run_after_the_update_with_a_checkpoint(make_trainer, 
 
 def test_metrics_of_a_resumed_run_are_those_of_the_whole_one(make_trainer, tmp_path):
     class Die(Callback):
-        def on_train_batch_end(self, trainer, module, metrics):
+        def on_train_batch_end(self, trainer, module, metrics, batches):
             if trainer.global_step == 10:
                 raise RuntimeError("two updates after a checkpoint")
 
@@ -232,7 +232,7 @@ def test_best_is_never_what_is_not_a_number(make_trainer, tmp_path):
     scores = iter([math.nan, 5.0, 7.0, 6.0, math.nan])
 
     class Score(Callback):
-        def on_train_batch_end(self, trainer, module, metrics):
+        def on_train_batch_end(self, trainer, module, metrics, batches):
             trainer.log({"score": next(scores)})
 
     trainer = make_trainer(max_steps=5, callbacks=[Score(), checkpoint])

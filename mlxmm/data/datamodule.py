@@ -19,7 +19,10 @@ class DataModule:
         """Download and unpack: once, before anything else."""
 
     def setup(self, stage: str) -> None:
-        """Open the data for "fit", "validate" or "test"; called before each, so do it once."""
+        """Open the data for "fit", "validate", "test" or "predict"; called before each, so do it once."""
+
+    def teardown(self, stage: str) -> None:
+        """Close what `setup` opened, after a stage that ended well."""
 
     def train_dataloader(self):
         """Asked for at the start of every epoch."""
@@ -29,6 +32,9 @@ class DataModule:
 
     def test_dataloader(self):
         """Asked for at every test."""
+
+    def predict_dataloader(self):
+        """Asked for at every prediction."""
 
 
 @attrs.frozen(kw_only=True)

@@ -1,0 +1,45 @@
+"""Where a run's time goes: seconds in each phase, without the phases inside it."""
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+
+
+class Profiler:
+    """`with profiler.phase("data"): …` adds up the time that passes; `profiler.table()` shows it."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, int] = defaultdict(int)
+        self._inside = [0.0]  # for each open phase, the time that phases inside it took
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self._inside.append(0.0)
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            self.seconds[name] += elapsed - self._inside.pop()
+            self.counts[name] += 1
+            self._inside[-1] += elapsed
+
+    def table(self) -> str:
+        """A line for each phase, the longest first: seconds, share, calls, milliseconds a call."""
+        total = sum(self.seconds.values()) or 1.0
+        lines = [f"{'phase':<12}{'seconds':>10}{'share':>8}{'calls':>9}{'ms a call':>12}"]
+        for name, seconds in sorted(self.seconds.items(), key=lambda item: -item[1]):
+            calls = self.counts[name]
+            lines.append(f"{name:<12}{seconds:>10.3f}{seconds / total:>8.1%}{calls:>9,}{1e3 * seconds / calls:>12.3f}")
+        return "\n".join(lines)
+
+
+class NoProfiler:
+    """Measures nothing and costs next to nothing."""
+
+    _nothing = contextlib.nullcontext()
+
+    def phase(self, name: str):
+        return self._nothing
