@@ -5,36 +5,32 @@ D features of the language model.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from attrs.validators import ge, in_
 
 from mlxmm import checkpoint
-from mlxmm import functional as F
 from mlxmm.config import UserError, from_json, option, to_json
 from mlxmm.data.images import ImageProcessor
 from mlxmm.data.tokenizers import end_token, load_tokenizer
-from mlxmm.generate import greedy
 from mlxmm.hub import local_folder, read_config
 from mlxmm.losses import token_accuracy, token_loss
-from mlxmm.module import Module, evaluating
+from mlxmm.modules.captioner import Captioner
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.networks.clip import VisionConfig, VisionTower
 from mlxmm.networks.language_model import (
+    CachedLanguageModel,
     build_language_model,
     embed,
     head,
     hidden_states,
     load_language_model,
 )
+from mlxmm.networks.projector import PROJECTORS, Projector, squares
 from mlxmm.optimizers import OptimizerConfig
-
-BATCH = 256  # images captioned at a time
 
 
 @attrs.frozen(kw_only=True)
@@ -44,7 +40,10 @@ class Qwen3AlignerConfig:
     vision: str | None = option(None, "CLIP folder or Hub id; none: a small one is trained on the data first")
     lm: str | None = option(None, "language model folder or Hub id; none: a small one is trained first")
     layer: int = option(1, "hidden states of the tower to read, counted as transformers does")
-    projector: str = option("mlp", "linear, or mlp (two layers, as LLaVA's)", in_(("linear", "mlp")))
+    projector: str = option(
+        "mlp", "linear, mlp (two layers, as LLaVA's), or pixel_shuffle (as SmolVLM's)", in_(PROJECTORS)
+    )
+    projector_factor: int = option(2, "side of the squares of patches that pixel_shuffle makes one of", ge(1))
     projector_width: int = option(256, "features inside the mlp", ge(1))
     prompt: str = option("", "text between image and caption")
     max_caption_tokens: int = option(0, "longest caption with its end, in tokens; 0: as the data have it", ge(0))
@@ -53,21 +52,7 @@ class Qwen3AlignerConfig:
     )
 
 
-class Projector(nn.Module):
-    """(B, P, tower features) to (B, P, D)."""
-
-    def __init__(self, kind: str, width_in: int, width: int, width_out: int):
-        super().__init__()
-        sizes = [width_in, width, width_out] if kind == "mlp" else [width_in, width_out]
-        self.layers = [nn.Linear(*pair) for pair in zip(sizes, sizes[1:])]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        for layer in self.layers[:-1]:
-            x = F.gelu(layer(x))
-        return self.layers[-1](x)
-
-
-class Qwen3Aligner(Module):
+class Qwen3Aligner(Captioner):
     """A vision tower, a projector and a language model. All is frozen but the projector; a `FreezeSchedule`
     opens more. The image is a prefix; the loss is on the caption and its end alone."""
 
@@ -86,9 +71,13 @@ class Qwen3Aligner(Module):
         self.vision = VisionTower(vision_config)
         self.language_model = lm
         width_out = embed(lm, mx.array([[0]])).shape[-1]
-        self.projector = Projector(config.projector, vision_config.hidden_size, config.projector_width, width_out)
+        if config.projector == "pixel_shuffle":
+            squares(vision_config.num_patches, config.projector_factor)
+        self.projector = Projector(
+            config.projector, vision_config.hidden_size, config.projector_width, width_out, config.projector_factor
+        )
         self._stop_id = end_token(tokenizer)
-        self._prompt = tuple(tokenizer(config.prompt, add_special_tokens=False)["input_ids"])
+        self._prompt = self._token_ids(config.prompt)
         self.freeze()
         self.projector.unfreeze()
 
@@ -140,14 +129,31 @@ class Qwen3Aligner(Module):
         mask = (np.arange(length) < len(ids)).astype(np.float32)
         return {"pixels": self.processor.pixels(row["image"]), "tokens": tokens, "mask": mask}
 
-    def prefix(self, images: mx.array) -> mx.array:
-        """(B, H, W, 3) floats to (B, P + N, D): patches without the class token, then the prompt."""
+    @property
+    def decoder(self) -> CachedLanguageModel:
+        return CachedLanguageModel(self.language_model)
+
+    @property
+    def stop_id(self) -> int:
+        return self._stop_id
+
+    @property
+    def max_new_tokens(self) -> int:
+        """As long as captions were in training."""
+        return self.config.max_caption_tokens or Captioner.max_new_tokens
+
+    def _token_ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def prefix(self, images: mx.array, prompt: str = "") -> mx.array:
+        """(B, H, W, 3) floats to (B, P + N, D): patches without the class token, then `prompt` or the module's."""
+        ids = self._token_ids(prompt) if prompt else self._prompt
         patches = self.vision.hidden_states(images, self.config.layer)[:, 1:]
         projected = self.projector(patches)
-        if not self._prompt:
+        if not ids:
             return projected
-        prompt = embed(self.language_model, mx.array([self._prompt]))
-        return mx.concatenate([projected, mx.broadcast_to(prompt, (len(images), *prompt.shape[1:]))], axis=1)
+        between = embed(self.language_model, mx.array([ids]))
+        return mx.concatenate([projected, mx.broadcast_to(between, (len(images), *between.shape[1:]))], axis=1)
 
     def training_step(self, batch):
         return self._measure(self.prefix(self.processor.normalize(batch["pixels"])), batch)
@@ -169,16 +175,6 @@ class Qwen3Aligner(Module):
             "accuracy": token_accuracy(logits, tokens, mask),
             "weight": mask.sum(),
         }
-
-    def caption(self, images: Sequence, *, max_new_tokens: int | None = None) -> list[str]:
-        """One caption for each PIL image, by greedy decoding."""
-        length = max_new_tokens or self.config.max_caption_tokens
-        rows = []
-        with evaluating(self):
-            for start in range(0, len(images), BATCH):
-                prefix = self.prefix(self.processor(images[start : start + BATCH]))
-                rows += greedy(self.language_model, prefix, max_new_tokens=length, stop_id=self._stop_id)
-        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     def configure_optimizers(self):
         return self.config.optimizer.build(self.trainer.estimated_stepping_batches)

@@ -24,6 +24,11 @@ class VisionConfig(TransformerConfig):
     image_size: int = option(32, "side of the square image, in pixels", ge(1))
     patch_size: int = option(8, "side of one patch, in pixels", ge(1))
 
+    @property
+    def num_patches(self) -> int:
+        """Of a picture, without the class token."""
+        return (self.image_size // self.patch_size) ** 2
+
 
 @attrs.frozen(kw_only=True)
 class TextConfig(TransformerConfig):
@@ -41,11 +46,10 @@ class VisionEmbeddings(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         D, p = config.hidden_size, config.patch_size
-        num_patches = (config.image_size // p) ** 2
         self.class_embedding = EMBEDDING_STD * mx.random.normal((D,))
         self.patch_embedding = PatchEmbedding(p, D)
-        self.position_embedding = nn.Embedding(1 + num_patches, D)
-        self.position_embedding.weight = EMBEDDING_STD * mx.random.normal((1 + num_patches, D))
+        self.position_embedding = nn.Embedding(1 + config.num_patches, D)
+        self.position_embedding.weight = EMBEDDING_STD * mx.random.normal((1 + config.num_patches, D))
 
     def __call__(self, images: mx.array) -> mx.array:
         patches = self.patch_embedding(images)  # (B, P, D)
