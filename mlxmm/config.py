@@ -20,6 +20,11 @@ def option(default, help: str, *checks):
     return attrs.field(default=default, validator=list(checks), metadata={"help": help})
 
 
+def positional(default, help, *checks):
+    """An `option` that is given on the command line without its name."""
+    return attrs.field(default=default, validator=list(checks), metadata={"help": help, "positional": True})
+
+
 def run_recipe(main: Callable, presets: Mapping[str, Any], read_saved: Callable = lambda argv: None) -> None:
     """Run `main(config)` on the command line's flags; a `UserError` becomes one line and exit code 2.
 
@@ -108,7 +113,7 @@ def _with_help():
         fields = tuple(
             tyro.constructors.StructFieldSpec(
                 name=field.name,
-                type=field.type,
+                type=tyro.conf.Positional[field.type] if field.metadata.get("positional") else field.type,
                 default=getattr(info.default, field.name, field.default),
                 helptext=field.metadata.get("help"),
             )

@@ -112,7 +112,7 @@ def build(config: Config, data: CaptionData, run: Run) -> tuple[Qwen3Aligner, di
 
 def align(config: Config, aligner: Qwen3Aligner, data: CaptionData, run: Run) -> dict:
     """Train the projector, then the last layers too; returns the figures of the run's end."""
-    data.encode = aligner.encode
+    data.encode, data.complete_batch = aligner.encode, aligner.complete_batch
     last_layers = f"language_model.model.layers[-{config.open_layers}:]"
     stages = {0: "projector", config.open_step: ("projector", last_layers)}
     callbacks = [

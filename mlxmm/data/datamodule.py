@@ -63,6 +63,7 @@ class CaptionData(DataModule):
 
     def __init__(self, config: CaptionDataConfig, seed: int, encode: Callable[[dict, str], dict] | None = None):
         self.config, self.seed, self.encode = config, seed, encode
+        self.complete_batch: Callable[[dict], dict] | None = None  # the Loader's
         self.rows: dict[str, Sequence] = {}
         self.skipped: list[str] = []  # names of pictures that cannot be decoded
 
@@ -128,6 +129,7 @@ class CaptionData(DataModule):
             batch_size=batch_size,
             seed=self.seed,
             num_threads=self.config.num_threads,
+            complete_batch=self.complete_batch,
             **how,
         )
 

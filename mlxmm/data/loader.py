@@ -25,6 +25,7 @@ class Loader:
     shuffle: bool = False
     drop_last: bool = False
     num_threads: int = 1
+    complete_batch: Callable[[dict], dict] | None = None  # adds what only a whole batch can tell
 
     def __len__(self) -> int:
         num_rows = len(range(distributed.rank(), len(self.rows), distributed.world_size()))
@@ -39,6 +40,8 @@ class Loader:
             rows = rows.shuffle()
         rows = rows[distributed.rank() :: distributed.world_size()].random_map(self.encode)
         batches = rows.batch(self.batch_size, drop_remainder=self.drop_last)[start:]
+        if self.complete_batch is not None:
+            batches = batches.map(self.complete_batch)
         options = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=4)
         return iter(batches.to_iter_dataset(options))
 

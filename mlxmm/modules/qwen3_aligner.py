@@ -17,15 +17,14 @@ from mlxmm.config import UserError, from_json, option, to_json
 from mlxmm.data.images import ImageProcessor
 from mlxmm.data.tokenizers import end_token, load_tokenizer
 from mlxmm.hub import local_folder, read_config
-from mlxmm.losses import token_accuracy, token_loss
 from mlxmm.modules.captioner import Captioner
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
+from mlxmm.modules.token_measures import fuses_head, label_positions, token_measures
 from mlxmm.networks.clip import VisionConfig, VisionTower
 from mlxmm.networks.language_model import (
     CachedLanguageModel,
     build_language_model,
     embed,
-    head,
     hidden_states,
     load_language_model,
 )
@@ -76,6 +75,7 @@ class Qwen3Aligner(Captioner):
         self.projector = Projector(
             config.projector, vision_config.hidden_size, config.projector_width, width_out, config.projector_factor
         )
+        self._fuses_head = fuses_head(lm)
         self._stop_id = end_token(tokenizer)
         self._prompt = self._token_ids(config.prompt)
         self.freeze()
@@ -129,6 +129,10 @@ class Qwen3Aligner(Captioner):
         mask = (np.arange(length) < len(ids)).astype(np.float32)
         return {"pixels": self.processor.pixels(row["image"]), "tokens": tokens, "mask": mask}
 
+    def complete_batch(self, batch: dict) -> dict:
+        """Where logits are dear, `batch` (of NumPy arrays) with the "positions" that get some."""
+        return batch | {"positions": label_positions(batch["mask"])} if self._fuses_head else batch
+
     @property
     def decoder(self) -> CachedLanguageModel:
         return CachedLanguageModel(self.language_model)
@@ -165,16 +169,10 @@ class Qwen3Aligner(Captioner):
         return self._measure(prefix, batch) | {"loss_shuffled": self._measure(others, batch)["loss"]}
 
     def _measure(self, prefix: mx.array, batch: dict) -> dict:
-        tokens, mask = batch["tokens"], batch["mask"]
-        before = embed(self.language_model, tokens[:, :-1])
+        before = embed(self.language_model, batch["tokens"][:, :-1])
         states = hidden_states(self.language_model, mx.concatenate([prefix, before], axis=1))
-        # The last position of the prefix predicts the first token; no logits where there is no label.
-        logits = head(self.language_model, states[:, prefix.shape[1] - 1 :])  # (B, T, V)
-        return {
-            "loss": token_loss(logits, tokens, mask),
-            "accuracy": token_accuracy(logits, tokens, mask),
-            "weight": mask.sum(),
-        }
+        # The last position of the prefix predicts the first token.
+        return token_measures(self.language_model, states[:, prefix.shape[1] - 1 :], batch)
 
     def configure_optimizers(self):
         return self.config.optimizer.build(self.trainer.estimated_stepping_batches)
