@@ -58,9 +58,12 @@ def main(config: Config) -> None:
     data.setup()
     if config.split not in data.rows:
         raise UserError(f"--split {config.split}: the data have {', '.join(data.rows)}")
-    run, rows = open_run(config, "evaluate_captions"), data.rows[config.split]
-    captions = captioner.caption(Pictures(rows), **attrs.asdict(config.generation))
+    rows = data.rows[config.split]
     references = [rows[i]["captions"] for i in range(len(rows))]
+    if clip is not None:
+        require_room(clip, [text for refs in references for text in refs])
+    run = open_run(config, "evaluate_captions")
+    captions = captioner.caption(Pictures(rows), **attrs.asdict(config.generation))
     images = None if clip is None else encode_images(clip, Pictures(rows))
     figures, each = judge(captions, references, clip, images)
     control, _ = judge(shuffled(captions), references, clip, images)
@@ -98,6 +101,19 @@ def judge(captions, references, clip: ContrastiveCLIP | None, images: mx.array |
         for i, row in enumerate(each):
             row |= {name: float(values[i]) for name, values in scores.items()}
     return figures, each
+
+
+def require_room(clip: ContrastiveCLIP, texts: Sequence[str]) -> None:
+    """Raise `UserError` where most texts do not fit into CLIP's context after the prompt: what is cut off cannot be
+    judged, and a small CLIP may see the prompt alone."""
+    length = clip.config.text.max_position_embeddings
+    tokens = clip.tokenizer([metrics.CLIP_SCORE_PROMPT + text for text in texts])["input_ids"]
+    num_cut = sum(len(ids) > length for ids in tokens)
+    if num_cut > len(texts) / 2:
+        raise UserError(
+            f"--clip reads {length} tokens: {num_cut} of {len(texts)} references do not fit after "
+            f"{metrics.CLIP_SCORE_PROMPT!r}; name a CLIP with a longer context, or none"
+        )
 
 
 def clip_scores(clip: ContrastiveCLIP, images: mx.array, captions, references) -> dict[str, mx.array]:
