@@ -129,7 +129,28 @@ def exhaustive_search(network, prefix, V, longest, length_penalty):
     return [word for word in max(scores, key=scores.get) if word != STOP]
 
 
+@pytest.mark.parametrize("length_penalty", [0.0, 2.0])
+def test_beams_are_those_of_a_search_that_scores_every_candidate_from_scratch(network, prefix, length_penalty):
+    K, longest = 3, 5
+    config = GenerationConfig(max_new_tokens=longest, num_beams=K, length_penalty=length_penalty)
+    found = generate(network, prefix[:3], config, stop_id=STOP)
+    assert found == [plain_beam_search(network, row, 12, K, longest, length_penalty) for row in prefix[:3]]
+
+
+def plain_beam_search(network, prefix, V, K, longest, length_penalty):
+    beams, complete = [()], []
+    while len(complete) < K:
+        candidates = [(*beam, word) for beam in beams for word in range(V)]
+        candidates = sorted(candidates, key=lambda c: -log_probability(network, prefix, c))[: 2 * K]
+        is_end = lambda c: c[-1] == STOP or len(c) == longest
+        complete += [c for c in candidates[:K] if is_end(c)]
+        beams = [c for c in candidates if not is_end(c)][:K]
+    best = max(complete, key=lambda c: log_probability(network, prefix, c) / len(c) ** length_penalty)
+    return [word for word in best if word != STOP]
+
+
 def log_probability(network, prefix, sequence):
+    """Of `sequence` after `prefix` (L, D), each token from all before it, without a cache."""
     total = 0.0
     for i, word in enumerate(sequence):
         parts = [prefix[None]] + ([network.embed(mx.array([sequence[:i]]))] if i else [])
@@ -177,6 +198,9 @@ def test_draws_depend_on_the_seed_and_on_nothing_before(network, prefix):
 
 def test_a_repetition_penalty_divides_positive_logits_and_multiplies_negative_ones():
     class Fixed:  # always the same logits, whatever came before
+        def __init__(self, *logits):
+            self.fixed = mx.array([logits])
+
         def make_cache(self):
             return []
 
@@ -184,11 +208,14 @@ def test_a_repetition_penalty_divides_positive_logits_and_multiplies_negative_on
             return mx.zeros((*tokens.shape, 1))
 
         def logits(self, embeddings, cache):
-            return mx.array([[-9.0, 3.0, 2.0, -0.5, -0.6]] * len(embeddings))
+            return self.fixed
 
-    config = GenerationConfig(max_new_tokens=5, repetition_penalty=2.0)
-    # 3 -> 1.5; then 2 -> 1; then 1.5 stays the largest, and a token is penalised once, however often it came.
-    assert generate(Fixed(), mx.zeros((1, 1, 1)), config, stop_id=STOP) == [[1, 2, 1, 1, 1]]
+    said = lambda *logits: generate(Fixed(*logits), mx.zeros((1, 1, 1)), config, stop_id=STOP)[0]
+    config = GenerationConfig(max_new_tokens=4, repetition_penalty=2.0)
+    # 3 -> 1.5; 2 -> 1; then 1.5 stays the largest: a token is penalised once, however often it came.
+    assert said(-9.0, 3.0, 2.0, -0.5) == [1, 2, 1, 1]
+    # -1 -> -2; -1.5 -> -3; then -2 stays the largest.
+    assert said(-9.0, -1.0, -1.5, -4.0) == [1, 2, 1, 1]
 
 
 def test_streamed_tokens_are_those_of_generate(network, prefix):
