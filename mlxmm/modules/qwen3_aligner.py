@@ -1,4 +1,4 @@
-"""Qwen3Aligner: what a CLIP tower sees, projected to where a language model reads.
+"""Qwen3Aligner: what a vision tower sees, projected to where a language model reads.
 
 B images, H x W pixels, P patches, T caption tokens with their end, N prompt tokens, V vocabulary,
 D features of the language model.
@@ -23,8 +23,6 @@ from mlxmm.generate import greedy
 from mlxmm.hub import local_folder, read_config
 from mlxmm.losses import token_accuracy, token_loss
 from mlxmm.module import Module, evaluating
-from mlxmm.modules.contrastive_clip import ContrastiveCLIP
-from mlxmm.networks.clip import VisionConfig, VisionTower
 from mlxmm.networks.language_model import (
     build_language_model,
     embed,
@@ -32,6 +30,8 @@ from mlxmm.networks.language_model import (
     hidden_states,
     load_language_model,
 )
+from mlxmm.networks.towers import VisionTower
+from mlxmm.networks.vision import build_vision_tower, load_vision_tower
 from mlxmm.optimizers import OptimizerConfig
 
 BATCH = 256  # images captioned at a time
@@ -41,7 +41,7 @@ BATCH = 256  # images captioned at a time
 class Qwen3AlignerConfig:
     """What is put together, and how it is trained."""
 
-    vision: str | None = option(None, "CLIP folder or Hub id; none: a small one is trained on the data first")
+    vision: str | None = option(None, "CLIP, SigLIP or ViT, folder or Hub id; none: a small one is trained on the data first")
     lm: str | None = option(None, "language model folder or Hub id; none: a small one is trained first")
     layer: int = option(1, "hidden states of the tower to read, counted as transformers does")
     projector: str = option("mlp", "linear, or mlp (two layers, as LLaVA's)", in_(("linear", "mlp")))
@@ -74,7 +74,8 @@ class Qwen3Aligner(Module):
     def __init__(
         self,
         config: Qwen3AlignerConfig,
-        vision_config: VisionConfig,
+        vision: VisionTower,
+        vision_config: dict,
         processor: ImageProcessor,
         lm,
         lm_config: dict,
@@ -83,10 +84,10 @@ class Qwen3Aligner(Module):
         super().__init__()
         self.config, self.processor, self.tokenizer = config, processor, tokenizer
         self.vision_config, self.lm_config = vision_config, lm_config
-        self.vision = VisionTower(vision_config)
+        self.vision = vision
         self.language_model = lm
         width_out = embed(lm, mx.array([[0]])).shape[-1]
-        self.projector = Projector(config.projector, vision_config.hidden_size, config.projector_width, width_out)
+        self.projector = Projector(config.projector, vision.config.hidden_size, config.projector_width, width_out)
         self._stop_id = end_token(tokenizer)
         self._prompt = tuple(tokenizer(config.prompt, add_special_tokens=False)["input_ids"])
         self.freeze()
@@ -95,12 +96,11 @@ class Qwen3Aligner(Module):
     @classmethod
     def from_parts(cls, config: Qwen3AlignerConfig) -> "Qwen3Aligner":
         """Read tower and language model from `config.vision` and `config.lm`; the projector is new."""
-        clip = ContrastiveCLIP.from_pretrained(config.vision)
-        folder = local_folder(config.lm)
+        tower_folder, folder = local_folder(config.vision), local_folder(config.lm)
+        vision, vision_config = load_vision_tower(tower_folder)
+        processor = ImageProcessor.from_pretrained(tower_folder)
         lm, lm_config = load_language_model(folder)
-        module = cls(config, clip.config.vision, clip.processor, lm, lm_config, load_tokenizer(folder))
-        module.vision.update(clip.vision.parameters())
-        return module
+        return cls(config, vision, vision_config, processor, lm, lm_config, load_tokenizer(folder))
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, revision: str | None = None) -> "Qwen3Aligner":
@@ -111,7 +111,8 @@ class Qwen3Aligner(Module):
             raise UserError(f"{folder} is no Qwen3Aligner: its config.json says {values.get('model_type')!r}")
         module = cls(
             from_json(Qwen3AlignerConfig, values["aligner"]),
-            from_json(VisionConfig, values["vision"]),
+            build_vision_tower(values["vision"]),
+            values["vision"],
             ImageProcessor.from_pretrained(folder),
             build_language_model(values["language_model"]),
             values["language_model"],
@@ -124,7 +125,7 @@ class Qwen3Aligner(Module):
         values = {
             "model_type": "mlxmm_qwen3_aligner",
             "aligner": to_json(self.config),
-            "vision": to_json(self.vision_config),
+            "vision": self.vision_config,
             "language_model": self.lm_config,
         }
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
@@ -142,8 +143,7 @@ class Qwen3Aligner(Module):
 
     def prefix(self, images: mx.array) -> mx.array:
         """(B, H, W, 3) floats to (B, P + N, D): patches without the class token, then the prompt."""
-        patches = self.vision.hidden_states(images, self.config.layer)[:, 1:]
-        projected = self.projector(patches)
+        projected = self.projector(self.vision.patches(images, self.config.layer))
         if not self._prompt:
             return projected
         prompt = embed(self.language_model, mx.array([self._prompt]))
