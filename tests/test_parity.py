@@ -1,4 +1,7 @@
-"""CLIP, SigLIP and ViT against transformers: the stored numbers of tools/make_parity_fixtures.py, and live with torch."""
+"""CLIP, SigLIP and ViT against transformers: stored numbers, and where torch is installed, live.
+
+`tools/make_parity_fixtures.py` wrote the numbers.
+"""
 
 import importlib.util
 import shutil

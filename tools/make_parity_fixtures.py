@@ -22,6 +22,7 @@ FOLDER = Path(__file__).parent.parent / "tests" / "fixtures"
 TEXTS = ["a small red circle", "a blue square far above it"]
 PICTURES = [(25, 17), (10, 31)]  # width and height
 VISION = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
+VISION |= {"layer_norm_eps": 0.01}  # large enough to show
 TEXT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 CLIP_TEXT = TEXT | {"max_position_embeddings": 20}
 
@@ -32,7 +33,7 @@ def clip(tokenizer, *, act: str, legacy: bool, patch_size: int):
     tokens["eos_token_id"] = 2 if legacy else tokenizer.eos_token_id
     config = transformers.CLIPConfig(
         vision_config=VISION | {"image_size": 16, "patch_size": patch_size, "hidden_act": act},
-        text_config=CLIP_TEXT | tokens | {"hidden_act": act, "layer_norm_eps": 1e-4},
+        text_config=CLIP_TEXT | tokens | {"hidden_act": act, "layer_norm_eps": 0.02},
         projection_dim=20,
     )
     return transformers.CLIPModel(config)
@@ -40,8 +41,8 @@ def clip(tokenizer, *, act: str, legacy: bool, patch_size: int):
 
 def siglip(vocab_size: int):
     """SigLIP, on pictures of which the last pixels do not fill a patch."""
-    text = TEXT | {"vocab_size": vocab_size, "max_position_embeddings": 16, "projection_size": 24}
-    text |= {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
+    text = TEXT | {"layer_norm_eps": 0.02, "vocab_size": vocab_size, "projection_size": 24}
+    text |= {"max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
     config = transformers.SiglipConfig(vision_config=VISION | {"image_size": 15, "patch_size": 4}, text_config=text)
     return transformers.SiglipModel(config)
 

@@ -153,7 +153,7 @@ class ContrastiveCLIP(Module):
         return self.network(images, tokens)
 
     def training_step(self, batch):
-        """The loss of the paper, CLIP's or SigLIP's. Its negatives are those of one batch: accumulating batches does not add any."""
+        """CLIP's loss or SigLIP's. Its negatives are those of one batch: accumulating batches does not add any."""
         logits = self(self.processor.normalize(batch["pixels"]), batch["tokens"])
         hits = (logits.argmax(1) == mx.arange(len(logits))).mean()
         return {"loss": LOSSES[self.config.model_type](logits), "accuracy": hits, "weight": mx.array(len(logits))}

@@ -41,7 +41,7 @@ BATCH = 256  # images captioned at a time
 class Qwen3AlignerConfig:
     """What is put together, and how it is trained."""
 
-    vision: str | None = option(None, "CLIP, SigLIP or ViT, folder or Hub id; none: a small one is trained on the data first")
+    vision: str | None = option(None, "CLIP, SigLIP or ViT folder or Hub id; none: a small CLIP is trained first")
     lm: str | None = option(None, "language model folder or Hub id; none: a small one is trained first")
     layer: int = option(1, "hidden states of the tower to read, counted as transformers does")
     projector: str = option("mlp", "linear, or mlp (two layers, as LLaVA's)", in_(("linear", "mlp")))

@@ -12,7 +12,7 @@ import numpy as np
 from attrs.validators import ge
 
 from mlxmm.config import UserError, option
-from mlxmm.networks.transformer import Encoder, TransformerConfig
+from mlxmm.networks.transformer import TransformerConfig
 
 EMBEDDING_STD = 0.1  # of class, position and token embeddings, trained from scratch
 CUBIC = -0.75  # PyTorch's bicubic kernel; Pillow's has -0.5

@@ -30,7 +30,8 @@ NAMES = [
     ("position_embeddings", "position_embedding.weight"),
     ("patch_embeddings.projection", "patch_embedding"),
 ]
-THREE_AXES = {"class_embedding": -1, "position_embedding.weight": -2}  # on the Hub; the last that is joined to the first
+# These have three axes on the Hub; the last one that is joined to the first.
+THREE_AXES = {"class_embedding": -1, "position_embedding.weight": -2}
 HEADS = ("classifier.", "pooler.", "decoder.", "embeddings.mask_token")  # what reads the tower, and is none of it
 
 
