@@ -24,6 +24,7 @@ from mlxmm.networks.language_model import Qwen3Config, build_language_model, sav
 from mlxmm.networks.siglip import Siglip
 from mlxmm.networks.towers import TextConfig, VisionConfig, VisionEmbeddings
 from mlxmm.networks.vision import load_vision_tower
+from mlxmm.optimizers import OptimizerConfig
 from recipes.train_clip import PRESETS, TowerConfig, build
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -137,16 +138,17 @@ def test_siglip_begins_with_the_papers_scale_and_bias_and_learns_pairs(make_trai
     texts = ["a small circle", "a large square", "a red triangle", "two green stars"]
     tokenizer = train_tokenizer(texts, 300, adds_start_and_end=True)
     text = TextConfig(vocab_size=len(tokenizer), max_position_embeddings=16)
-    config = CLIPConfig(model_type="siglip", projection_dim=64, vision=VisionConfig(num_hidden_layers=1), text=text)
+    vision, optimizer = VisionConfig(num_hidden_layers=1), OptimizerConfig(learning_rate=4e-3, warmup_steps=5)
+    config = CLIPConfig(model_type="siglip", projection_dim=64, vision=vision, text=text, optimizer=optimizer)
     module = ContrastiveCLIP(config, tokenizer, ImageProcessor.square(32))
     assert math.exp(module.network.logit_scale.item()) == pytest.approx(10)
     assert module.network.logit_bias.item() == -10
     pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     batch = {"pixels": mx.array(pixels), "tokens": module.tokenize(texts)}
     before = module.training_step(batch)["loss"].item()
-    make_trainer(max_steps=12).fit(module, train_dataloaders=[batch])
+    make_trainer(max_steps=30, compile=False).fit(module, train_dataloaders=[batch] * 30)
     after = module.training_step(batch)
-    assert after["loss"].item() < 0.5 * before and after["accuracy"].item() == 1
+    assert after["loss"].item() < 0.1 * before and after["accuracy"].item() == 1
 
 
 def test_settings_of_a_siglip_that_do_not_fit_are_refused():
