@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -126,6 +127,21 @@ def test_a_tensor_that_does_not_fit_is_one_clear_line(name, damage, tmp_path):
         assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
         if damage == "unexpected":
             return
+
+
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("wrong", [{"hidden_act": "silu"}, {"num_attention_heads": 5}, {"patch_size": [4, 4]}])
+def test_a_setting_that_no_tower_has_is_one_clear_line(name, wrong, tmp_path):
+    shutil.copytree(FIXTURES / name, tmp_path, dirs_exist_ok=True)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values.get("vision_config", values).update(wrong)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="no tower that is known here: .*") as caught:
+        load_vision_tower(tmp_path)
+    assert "\n" not in str(caught.value)
+    if name in PAIRS:
+        with pytest.raises(UserError, match="no tower that is known here"):
+            ContrastiveCLIP.from_pretrained(tmp_path)
 
 
 def test_a_folder_without_towers_is_one_clear_line(tmp_path):

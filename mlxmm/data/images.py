@@ -155,8 +155,9 @@ class ImageProcessor:
         else:
             scale = self.resize / min(image.size)
             width, height = (max(self.resize, int(edge * scale)) for edge in image.size)
-        if width * height > MAX_PIXELS:  # a strip: of its length the middle is enough
-            return self.pixels(_middle(image, LONGEST * min(image.size)))
+        longest = LONGEST * min(image.size)
+        if width * height > MAX_PIXELS and max(image.size) > longest:  # of a strip the middle is enough
+            return self.pixels(_middle(image, longest))
         if (width, height) != image.size:
             image = image.resize((width, height), self.resample)
         left, top = (width - self.image_size) // 2, (height - self.image_size) // 2

@@ -46,12 +46,12 @@ class CLIPConfig:
 
     def __attrs_post_init__(self):
         if self.model_type == "siglip" and self.projection_dim != self.vision.hidden_size:
-            raise ValueError(
+            raise UserError(
                 f"projection_dim={self.projection_dim} of a siglip must be its vision tower's width: "
                 f"{self.vision.hidden_size}"
             )
         if self.model_type == "siglip" and self.initialization == "openai":
-            raise ValueError("initialization=openai is for model_type=clip; a siglip takes small")
+            raise UserError("initialization=openai is for model_type=clip; a siglip takes small")
 
 
 class ContrastiveCLIP(Module):

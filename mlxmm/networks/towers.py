@@ -158,9 +158,12 @@ def unit(x: mx.array) -> mx.array:
 
 
 def known(cls: type, values: dict):
-    """`cls` from a config.json, which says more than the network needs."""
+    """`cls` from a config.json, which says more than the network needs. Raises `UserError` for what cannot be."""
     names = {field.name for field in attrs.fields(cls)}
-    return cls(**{name: value for name, value in values.items() if name in names})
+    try:
+        return cls(**{name: value for name, value in values.items() if name in names})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"config.json describes no tower that is known here: {error.args[0]}") from None
 
 
 def from_hub(weights: dict[str, mx.array]) -> dict[str, mx.array]:
