@@ -224,7 +224,7 @@ def test_a_picture_cut_short_is_one_clear_line(kind):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (20_000, 30), (3, 900)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (20_000, 30), (3, 900), (1_000_000, 1)])
 def test_the_middle_of_a_picture_of_any_shape_fills_the_square(size):
     image = decode_image(encoded(Image.new("RGB", size, "red"), "PNG"))
     for processor in (ImageProcessor.square(24), ImageProcessor(image_size=24, resize=(24, 24))):
