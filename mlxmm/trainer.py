@@ -55,6 +55,8 @@ class Trainer:
         self.should_stop = False
         self.state = "initializing"  # then running, and finished or interrupted
         self.callback_metrics: dict[str, float] = {}  # the newest value of all that was logged
+        self.logged_metrics: dict[str, float] = {}  # what was logged since the newest update
+        self.ckpt_path: Path | None = None  # the checkpoint that the run was resumed from
         self.module = self.optimizer = self.datamodule = None
 
     # ------------------------------------------------------------------ what people call
@@ -73,8 +75,9 @@ class Trainer:
         `ckpt_path` is the checkpoint to go on from; "last" the newest whole one in `default_root_dir`.
         """
         data = datamodule or batches.Loaders(train=train_dataloaders, val=val_dataloaders)
+        self.ckpt_path = None if ckpt_path is None else self._checkpoint_folder(ckpt_path)
         with self._stage("fit", module, data), self._layers_prepared(), end_requests() as request:
-            self._prepare_fit(ckpt_path)
+            self._prepare_fit()
             self._call("on_fit_start")
             self._sanity_check()
             self._call("on_train_start")
@@ -126,6 +129,7 @@ class Trainer:
         with self.profiler.phase("logging"):
             values = {name: float(value) for name, value in metrics.items()}
             self.callback_metrics |= values
+            self.logged_metrics |= values
             for logger in self.loggers:
                 logger.log_metrics(values, self.global_step, self.current_epoch)
 
@@ -183,6 +187,7 @@ class Trainer:
             seed_everything(step_seed(self.config.seed, distributed.rank(), self.global_step))
             metrics = self._train_step(group)
             mx.eval(metrics, self.module.state, self.optimizer.state)
+        self.logged_metrics = {}
         self.global_step += 1
         self.batch_idx += len(group)
         if self.global_step % self.config.log_every_n_steps == 0:
@@ -300,8 +305,8 @@ class Trainer:
                 stack.enter_context(watched_outputs(self.module))
             yield
 
-    def _prepare_fit(self, ckpt_path: Path | str | None) -> None:
-        saved = None if ckpt_path is None else checkpoint.load(self._checkpoint_folder(ckpt_path))
+    def _prepare_fit(self) -> None:
+        saved = None if self.ckpt_path is None else checkpoint.load(self.ckpt_path)
         if saved is not None:
             self._restore(saved)
         self.optimizer = self.module.configure_optimizers()
@@ -329,7 +334,7 @@ class Trainer:
             if callback.state_key in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][callback.state_key])
         self._call("on_load_checkpoint", saved)
-        checkpoint.load_arrays("the checkpoint", saved["weights"], self.module)
+        checkpoint.load_arrays(self.ckpt_path, saved["weights"], self.module)
         set_trainable(self.module, state["trainable"])
         for logger, position in zip(self.loggers, state["loggers"]):
             logger.rewind(position, self.global_step)

@@ -237,6 +237,6 @@ def test_best_is_never_what_is_not_a_number(make_trainer, tmp_path):
 
     trainer = make_trainer(max_steps=5, callbacks=[Score(), checkpoint])
     trainer.fit(TinyRegression(), train_dataloaders=DistinctBatches())
-    assert checkpoint.best_score == 7.0
+    assert checkpoint.best_model_score == 7.0
     assert (tmp_path / "c/best").resolve().name == "step=3" and (tmp_path / "c/last").resolve().name == "step=5"
     assert sorted(p.name for p in (tmp_path / "c").glob("step=*")) == ["step=3", "step=5"]
