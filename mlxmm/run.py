@@ -40,7 +40,7 @@ class Run:
         """A run inside this one, which goes on from its own newest checkpoint if it has any."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
-        return Run(folder, checkpoint.latest(folder / "checkpoints"))
+        return _reopened(folder, checkpoint.latest(folder / "checkpoints"))
 
     def write_summary(self, figures: dict) -> None:
         """Write `summary.json`: what a script or a paper's table would read."""
@@ -67,6 +67,14 @@ def open_run(config: RunConfig, recipe: str) -> Run:
     remove_leftovers(folder)
     if not (folder / "config.json").exists():
         write_json(folder / "config.json", to_json(attrs.evolve(config, run_dir=folder, resume=None)))
+    return _reopened(folder, ckpt_path)
+
+
+def _reopened(folder: Path, ckpt_path: Path | None) -> Run:
+    """A run to go on with; without a checkpoint it begins anew, and what it logged before would come twice."""
+    if ckpt_path is None:
+        for path in [*folder.glob("metrics.jsonl"), *folder.glob("events.out.tfevents.*")]:
+            path.unlink()
     return Run(folder, ckpt_path)
 
 
