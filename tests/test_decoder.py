@@ -36,7 +36,7 @@ def test_a_position_sees_the_image_and_the_tokens_up_to_its_own(reading):
 def test_no_gradient_flows_from_the_image_rows_of_a_prefix_to_the_text():
     decoder = make("prefix")
     features, tokens = inputs()
-    image, text = decoder.read(features), decoder.embed(tokens)
+    image, text = decoder.read(features), decoder.token_embedding(tokens)
 
     def image_rows(text):
         joined = mx.concatenate([image, text], axis=1)
@@ -56,11 +56,13 @@ def test_decoding_with_a_cache_gives_the_logits_of_reading_all_at_once(reading, 
     decoder = make(reading, tie_word_embeddings=tied)
     features, tokens = inputs()
     whole = decoder(decoder.read(features), tokens)
-    continuation = Continuation(decoder, decoder.read(features))
+    continuation = Continuation(decoder, P)
     cache = continuation.make_cache()
+    new = mx.concatenate([decoder.read(features), continuation.embed(tokens[:, :1])], axis=1)
     for i in range(L):
-        step = continuation.logits(continuation.embed(tokens[:, i : i + 1]), cache)
+        step = continuation.logits(new, cache)
         np.testing.assert_allclose(np.array(step), np.array(whole[:, i]), atol=2e-5)
+        new = continuation.embed(tokens[:, i + 1 : i + 2])
 
 
 def test_a_head_of_its_own_is_one_more_matrix():

@@ -137,18 +137,20 @@ class Decoder(nn.Module):
         """(B, P, E) features of a tower to (B, P, D) image positions."""
         return self.image_norm(self.image_projection(features))
 
-    def embed(self, tokens: mx.array, start: int = 0) -> mx.array:
-        """(B, L) tokens, the first of them at text position `start`, to (B, L, D)."""
-        positions = mx.arange(start, start + tokens.shape[1])
-        return self.token_embedding(tokens) + self.position_embedding(positions)
+    def hidden_states(self, image: mx.array, text: mx.array, caches: list[LayerCache] | None = None) -> mx.array:
+        """(B, P, D) image positions and (B, L, D) embedded tokens to normalised states (B, L, D).
 
-    def hidden_states(self, image: mx.array, tokens: mx.array) -> mx.array:
-        """(B, P, D) image positions and (B, L) tokens to normalised states (B, L, D)."""
-        text = self.embed(tokens)
+        With `caches`, later tokens follow by `continued`.
+        """
+        text = text + self.position_embedding(mx.arange(text.shape[1]))
         if self.config.reading == "cross":
-            return self.norm(self._run(text, image, "causal", None))
-        mask = prefix_mask(image.shape[1], text.shape[1])
-        return self.norm(self._run(mx.concatenate([image, text], axis=1), None, mask, None)[:, image.shape[1] :])
+            return self.norm(self._run(text, image, "causal", caches))
+        P, L = image.shape[1], text.shape[1]
+        return self.norm(self._run(mx.concatenate([image, text], axis=1), None, prefix_mask(P, L), caches)[:, P:])
+
+    def continued(self, text: mx.array, start: int, caches: list[LayerCache]) -> mx.array:
+        """(B, 1, D) of the embedded token at text position `start` to its normalised state (B, 1, D)."""
+        return self.norm(self._run(text + self.position_embedding(mx.array([start])), None, None, caches))
 
     def head(self, states: mx.array) -> mx.array:
         """(..., D) states to logits (..., V)."""
@@ -156,7 +158,7 @@ class Decoder(nn.Module):
 
     def __call__(self, image: mx.array, tokens: mx.array) -> mx.array:
         """(B, P, D) image positions and (B, L) tokens to logits (B, L, V)."""
-        return self.head(self.hidden_states(image, tokens))
+        return self.head(self.hidden_states(image, self.token_embedding(tokens)))
 
     def _run(self, x: mx.array, image: mx.array | None, mask, caches: list[LayerCache] | None) -> mx.array:
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
@@ -165,30 +167,28 @@ class Decoder(nn.Module):
 
 
 class Continuation:
-    """The decoder on given images, as `mlxmm.generate` wants a network: its prefix is the start token's place."""
+    """The decoder as `mlxmm.generate` wants a network: the first call gives it P image positions, then tokens."""
 
-    def __init__(self, decoder: Decoder, image: mx.array):
-        self.decoder, self.image, self._length = decoder, image, 0
+    def __init__(self, decoder: Decoder, num_image: int):
+        self.decoder, self.num_image = decoder, num_image
 
     def make_cache(self) -> list[LayerCache]:
-        self._length = 0
         return [LayerCache() for _ in self.decoder.layers]
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """(B, 1) tokens at the next position to (B, 1, D)."""
-        return self.decoder.embed(tokens, self._length)
+        """(B, L) tokens to (B, L, D)."""
+        return self.decoder.token_embedding(tokens)
 
     def logits(self, embeddings: mx.array, cache: list[LayerCache]) -> mx.array:
-        """(B, L, D) of new positions to logits of what follows, (B, V); the first call reads the image too."""
-        is_first, self._length = not cache[0].state, self._length + embeddings.shape[1]
-        image, mask = None, None
-        if is_first and self.decoder.config.reading == "cross":
-            image, mask = self.image, "causal"
-        elif is_first:
-            mask = prefix_mask(self.image.shape[1], embeddings.shape[1])
-            embeddings = mx.concatenate([self.image, embeddings], axis=1)
-        states = self.decoder._run(embeddings, image, mask, cache)[:, -1]
-        return self.decoder.head(self.decoder.norm(states))
+        """(B, P + L, D) at first, then (B, 1, D), to logits of what follows, (B, V)."""
+        if not cache[0].state:
+            image, text = embeddings[:, : self.num_image], embeddings[:, self.num_image :]
+            states = self.decoder.hidden_states(image, text, cache)
+        else:
+            behind = cache[0].state["keys"].shape[2]
+            is_prefix = self.decoder.config.reading == "prefix"
+            states = self.decoder.continued(embeddings, behind - self.num_image * is_prefix, cache)
+        return self.decoder.head(states[:, -1])
 
 
 def prefix_mask(num_image: int, num_text: int) -> mx.array:
