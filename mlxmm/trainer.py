@@ -100,6 +100,14 @@ class Trainer:
         with self._stage("predict", module, datamodule or batches.Loaders(predict=dataloaders)):
             return self._predict(self.datamodule.predict_dataloader())
 
+    def configure_optimizer(self, state: dict[str, mx.array] | None = None) -> None:
+        """Ask the module for its optimizer, which takes its schedules from the data as they are now; `state` is what
+        a checkpoint has of it."""
+        self.optimizer = self.module.configure_optimizers()
+        if state is not None:
+            checkpoint.load_optimizer(state, self.optimizer, self.module)
+        self._build_train_step()
+
     def save_checkpoint(self, folder: Path | str) -> None:
         """Write a checkpoint of the run as it is now, whole or not at all."""
         contents = self.dump_checkpoint()
@@ -146,7 +154,7 @@ class Trainer:
     @property
     def num_compiled_variants(self) -> int:
         """For how many batch shapes steps are compiled now: at most `max_compiled_variants` of each kind."""
-        return self._compiler.num_variants
+        return self.compiler.num_variants
 
     @property
     def estimated_stepping_batches(self) -> int:
@@ -275,7 +283,7 @@ class Trainer:
         self.module, self.datamodule, module.trainer = module, datamodule, self
         self.should_stop = self._told_of_minimum = False
         self.state, self._started = "running", time.perf_counter()
-        self._compiler = Compiler(self._compiles(), self.config.max_compiled_variants)
+        self.compiler = Compiler(self._compiles(), self.config.max_compiled_variants)
         self._eval_steps: dict[str, Callable] = {}
         try:
             self.callbacks = hooks.arrange(self.callbacks, module.configure_callbacks())
@@ -309,10 +317,7 @@ class Trainer:
         saved = None if self.ckpt_path is None else checkpoint.load(self.ckpt_path)
         if saved is not None:
             self._restore(saved)
-        self.optimizer = self.module.configure_optimizers()
-        if saved is not None:
-            checkpoint.load_optimizer(saved["optimizer"], self.optimizer, self.module)
-        self._build_train_step()
+        self.configure_optimizer(saved and saved["optimizer"])
         for logger in self.loggers:
             logger.log_hyperparams({"module": self.module.hparams, "trainer": to_json(self.config)})
 
@@ -345,7 +350,7 @@ class Trainer:
         self._modes = Modes(self.module)
         watches = self._hooks["on_before_optimizer_step"] or self.config.detect_anomaly
         self._train_step = build_train_step(
-            self.module, self.optimizer, self.config, self._compiler, self._on_gradients if watches else None
+            self.module, self.optimizer, self.config, self.compiler, self._on_gradients if watches else None
         )
         if self.config.deterministic:
             self._train_step = checked_twice(self._train_step, self.module, self.optimizer)
@@ -358,7 +363,7 @@ class Trainer:
     def _eval_step(self, name: str) -> Callable:
         if name not in self._eval_steps:
             step = getattr(self.module, name)
-            self._eval_steps[name] = build_eval_step(self.module, step, self.config, self._compiler)
+            self._eval_steps[name] = build_eval_step(self.module, step, self.config, self.compiler)
         return self._eval_steps[name]
 
     def _compiles(self) -> bool:
