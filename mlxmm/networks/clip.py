@@ -68,6 +68,7 @@ class PatchEmbedding(nn.Module):
         B, H, W, C = images.shape
         if H % p or W % p:
             raise ValueError(f"images are {H}x{W} pixels, not a multiple of patch_size={p}")
+        images = images.astype(self.weight.dtype)  # pixels in float32 would make all that follows float32
         patches = images.reshape(B, H // p, p, W // p, p, C).transpose(0, 1, 3, 2, 4, 5)
         return patches.reshape(B, -1, p * p * C) @ self.weight.reshape(D, -1).T  # (B, P, D)
 
@@ -145,12 +146,13 @@ class CLIP(nn.Module):
         return unit(self.text_projection(self.text_model(tokens)))
 
     def __call__(self, images: mx.array, tokens: mx.array) -> mx.array:
-        """Logits (B images, B texts): cosines over the learned temperature."""
-        return mx.exp(self.logit_scale) * self.encode_image(images) @ self.encode_text(tokens).T
+        """Logits (B images, B texts): cosines over the learned temperature, in float32."""
+        return mx.exp(self.logit_scale.astype(mx.float32)) * self.encode_image(images) @ self.encode_text(tokens).T
 
 
 def unit(x: mx.array) -> mx.array:
-    """Rows of length one."""
+    """Rows of length one, in float32: a temperature of 1/100 makes of bfloat16's steps half a logit."""
+    x = x.astype(mx.float32)
     return x * mx.rsqrt(mx.square(x).sum(-1, keepdims=True))
 
 
