@@ -407,7 +407,8 @@ class Trainer:
         return False
 
     def _validation_due(self, is_last: bool) -> bool:
-        if self._done:
+        ends = is_last and 0 <= self.config.max_epochs <= self.current_epoch + 1
+        if ends or self._done:
             return True
         if (self.current_epoch + 1) % self.config.check_val_every_n_epoch:
             return False
