@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
@@ -88,9 +89,10 @@ def test_memory_after_the_last_validation_is_that_after_the_first(make_trainer):
             gc.collect()
             active.append(mx.get_active_memory())
 
-    data = DistinctBatches(num_batches=20, batch_size=64)
+    module, data = TinyRegression(), DistinctBatches(num_batches=20, batch_size=64)
+    module.backbone, module.head = nn.Linear(4, 1_024), nn.Linear(1_024, 1)  # a hundredth of it is some 700 bytes
     trainer = make_trainer(max_steps=200, val_check_interval=20, callbacks=[Measure()])
-    trainer.fit(TinyRegression(), train_dataloaders=data, val_dataloaders=DistinctBatches(5, 64))
+    trainer.fit(module, train_dataloaders=data, val_dataloaders=DistinctBatches(5, 64))
     assert len(active) == 10 and active[-1] <= 1.01 * active[0], active
 
 
