@@ -22,8 +22,9 @@ class BatchSizeFinder(Callback):
     between what fits and what does not. `attribute` is where the datamodule has its size, dotted: "batch_size",
     "config.batch_size"; "train.batch_size" of a loader given as `train_dataloaders`. `batch_size` is what was found.
 
-    The optimizer is made anew, since its schedules follow the number of updates. A resumed run has the size of its
-    beginning; nothing is searched for then, nor with `fast_dev_run`. Raises `UserError` where no size fits.
+    The optimizer is made anew, since its schedules follow the number of updates: give it before a LearningRateFinder.
+    A resumed run has the size of its beginning; nothing is searched for then, nor with `fast_dev_run`. Raises
+    `UserError` where no size fits.
     """
 
     memory_limit: int = attrs.field(validator=ge(1))

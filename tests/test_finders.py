@@ -146,7 +146,7 @@ def test_the_optimizer_keeps_its_rate_unless_asked_and_then_also_after_a_resume(
 
     fit(5, update_optimizer=True)
     again, rest, _ = fit(12, tmp_path / "c/last", update_optimizer=True)
-    assert again is not None and rest[-1] == pytest.approx(rates[-1] * again / suggestion, rel=1e-5)
+    assert again == suggestion and rest == rates[5:]
 
 
 def test_a_search_that_raises_puts_everything_back_and_leaves_no_file(make_trainer, tmp_path):
@@ -239,6 +239,7 @@ def test_no_size_that_fits_and_no_such_attribute_are_one_clear_error(make_traine
         make_trainer(max_steps=1, callbacks=[BatchSizeFinder(1, attribute="size")]).fit(TinyRegression(), Rows())
 
 
+@pytest.mark.filterwarnings("ignore:list cannot start")
 def test_the_size_of_a_frozen_config_is_set_and_found_again_by_a_resumed_run(make_trainer, tmp_path):
     @attrs.frozen
     class Settings:

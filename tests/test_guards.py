@@ -91,6 +91,12 @@ def test_stopping_names_update_and_loss_and_leaves_the_weights_of_before(make_tr
     np.testing.assert_array_equal(np.array(module.head.weight), record.seen[2]["module.head.weight"])
 
 
+def test_skips_that_are_not_in_a_row_do_not_stop(make_trainer):
+    guard = LossSpikeGuard(max_skips=2)
+    make_trainer(max_epochs=2, callbacks=[guard]).fit(TinyRegression(), train_dataloaders=PoisonedBatches(1, 3))
+    assert guard.num_skipped == 4
+
+
 def test_guarding_changes_no_bit_of_a_run_without_spikes(make_trainer):
     guarded, alone = TinyRegression(), TinyRegression()
     make_trainer(max_steps=9, callbacks=[LossSpikeGuard(rtol=None)]).fit(guarded, train_dataloaders=DistinctBatches())
@@ -107,7 +113,7 @@ def test_a_layer_opened_at_the_very_update_that_is_skipped_starts_from_zero_mome
 
 def test_counts_and_means_survive_a_resume_and_are_logged(make_trainer, tmp_path):
     def fit(folder, *others, ckpt_path=None):
-        guard = LossSpikeGuard(window=3, rtol=100.0)
+        guard = LossSpikeGuard(window=9)
         save = ModelCheckpoint(every_n_train_steps=4, dirpath=folder / "c")
         trainer = make_trainer(max_epochs=2, logger=JSONLLogger(folder), callbacks=[guard, *others, save])
         module = TinyRegression()
@@ -126,7 +132,7 @@ def test_counts_and_means_survive_a_resume_and_are_logged(make_trainer, tmp_path
     whole, weights = fit(tmp_path / "whole")
     fit(tmp_path / "parts", Die())
     guard, resumed = fit(tmp_path / "parts", ckpt_path=tmp_path / "parts/c/last")
-    assert whole.state_dict() == guard.state_dict() and guard.num_skipped == 4
+    assert whole.state_dict() == guard.state_dict() and guard.num_skipped == 4 and len(guard.losses) == 8
     assert_same(weights, resumed)
     rows = [json.loads(line) for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
     told = {row["step"]: row["skipped_updates"] for row in rows if "skipped_updates" in row}
