@@ -134,6 +134,7 @@ def test_the_optimizer_keeps_its_rate_unless_asked_and_then_also_after_a_resume(
         trainer = make_trainer(max_steps=max_steps, callbacks=[finder, rates, save], limit_train_batches=6)
         module = kind()
         trainer.fit(module, train_dataloaders=DistinctBatches(), ckpt_path=ckpt_path)
+        assert bool(finder.results) == (ckpt_path is None)
         return finder.suggestion, rates.seen, weights(module)
 
     own = Rates()
