@@ -11,7 +11,7 @@ import pytest
 from conftest import DistinctBatches, TinyRegression
 from mlx.utils import tree_flatten
 
-from callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
+from callbacks import BatchSizeFinder, LearningRateFinder
 from mlxmm import Callback, DataModule
 from mlxmm.config import UserError
 
@@ -130,11 +130,11 @@ def test_the_suggestion_is_where_the_loss_falls_most():
 def test_the_optimizer_keeps_its_rate_unless_asked_and_then_also_after_a_resume(make_trainer, tmp_path, kind):
     def fit(max_steps, ckpt_path=None, **settings):
         finder, rates = LearningRateFinder(1e-5, 1.0, 40, **settings), Rates()
-        save = ModelCheckpoint(dirpath=tmp_path / "c")
-        trainer = make_trainer(max_steps=max_steps, callbacks=[finder, rates, save], limit_train_batches=6)
+        trainer = make_trainer(max_steps=max_steps, callbacks=[finder, rates], limit_train_batches=6)
         module = kind()
         trainer.fit(module, train_dataloaders=DistinctBatches(), ckpt_path=ckpt_path)
         assert bool(finder.results) == (ckpt_path is None)
+        trainer.save_checkpoint(tmp_path / str(max_steps))
         return finder.suggestion, rates.seen, weights(module)
 
     own = Rates()
@@ -146,7 +146,7 @@ def test_the_optimizer_keeps_its_rate_unless_asked_and_then_also_after_a_resume(
     assert rates == pytest.approx(shape * suggestion, rel=1e-5) and suggestion != pytest.approx(max(own.seen), rel=0.01)
 
     fit(5, update_optimizer=True)
-    again, rest, _ = fit(12, tmp_path / "c/last", update_optimizer=True)
+    again, rest, _ = fit(12, tmp_path / "5", update_optimizer=True)
     assert again == suggestion and rest == rates[5:]
 
 
@@ -255,15 +255,14 @@ def test_the_size_of_a_frozen_config_is_set_and_found_again_by_a_resumed_run(mak
 
     def fit(max_steps, ckpt_path=None):
         module, data = TinyRegression(), Configured()
-        callbacks = [
-            BatchSizeFinder(10**10, max_trials=3, attribute="config.batch_size"),
-            ModelCheckpoint(dirpath=tmp_path),
-        ]
-        make_trainer(max_steps=max_steps, callbacks=callbacks).fit(module, data, ckpt_path=ckpt_path)
+        finder = BatchSizeFinder(10**10, max_trials=3, attribute="config.batch_size")
+        trainer = make_trainer(max_steps=max_steps, callbacks=[finder])
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / str(max_steps))
         return data.config.batch_size, weights(module)
 
     size, whole = fit(7)
     fit(3)
-    found, resumed = fit(7, tmp_path / "last")
+    found, resumed = fit(7, tmp_path / "3")
     assert size == found == 8
     assert_same(whole, resumed)
