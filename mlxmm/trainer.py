@@ -219,8 +219,10 @@ class Trainer:
                 break
             empty = False
             yield group
-        if empty:
+        if empty and self.batch_idx == 0:
             raise UserError("the training data gave no batch: fewer examples than one batch holds?")
+        if empty:  # resumed where an exception came between the epoch's last update and its end
+            self.current_epoch, self.batch_idx = self.current_epoch + 1, 0
 
     def _validate(self) -> dict[str, float]:
         if self.config.overfit_batches:
