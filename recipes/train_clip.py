@@ -66,7 +66,7 @@ def train(config: TowerConfig, data: CaptionData, run: Run, seed: int) -> tuple[
     )
     trainer.fit(clip, data, ckpt_path=run.ckpt_path)
     figures = dict(trainer.callback_metrics)
-    if data.is_synthetic:
+    if data.is_synthetic and run.is_global_zero:
         figures["zero_shot/accuracy"] = zero_shot_accuracy(clip, data, seed)
     return clip, figures
 

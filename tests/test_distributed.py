@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from callbacks import ModelCheckpoint
 from mlxmm import Callback, Trainer, distributed
 from mlxmm.config import UserError
+from mlxmm.data.loader import Loader
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,6 +85,21 @@ def validate(folder):
         batches = [{key: array[rows_of] for key, array in rows.items()} for rows_of in share]
         told[name] = trainer(folder).validate(TinyRegression(), dataloaders=batches)
     (folder / f"told{distributed.rank()}.json").write_text(json.dumps(told))
+
+
+def load(folder):
+    """What each process's loader gives, with draws: as JSON, batches of epoch 2 and the number that `len` tells."""
+    told = {}
+    for name, drop_last in {"whole": True, "all": False}.items():
+        loader = Loader(
+            rows=range(13),
+            encode=lambda row, rng: {"row": np.array([row, rng.integers(1_000)])},
+            batch_size=4 // distributed.world_size(),
+            shuffle=True,
+            drop_last=drop_last,
+        )
+        told[name] = [len(loader), [batch["row"].tolist() for batch in loader.epoch(2)]]
+    (folder / f"loaded{distributed.rank()}.json").write_text(json.dumps(told))
 
 
 class At(Callback):
@@ -178,13 +194,17 @@ def run(name, folder, *, only=(0, 1), **settings):
     """(exit code, stdout, stderr) of each rank that runs `name`, and the seconds it took."""
     start = time.monotonic()
     with two_processes(__file__, name, folder, only=only, **settings) as processes:
-        ended = [(*process.communicate(timeout=30), process.returncode) for process in processes]
+        ended = [(*process.communicate(timeout=40), process.returncode) for process in processes]
     return [(code, out, err) for out, err, code in ended], time.monotonic() - start
 
 
 @pytest.fixture(autouse=True)
 def hostfiles(tmp_path, monkeypatch):
     monkeypatch.setenv("HOSTFILES", str(tmp_path))
+
+
+def own_lines(err: str) -> list[str]:
+    return [line for line in err.splitlines() if not line.startswith("[ring]")]  # MLX's own remarks
 
 
 def assert_close(left, right, atol):
@@ -224,20 +244,34 @@ def test_validation_on_unequal_shards_gives_the_means_of_one_process(tmp_path):
         assert told[0][name] == pytest.approx(one, rel=1e-6)
 
 
+def test_the_shares_of_two_processes_are_the_batches_of_one(tmp_path):
+    assert [code for code, _, _ in run("load", tmp_path)[0]] == [0, 0]
+    zero, one = (json.loads((tmp_path / f"loaded{rank}.json").read_text()) for rank in (0, 1))
+    (tmp_path / "one").mkdir()
+    load(tmp_path / "one")
+    whole = json.loads((tmp_path / "one/loaded0.json").read_text())
+    assert zero["whole"][0] == one["whole"][0] == 3  # batches of 2: six rows each, of 13
+    for left, right, both in zip(zero["whole"][1], one["whole"][1], whole["whole"][1], strict=True):
+        assert sorted(left + right) == sorted(both)
+    rows = [row for part in (zero, one) for batch in part["all"][1] for row in batch]
+    assert sorted(rows) == sorted(row for batch in whole["all"][1] for row in batch) and len(rows) == 13
+    assert all(part["all"][0] == len(part["all"][1]) for part in (zero, one))
+
+
 @pytest.mark.parametrize(
     ("how", "told", "codes"),
     [
         ("killed", "error: rank 1 died", (1, -signal.SIGKILL)),
         ("raising", "error: rank 1 failed: ZeroDivisionError", (1, 1)),
         ("leaving", "error: rank 1 ended before the others", (1, 0)),
-        ("hanging", "error: rank 1 hangs: rank 0 waited 2 s", (1, 1)),
+        ("hanging", "error: rank 1 hangs: rank 0 waited 1 s", (1, 1)),
     ],
 )
 def test_a_rank_that_is_lost_ends_the_other_with_its_name_and_a_whole_checkpoint(tmp_path, how, told, codes):
-    ended, seconds = run(how, tmp_path, timeout=2.0)
+    ended, seconds = run(how, tmp_path, timeout=1.0 if how == "hanging" else 10.0)
     assert tuple(code for code, _, _ in ended) == codes, ended
-    lines = [line for line in ended[0][2].splitlines() if not line.startswith("[ring]")]  # MLX's own remarks
-    assert len(lines) == 1 and lines[0].startswith(told)
+    [line] = own_lines(ended[0][2])
+    assert line.startswith(told)
     assert seconds < 30 and not (tmp_path / "ended-well").exists()
     from mlxmm import checkpoint
 
@@ -285,7 +319,8 @@ def sharded(folder):
 
 
 RECIPE = """--data.batch-size 8 --data.shapes.num-train 37 --data.shapes.num-val 17 --data.shapes.num-test 8
-    --tower.trainer.max-steps 5 --tower.trainer.log-every-n-steps 1 --tower.trainer.val-check-interval 2""".split()
+    --tower.trainer.max-steps 5 --tower.trainer.log-every-n-steps 1 --tower.trainer.val-check-interval 2
+    --tower.trainer.no-compile""".split()
 
 
 def test_a_recipe_on_two_processes_leaves_one_run(tmp_path):
@@ -302,7 +337,7 @@ def test_a_recipe_on_two_processes_leaves_one_run(tmp_path):
     with two_processes(*command, timeout=30.0) as processes:
         errors = [process.communicate(timeout=60)[1] for process in processes]
     assert "exists" in errors[0] and "rank 0 failed: UserError" in errors[1]
-    assert [len(error.splitlines()) for error in errors] == [1, 1] and all(p.returncode for p in processes)
+    assert [len(own_lines(error)) for error in errors] == [1, 1] and all(p.returncode for p in processes)
 
 
 if __name__ == "__main__":
