@@ -92,7 +92,7 @@ def load(folder):
     told = {}
     for name, drop_last in {"whole": True, "all": False}.items():
         loader = Loader(
-            rows=range(13),
+            rows=range(15),
             encode=lambda row, rng: {"row": np.array([row, rng.integers(1_000)])},
             batch_size=4 // distributed.world_size(),
             shuffle=True,
@@ -250,11 +250,11 @@ def test_the_shares_of_two_processes_are_the_batches_of_one(tmp_path):
     (tmp_path / "one").mkdir()
     load(tmp_path / "one")
     whole = json.loads((tmp_path / "one/loaded0.json").read_text())
-    assert zero["whole"][0] == one["whole"][0] == 3  # batches of 2: six rows each, of 13
+    assert zero["whole"][0] == one["whole"][0] == 3  # batches of 2: seven rows each, of 15
     for left, right, both in zip(zero["whole"][1], one["whole"][1], whole["whole"][1], strict=True):
         assert sorted(left + right) == sorted(both)
     rows = [row for part in (zero, one) for batch in part["all"][1] for row in batch]
-    assert sorted(rows) == sorted(row for batch in whole["all"][1] for row in batch) and len(rows) == 13
+    assert sorted(rows) == sorted(row for batch in whole["all"][1] for row in batch) and len(rows) == 15
     assert all(part["all"][0] == len(part["all"][1]) for part in (zero, one))
 
 
