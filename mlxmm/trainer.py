@@ -111,7 +111,7 @@ class Trainer:
     def configure_optimizer(self, state: dict[str, mx.array] | None = None) -> None:
         """Ask the module for its optimizer, which takes its schedules from the data as they are now; `state` is what
         a checkpoint has of it."""
-        self._updates_in_epoch = self._count_updates(self._train_loader())
+        self._updates_in_epoch = self._count_updates(self.datamodule.train_dataloader())
         self.optimizer = self.module.configure_optimizers()
         if state is not None:
             checkpoint.load_optimizer(state, self.optimizer, self.module)
@@ -453,7 +453,8 @@ class Trainer:
 
     def _count_updates(self, loader) -> int | None:
         """The updates of an epoch, which ends for all processes with the shortest shard; None where nothing tells."""
-        total = batches.count(loader, self.config.overfit_batches or self.config.limit_train_batches)
+        limit = self.config.overfit_batches or self.config.limit_train_batches
+        total = None if loader is None else batches.count(loader, limit)
         if distributed.all_max(total is None) == [1]:
             return None
         return -distributed.all_max(-total // self.accumulate_grad_batches)[0]
