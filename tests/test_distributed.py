@@ -230,7 +230,7 @@ def test_all_processes_resume_what_rank_0_saved(tmp_path):
     ended, _ = run("resume", tmp_path)
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert_close(tmp_path / "plain0.safetensors", tmp_path / "plain1.safetensors", atol=0)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["last", "step=6"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["last", "step=4", "step=6"]
 
 
 def test_validation_on_unequal_shards_gives_the_means_of_one_process(tmp_path):
