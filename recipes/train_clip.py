@@ -87,10 +87,11 @@ def main(config: Config) -> None:
     run = open_run(config, "train_clip")
     data = CaptionData(config.data, config.seed)
     clip, figures = train(config.tower, data, run, config.seed)
-    clip.save_pretrained(run.folder / "model")
+    if run.is_global_zero:
+        clip.save_pretrained(run.folder / "model")
     run.write_summary(figures)
-    print("\n".join(f"{name:<24}{value:.4f}" for name, value in figures.items()))
-    print(f"model: {run.folder / 'model'}\ncurves: tensorboard --logdir {run.folder}")
+    run.print("\n".join(f"{name:<24}{value:.4f}" for name, value in figures.items()))
+    run.print(f"model: {run.folder / 'model'}\ncurves: tensorboard --logdir {run.folder}")
 
 
 def train(config: TowerConfig, data: CaptionData, run: Run, seed: int) -> tuple[ContrastiveCLIP, dict]:
@@ -109,7 +110,7 @@ def train(config: TowerConfig, data: CaptionData, run: Run, seed: int) -> tuple[
     )
     trainer.fit(clip, data, ckpt_path=run.ckpt_path)
     figures = dict(trainer.callback_metrics)
-    if data.is_synthetic:
+    if data.is_synthetic and run.is_global_zero:
         figures["zero_shot/accuracy"] = zero_shot_accuracy(clip, data, seed)
     return clip, figures
 

@@ -12,7 +12,7 @@ import attrs
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from attrs.validators import ge, in_
+from attrs.validators import ge, gt, in_
 
 from mlxmm import checkpoint
 from mlxmm import functional as F
@@ -32,7 +32,7 @@ from mlxmm.networks.language_model import (
 )
 from mlxmm.networks.towers import VisionTower
 from mlxmm.networks.vision import build_vision_tower, load_vision_tower
-from mlxmm.optimizers import OptimizerConfig
+from mlxmm.optimizers import OptimizerConfig, grouped
 
 BATCH = 256  # images captioned at a time
 
@@ -48,6 +48,7 @@ class Qwen3AlignerConfig:
     projector_width: int = option(256, "features inside the mlp", ge(1))
     prompt: str = option("", "text between image and caption")
     max_caption_tokens: int = option(0, "longest caption with its end, in tokens; 0: as the data have it", ge(0))
+    lm_rate: float = option(1.0, "learning rate of the language model, as a fraction of the projector's", gt(0))
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=5e-3, warmup_steps=20, final_fraction=0.02, weight_decay=0.01
     )
@@ -181,4 +182,8 @@ class Qwen3Aligner(Module):
         return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     def configure_optimizers(self):
-        return self.config.optimizer.build(self.trainer.estimated_stepping_batches)
+        config, num_steps = self.config, self.trainer.estimated_stepping_batches
+        optimizer = config.optimizer.build(num_steps)
+        if config.lm_rate == 1:
+            return optimizer
+        return grouped(optimizer, language_model=config.optimizer.build(num_steps, scale=config.lm_rate))

@@ -89,8 +89,8 @@ class CLIP(nn.Module):
         return unit(self.text_projection(self.text_model(tokens)))
 
     def __call__(self, images: mx.array, tokens: mx.array) -> mx.array:
-        """Logits (B images, B texts): cosines over the learned temperature."""
-        return mx.exp(self.logit_scale) * self.encode_image(images) @ self.encode_text(tokens).T
+        """Logits (B images, B texts): cosines over the learned temperature, in float32."""
+        return mx.exp(self.logit_scale.astype(mx.float32)) * self.encode_image(images) @ self.encode_text(tokens).T
 
 
 def vision_tower(values: dict) -> CLIPVisionTower:

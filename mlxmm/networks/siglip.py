@@ -95,9 +95,9 @@ class Siglip(nn.Module):
         return unit(self.text_model(tokens))
 
     def __call__(self, images: mx.array, tokens: mx.array) -> mx.array:
-        """Logits (B images, B texts): of each pair by itself, whether it matches."""
+        """Logits (B images, B texts), in float32: of each pair by itself, whether it matches."""
         cosines = self.encode_image(images) @ self.encode_text(tokens).T
-        return mx.exp(self.logit_scale) * cosines + self.logit_bias
+        return mx.exp(self.logit_scale.astype(mx.float32)) * cosines + self.logit_bias.astype(mx.float32)
 
 
 def vision_tower(values: dict) -> SiglipVisionTower:

@@ -118,7 +118,7 @@ class PatchEmbedding(nn.Module):
         rows, columns = H // p, W // p
         if rows * columns == 0:
             raise UserError(f"images are {H}x{W} pixels, smaller than a patch of {p}x{p}")
-        images = images[:, : rows * p, : columns * p]
+        images = images[:, : rows * p, : columns * p].astype(self.weight.dtype)  # or all that follows is float32
         x = images.reshape(B, rows, p, columns, p, C).transpose(0, 1, 3, 2, 4, 5).reshape(B, rows, columns, -1)
         x = x @ self.weight.reshape(D, -1).T
         return x + self.bias if "bias" in self else x
@@ -153,7 +153,8 @@ def bicubic(num_in: int, num_out: int) -> np.ndarray:
 
 
 def unit(x: mx.array) -> mx.array:
-    """Rows of length one."""
+    """Rows of length one, in float32: a temperature of 1/100 makes of bfloat16's steps half a logit."""
+    x = x.astype(mx.float32)
     return x * mx.rsqrt(mx.square(x).sum(-1, keepdims=True))
 
 
