@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Threads of a BLAS that wait for each other on a busy machine cost more than they give in small tests.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test lint chaos clean
+.PHONY: demo test lint chaos bench clean
 
 demo: .venv/ready
 	$(BIN)/python -m recipes.align_qwen3
@@ -15,6 +15,10 @@ test: .venv/ready
 chaos: .venv/ready
 	$(BIN)/python tools/chaos.py --kills 5
 	$(BIN)/python tools/chaos.py --kills 5 --while-saving
+	$(BIN)/python tools/chaos.py --kills 50 --tiny
+
+bench: .venv/ready
+	$(BIN)/python tools/benchmark_overhead.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

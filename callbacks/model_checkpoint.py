@@ -2,84 +2,168 @@
 
 import math
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import attrs
-from attrs.validators import ge, in_
+from attrs.validators import ge, in_, optional
 
+from mlxmm import checkpoint
 from mlxmm.callback import Callback
+from mlxmm.config import UserError
 from mlxmm.files import point, remove_leftovers
 from mlxmm.signals import Interrupted
+from mlxmm.trainer_config import duration, is_duration
 
 
 @attrs.define
 class ModelCheckpoint(Callback):
-    """Saves `checkpoints/step=N` every `every_n_train_steps` updates, at the end, and when the run is interrupted.
+    """Saves `checkpoints/step=N`: every so often, at the end, and when the run is interrupted.
 
-    `last` names the newest. With `monitor`, `best` names the one with the best value of that metric, as
-    it was when the checkpoint was saved; what is not a number is never best. Others are deleted.
+    `last` names the newest checkpoint. With `monitor`, one is saved after every validation too, those with the
+    `save_top_k` best values are kept (-1: all), and `best` names the best. A checkpoint has a value if its metric was
+    logged at its own step; what is not a number is never best. All others are deleted, except the one that the
+    run was resumed from. Files are written in the `background`: the arrays of that moment, while training goes on.
     """
 
-    every_n_train_steps: int = attrs.field(default=500, validator=ge(1), kw_only=True)
+    saves_checkpoints = True
+
+    every_n_train_steps: int | None = attrs.field(default=500, validator=optional(ge(1)), kw_only=True)
+    every_n_epochs: int | None = attrs.field(default=None, validator=optional(ge(1)), kw_only=True)
+    train_time_interval: str | None = attrs.field(default=None, validator=optional(is_duration), kw_only=True)
     monitor: str | None = attrs.field(default=None, kw_only=True)
     mode: str = attrs.field(default="min", validator=in_(("min", "max")), kw_only=True)
-    dirpath: Path | None = attrs.field(default=None, kw_only=True)
-    best_score: float | None = attrs.field(default=None, init=False)
-    best_step: int | None = attrs.field(default=None, init=False)
+    save_top_k: int = attrs.field(default=1, validator=ge(-1), kw_only=True)
+    dirpath: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path), kw_only=True)
+    background: bool = attrs.field(default=True, kw_only=True)
+    scores: dict[int, float] = attrs.field(factory=dict, init=False)  # of the steps that are kept for them
     last_step: int | None = attrs.field(default=None, init=False)
+    _saved_at: float = attrs.field(default=0.0, init=False)  # in seconds of training
+    _resumed_from: Path | None = attrs.field(default=None, init=False)
+    _validated: bool = attrs.field(default=False, init=False)
+    _writer: ThreadPoolExecutor | None = attrs.field(default=None, init=False)
+    _writing: Future | None = attrs.field(default=None, init=False)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step whose checkpoint has the best value of `monitor`."""
+        if not self.scores:
+            return None
+        return (min if self.mode == "min" else max)(self.scores, key=self.scores.get)
+
+    @property
+    def best_model_score(self) -> float | None:
+        """The best value of `monitor`."""
+        return self.scores.get(self.best_step)
+
+    @property
+    def best_model_path(self) -> Path | None:
+        """The folder of the best checkpoint."""
+        return None if self.best_step is None else self._folder(self.best_step)
 
     def setup(self, trainer, module, stage):
         root = trainer.config.default_root_dir
         if self.dirpath is None and root is not None and trainer.config.enable_checkpointing:
             self.dirpath = Path(root) / "checkpoints"
-        if stage == "fit" and self.dirpath is not None and trainer.is_global_zero:
-            self.dirpath.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.dirpath)
+        if stage != "fit" or self.dirpath is None or not trainer.is_global_zero:
+            return
+        self._resumed_from = trainer.ckpt_path and trainer.ckpt_path.resolve()  # `last` will name another soon
+        self.dirpath.mkdir(parents=True, exist_ok=True)
+        if trainer.ckpt_path is None and trainer.global_step == 0 and any(self.dirpath.glob("step=*")):
+            raise UserError(f"{self.dirpath} holds checkpoints of another run: resume it, or name another folder")
+        remove_leftovers(self.dirpath)
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+
+    def on_fit_start(self, trainer, module):
+        # What a run that was killed had no time to delete. Later steps may be of use to someone: they stay.
+        if self._writer is not None and self._resumed_from is not None and trainer.is_global_zero:
+            steps = [int(folder.name.removeprefix("step=")) for folder in self.dirpath.glob("step=*")]
+            self._delete({step for step in steps if step < trainer.global_step} - {*self.scores, self.last_step})
+
+    def on_validation_end(self, trainer, module, metrics):
+        self._validated = self.monitor is not None
 
     def on_save_point(self, trainer, module):
-        if trainer.global_step % self.every_n_train_steps == 0:
+        if self._is_due(trainer):
             self._save(trainer)
+        self._validated = False
 
     def on_train_end(self, trainer, module):
         self._save(trainer)
+        self._finish()
 
     def on_exception(self, trainer, module, exception):
         # Any other exception may have come in the middle of an update.
         if isinstance(exception, Interrupted):
             self._save(trainer)
+        self._finish()
+
+    def _is_due(self, trainer) -> bool:
+        epochs, interval = self.every_n_epochs, self.train_time_interval
+        return (
+            self._validated
+            or (self.every_n_train_steps is not None and trainer.global_step % self.every_n_train_steps == 0)
+            or (epochs is not None and trainer.batch_idx == 0 and trainer.current_epoch % epochs == 0)
+            or (interval is not None and trainer.training_seconds - self._saved_at >= duration(interval))
+        )
 
     def _save(self, trainer) -> None:
         if self.dirpath is None or self.last_step == trainer.global_step:
             return
-        before, best_before = self.last_step, self.best_step
-        self.last_step = trainer.global_step
-        if self._is_better(trainer.callback_metrics.get(self.monitor)):
-            self.best_score = trainer.callback_metrics[self.monitor]
-            self.best_step = self.last_step
-        trainer.save_checkpoint(self._folder(self.last_step))
-        if trainer.is_global_zero:
-            self._point_and_prune({before, best_before} - {None})
+        before = {self.last_step, *self.scores} - {None}
+        self.last_step, self._saved_at = trainer.global_step, trainer.training_seconds
+        self._score(trainer.logged_metrics.get(self.monitor))
+        contents = trainer.dump_checkpoint()
+        if not trainer.is_global_zero:
+            return
+        self._wait()
+        keep = {"last": self.last_step} | ({} if self.best_step is None else {"best": self.best_step})
+        old = before - {self.last_step, *self.scores}
+        self._writing = self._writer.submit(
+            self._write, self.last_step, contents, trainer.module.save_config, keep, old
+        )
+        if not self.background:
+            self._wait()
 
-    def _point_and_prune(self, old: set[int]) -> None:
-        for name, step in (("last", self.last_step), ("best", self.best_step)):
-            if step is not None:
-                point(self.dirpath / name, self._folder(step))
-        for step in old - {self.last_step, self.best_step}:
-            shutil.rmtree(self._folder(step), ignore_errors=True)
+    def _score(self, score: float | None) -> None:
+        if score is None or not math.isfinite(score) or self.save_top_k == 0:
+            return
+        self.scores[self.last_step] = score
+        if 0 < self.save_top_k < len(self.scores):
+            worst = (max if self.mode == "min" else min)(self.scores, key=self.scores.get)
+            del self.scores[worst]
 
-    def _is_better(self, score: float | None) -> bool:
-        if score is None or not math.isfinite(score):
-            return False
-        if self.best_score is None:
-            return True
-        return score < self.best_score if self.mode == "min" else score > self.best_score
+    def _write(self, step: int, contents: dict, save_config, names: dict[str, int], old: set[int]) -> None:
+        checkpoint.save(self._folder(step), contents, save_config)
+        for name, named in names.items():
+            point(self.dirpath / name, self._folder(named))
+        self._delete(old)
+
+    def _delete(self, steps: set[int]) -> None:
+        for folder in map(self._folder, steps):
+            if folder.resolve() != self._resumed_from:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _wait(self) -> None:
+        """Until the newest checkpoint is written; an error of the writing is raised here."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _finish(self) -> None:
+        try:
+            self._wait()
+        finally:
+            if self._writer is not None:
+                self._writer.shutdown()
+                self._writer = None
 
     def _folder(self, step: int) -> Path:
         return self.dirpath / f"step={step}"
 
     def state_dict(self):
-        return {"best_score": self.best_score, "best_step": self.best_step, "last_step": self.last_step}
+        return {"scores": list(self.scores.items()), "last_step": self.last_step, "saved_at": self._saved_at}
 
     def load_state_dict(self, state):
-        self.best_score, self.best_step = state["best_score"], state["best_step"]
-        self.last_step = state["last_step"]
+        self.scores, self.last_step = {int(k): v for k, v in state["scores"]}, state["last_step"]
+        self._saved_at = state["saved_at"]

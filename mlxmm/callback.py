@@ -114,7 +114,7 @@ class Callback:
         """Add to what is saved, or change it: a flat dict of arrays for each file, and JSON values as "state"."""
 
     def on_load_checkpoint(self, trainer, module, checkpoint) -> None:
-        """The weights are restored from `checkpoint`, as `on_save_checkpoint` saw it; the optimizer comes later."""
+        """The module is about to be restored from `checkpoint`, which is as `on_save_checkpoint` left it."""
 
     def state_dict(self) -> dict:
         """What to remember across a resume, as JSON values."""

@@ -6,6 +6,7 @@ state.json              counters, what was trainable, callbacks, loggers, and a 
 ...                     what the module's `from_pretrained` reads beside the weights
 """
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ WEIGHTS, STATE = "weights.safetensors", "state.json"
 def contents(module, optimizer, state: dict) -> dict[str, dict]:
     """What a checkpoint holds: arrays by their dotted names, and JSON values. Later updates do not change it."""
     weights, moments = (dict(tree_flatten(tree)) for tree in (module.parameters(), optimizer.state))
-    return {"weights": weights, "optimizer": moments, "state": state}
+    return {"weights": weights, "optimizer": moments, "state": copy.deepcopy(state)}
 
 
 def save(folder: Path, checkpoint: dict[str, dict], save_config: Callable[[Path], None]) -> None:

@@ -31,8 +31,11 @@ def run_recipe(main: Callable, presets: Mapping[str, Any], read_saved: Callable 
     `presets` maps names to configs, "default" among them. `read_saved(argv)` may return a config to
     start from instead: the one that a run to be resumed was started with.
     """
+    from mlxmm import distributed
+
     try:
-        main(parse_config(presets, sys.argv[1:], read_saved))
+        with distributed.watched(waits=False):
+            main(parse_config(presets, sys.argv[1:], read_saved))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

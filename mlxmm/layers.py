@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 DROPOUTS = {nn.Dropout: 0, nn.Dropout2d: 2, nn.Dropout3d: 3}  # and how many axes are dropped as one
 
@@ -40,15 +40,48 @@ def recomputed_layers(module: nn.Module) -> Iterator[None]:
 
 def _recomputed(name: str, call: Callable) -> Callable:
     def run(self, *args, **kwargs):
-        def inner(parameters, key, *args, **kwargs):
-            self.update(parameters)
-            with dropout_from(self, key):
-                return call(self, *args, **kwargs)
+        def inner(trained, others, key, *args, **kwargs):
+            # When it is computed again the layer may hold other arrays, or of another type (bf16-mixed): those of now
+            # come in by name, and the layer keeps its own. Neither frozen weights nor random bits have a gradient.
+            own = self.parameters()
+            self.update(tree_map(mx.stop_gradient, others))
+            self.update(trained)
+            try:
+                with dropout_from(self, mx.stop_gradient(key)):
+                    return call(self, *args, **kwargs)
+            finally:
+                self.update(own)
 
         key = mx.random.randint(0, 2**31 - 1, (2,), dtype=mx.uint32)
-        return mx.checkpoint(inner)(self.trainable_parameters(), key, *args, **kwargs)
+        trained, args = _gradients_at_once((self.trainable_parameters(), args))
+        return mx.checkpoint(inner)(trained, self.parameters(), key, *args, **kwargs)
 
     return run
+
+
+def _gradients_at_once(tree):
+    """`tree`, whose arrays all get their gradients before any of them goes further back.
+
+    MLX may otherwise follow the inputs' gradients down to the first layer and compute those of the weights last,
+    while everything that was computed again for them stays in memory.
+    """
+    floats = [leaf for _, leaf in tree_flatten(tree) if _is_float(leaf)]
+    passed = iter(_passed_on(*floats) if floats else ())
+    return tree_map(lambda leaf: next(passed) if _is_float(leaf) else leaf, tree)
+
+
+def _is_float(leaf) -> bool:
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
+
+
+@mx.custom_function
+def _passed_on(*arrays):
+    return arrays
+
+
+@_passed_on.vjp
+def _passed_on_vjp(primals, cotangents, _):
+    return mx.depends(list(cotangents), list(cotangents))
 
 
 @contextlib.contextmanager

@@ -23,6 +23,15 @@ def clip_loss(logits: mx.array) -> mx.array:
     return (by_image + by_text) / 2
 
 
+def siglip_loss(logits: mx.array) -> mx.array:
+    """Ask of every pair by itself whether it matches (SigLIP, arXiv 2303.15343, algorithm 1).
+
+    `logits` is (B, B) with the matching pairs on the diagonal. The sum over all pairs is divided by B, not B * B.
+    """
+    signs = 2 * mx.eye(len(logits)) - 1
+    return mx.logaddexp(0, -signs * logits).sum() / len(logits)
+
+
 def token_loss(logits: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
     """The mean cross-entropy of (B, L, V) `logits` over the targets (B, L) that `mask` (B, L) counts."""
     losses = F.cross_entropy(logits, targets)  # (B, L)

@@ -80,11 +80,12 @@ def main(config: Config) -> None:
     data.setup()
     aligner, figures = build(config, data, run)
     figures |= align(config, aligner, data, run)
-    figures |= evaluate(config, aligner, data, run)
+    if run.is_global_zero:
+        figures |= evaluate(config, aligner, data, run)
     figures["seconds"] = time.perf_counter() - start
     run.write_summary(figures | {"data/skipped": len(data.skipped), "data/skipped_rows": data.skipped})
-    print("\n".join(f"{name:<36}{value:>10.4f}" for name, value in figures.items()))
-    print(f"samples: {run.folder / 'samples.png'}\ncurves: tensorboard --logdir {run.folder}")
+    run.print("\n".join(f"{name:<36}{value:>10.4f}" for name, value in figures.items()))
+    run.print(f"samples: {run.folder / 'samples.png'}\ncurves: tensorboard --logdir {run.folder}")
 
 
 def build(config: Config, data: CaptionData, run: Run) -> tuple[Qwen3Aligner, dict]:

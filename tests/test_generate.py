@@ -15,7 +15,7 @@ from mlxmm.data.images import ImageProcessor
 from mlxmm.data.tokenizers import train_tokenizer
 from mlxmm.generate import GenerationConfig, beam_search, generate, sequence_keys, stream
 from mlxmm.modules.qwen3_aligner import Qwen3Aligner, Qwen3AlignerConfig
-from mlxmm.networks.clip import VisionConfig
+from mlxmm.networks.clip import CLIPVisionTower, VisionConfig
 from mlxmm.networks.language_model import (
     CachedLanguageModel,
     Qwen3Config,
@@ -261,7 +261,7 @@ def make_aligner(num_spare_rows=0, **settings):
     lm = tiny_lm(len(tokenizer) + num_spare_rows).model
     vision = VisionConfig(image_size=16, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
     config = Qwen3AlignerConfig(layer=-1, projector_width=8, max_caption_tokens=8, **settings)
-    return Qwen3Aligner(config, vision, ImageProcessor.square(16), lm, {}, tokenizer)
+    return Qwen3Aligner(config, CLIPVisionTower(vision), {}, ImageProcessor.square(16), lm, {}, tokenizer)
 
 
 def pictures(n=4):

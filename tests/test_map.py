@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mlxmm.callback import HOOKS
+
 ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
     "mlxmm": ("callbacks", "recipes", "tools"),
@@ -60,6 +62,14 @@ def test_what_the_readme_names_is_there():
     targets = re.findall(r"make (\w+)", readme)
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in makefile for target in targets if target not in ("MLX",)), targets
+
+
+def test_the_page_of_hooks_names_all_39_of_lightnings_and_every_one_of_ours():
+    rows = re.findall(r"^\| (`?\w+.*?) \| (.*?) \|", (ROOT / "docs/hooks.md").read_text(), re.MULTILINE)[1:]
+    theirs = [left.strip("`").split("(")[0] for left, _ in rows if left.startswith("`")]
+    ours = {theirs if right == "same" else right.strip("`").split("(")[0] for theirs, (_, right) in zip(theirs, rows)}
+    assert len(theirs) == len(set(theirs)) == 39
+    assert set(HOOKS) - {"on_save_point"} <= ours | set(theirs) and {"state_dict", "load_state_dict"} <= ours
 
 
 def test_the_callback_of_the_readme_runs_and_stops_a_run():

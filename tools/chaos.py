@@ -1,9 +1,10 @@
-"""Kill a run at random moments, resume it each time, and compare its end with that of a run never killed.
+"""Kill runs at random moments, resume them, and compare their ends with that of a run never killed.
 
-    python tools/chaos.py --kills 5
-    python tools/chaos.py --kills 5 --while-saving    (waits for a checkpoint that is half written)
+    python tools/chaos.py --kills 5                   one run of align_qwen3, killed again and again
+    python tools/chaos.py --kills 5 --while-saving    the same, each time while a checkpoint is half written
+    python tools/chaos.py --tiny --kills 50           so many small runs, each killed once and resumed
 
-Prints a line for each kill, and exits with 1 unless weights and metrics are the same to the bit.
+Prints a line for each kill, and exits with 1 unless weights, metrics and what else is left are the same to the bit.
 """
 
 import argparse
@@ -19,13 +20,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
-FLAGS = """
+ALIGN = """
     --data.batch-size 32 --data.shapes.num-train 640 --data.shapes.num-val 64 --data.shapes.num-test 32
     --tower.trainer.max-steps 40 --language-model.trainer.max-steps 20
     --trainer.max-steps 600 --trainer.val-check-interval 30 --trainer.log-every-n-steps 5
     --open-step 50 --checkpoint-every 5
 """.split()
-MOMENTS = 3.0, 7.0  # seconds after a start at which it may be killed: the run takes several times as long
+ALIGN_MOMENTS = 3.0, 7.0  # seconds after a start at which it may be killed: the run takes several times as long
+TINY_UPDATES = 600
 
 
 def main() -> None:
@@ -33,57 +35,143 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--while-saving", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--fit", type=Path, help=argparse.SUPPRESS)  # one tiny run, in a process of its own
     arguments = parser.parse_args()
+    if arguments.fit:
+        return fit_tiny(arguments.fit)
     random.seed(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        assert launch(folder / "whole", folder).wait() == 0, "the run that is never killed fails by itself"
-        # A cache of its own: the killed run trains its tower and language model again, and is killed there too.
-        for i in range(arguments.kills):
-            kill_once(folder, i, arguments.while_saving)
-        assert launch(folder / "killed", folder / "other", resume=True).wait() == 0
-        same = compare(folder / "whole", folder / "killed")
+        many = many_small_runs if arguments.tiny else one_run_many_kills
+        same = many(Path(folder), arguments.kills, arguments.while_saving)
     sys.exit(0 if same else 1)
 
 
-def launch(run: Path, cache: Path, *, resume: bool = False) -> subprocess.Popen:
-    command = [sys.executable, "-m", "recipes.align_qwen3", *FLAGS, "--run-dir", str(run)]
+# ---- one run of the recipe, killed again and again
+
+
+def one_run_many_kills(folder: Path, kills: int, while_saving: bool) -> bool:
+    assert launch_align(folder / "whole", folder).wait() == 0, "the run that is never killed fails by itself"
+    # A cache of its own: the killed run trains its tower and language model again, and is killed there too.
+    for i in range(kills):
+        process = launch_align(folder / "killed", folder / "other", resume=True)
+        kill(process, folder / "killed", i, random.uniform(*ALIGN_MOMENTS), while_saving)
+    assert launch_align(folder / "killed", folder / "other", resume=True).wait() == 0
+    return compare(folder / "whole", folder / "killed")
+
+
+def launch_align(run: Path, cache: Path, *, resume: bool = False) -> subprocess.Popen:
+    command = [sys.executable, "-m", "recipes.align_qwen3", *ALIGN, "--run-dir", str(run)]
     command += ["--resume", "last"] if resume and run.exists() else []
     environment = os.environ | {"MLXMM_CACHE": str(cache / "cache")}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
 
-def kill_once(folder: Path, i: int, while_saving: bool) -> None:
-    process = launch(folder / "killed", folder / "other", resume=True)
-    deadline = time.perf_counter() + random.uniform(*MOMENTS)
-    checkpoints = folder / "killed" / "checkpoints"
+# ---- many small runs, each killed once
+
+
+def many_small_runs(folder: Path, kills: int, while_saving: bool) -> bool:
+    launch_tiny(folder / "first").wait()  # compiles kernels, which later runs find
+    process = launch_tiny(folder / "whole")
+    start = time.perf_counter()
+    assert process.wait() == 0, "the run that is never killed fails by itself"
+    seconds = time.perf_counter() - start
+    same = []
+    for i in range(kills):
+        run = folder / str(i)
+        kill(launch_tiny(run), run, i, random.uniform(0, 0.7 * seconds), while_saving)
+        assert launch_tiny(run).wait() == 0, "the resumed run fails"
+        same.append(compare(folder / "whole", run))
+    print(f"{sum(same)} of {kills} endings the same to the bit")
+    return all(same)
+
+
+def launch_tiny(run: Path) -> subprocess.Popen:
+    """Start, or resume, a tiny run; returns once it is about to train."""
+    command = [sys.executable, __file__, "--fit", str(run)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"})
+    process.stdout.readline()
+    return process
+
+
+def fit_tiny(run: Path) -> None:
+    """Train a small network with dropout on shuffled rows, with a checkpoint every five updates."""
+    import mlx.nn as nn
+    import numpy as np
+
+    from callbacks import ModelCheckpoint
+    from mlxmm import Module, Trainer
+    from mlxmm.data.loader import Loader
+    from mlxmm.optimizers import OptimizerConfig
+    from mlxmm.run import RunConfig, open_run
+
+    class Tiny(Module):
+        def __init__(self):
+            super().__init__()
+            mx.random.seed(0)
+            self.one, self.dropout, self.two = nn.Linear(16, 32), nn.Dropout(0.2), nn.Linear(32, 1)
+
+        def training_step(self, batch):
+            guess = self.two(self.dropout(mx.maximum(self.one(batch["x"]), 0)))
+            return {"loss": mx.square(guess[:, 0] - batch["y"]).mean()}
+
+        def configure_optimizers(self):
+            return OptimizerConfig().build(TINY_UPDATES)
+
+    rng = np.random.default_rng(0)
+    rows = [{"x": x, "y": x.sum()} for x in rng.normal(size=(200, 16)).astype(np.float32)]
+    data = Loader(rows=rows, encode=lambda row, rng: row, batch_size=8, shuffle=True, drop_last=True)
+    opened = open_run(RunConfig(run_dir=run, resume="last" if run.exists() else None), "chaos")
+    trainer = Trainer(
+        max_steps=TINY_UPDATES,
+        default_root_dir=opened.folder,
+        log_every_n_steps=5,
+        val_check_interval=20,
+        callbacks=[ModelCheckpoint(every_n_train_steps=5, monitor="val/loss", save_top_k=2)],
+    )
+    print("training", flush=True)
+    trainer.fit(Tiny(), train_dataloaders=data, val_dataloaders=data, ckpt_path=opened.ckpt_path)
+
+
+# ---- killing and comparing
+
+
+def kill(process: subprocess.Popen, run: Path, i: int, after: float, while_saving: bool) -> None:
+    """Send SIGKILL `after` so many seconds; with `while_saving` at the next half-written checkpoint from then on."""
+    deadline, checkpoints = time.perf_counter() + after, run / "checkpoints"
     while process.poll() is None:
-        half_written = list(checkpoints.glob(".tmp-*step=*"))
-        if (while_saving and half_written and time.perf_counter() > deadline) or (
-            not while_saving and time.perf_counter() > deadline
-        ):
+        late = time.perf_counter() > deadline
+        if late and (not while_saving or list(checkpoints.glob(".tmp-*step=*"))):
             break
         time.sleep(0.0005)
     process.send_signal(signal.SIGKILL)
     code = process.wait()
     assert code == -signal.SIGKILL, f"the run ended by itself ({code}) before it was killed"
-    last = (checkpoints / "last").resolve().name if checkpoints.exists() else "before any checkpoint"
-    print(f"kill {i + 1}: exit code {code}, last {last}, half written {len(list(checkpoints.glob('.tmp-*')))}")
+    last = checkpoints / "last"
+    reached = last.resolve().name if last.is_symlink() else "before any checkpoint"
+    print(
+        f"kill {i + 1}: exit code {code}, {reached}, half written {len(list(checkpoints.glob('.tmp-*')))}", flush=True
+    )
 
 
 def compare(whole: Path, killed: Path) -> bool:
-    """Whether weights, metrics and summary are equal, and nothing temporary is left."""
-    weights = [mx.load(str(run / "checkpoints/last/weights.safetensors")) for run in (whole, killed)]
-    same = {
-        "weights": weights[0].keys() == weights[1].keys()
-        and all(mx.array_equal(array, weights[1][name]).item() for name, array in weights[0].items()),
+    """Whether weights, moments, metrics, summary and files are equal, and nothing temporary is left."""
+    same = {name: arrays(whole, name, killed) for name in ("weights", "optimizer")} | {
         "metrics": rows(whole) == rows(killed),
         "summary": summary(whole) == summary(killed),
+        "last and best": named(whole) == named(killed),
         "nothing left over": not list(killed.rglob(".tmp-*")),
     }
-    for name, good in same.items():
-        print(f"{name:<20}{'same' if good else 'DIFFERENT'}")
+    if not all(same.values()):
+        print("\n".join(f"{name:<20}{'same' if good else 'DIFFERENT'}" for name, good in same.items()))
+    else:
+        print(f"same: {', '.join(same)}")
     return all(same.values())
+
+
+def arrays(whole: Path, name: str, killed: Path) -> bool:
+    one, other = (mx.load(str(run / f"checkpoints/last/{name}.safetensors")) for run in (whole, killed))
+    return one.keys() == other.keys() and all(mx.array_equal(one[key], other[key]).item() for key in one)
 
 
 def rows(run: Path) -> list[dict]:
@@ -91,8 +179,14 @@ def rows(run: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k != "time"} for line in lines]
 
 
-def summary(run: Path) -> dict:
-    return json.loads((run / "summary.json").read_text()) | {"seconds": 0}
+def named(run: Path) -> dict[str, str]:
+    """What `last` and `best` name. (Other checkpoints stay where a run was resumed from them.)"""
+    return {name: (run / "checkpoints" / name).resolve().name for name in ("last", "best")}
+
+
+def summary(run: Path) -> dict | None:
+    path = run / "summary.json"
+    return json.loads(path.read_text()) | {"seconds": 0} if path.exists() else None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Qwen3Aligner: what a CLIP tower sees, projected to where a language model reads.
+"""Qwen3Aligner: what a vision tower sees, projected to where a language model reads.
 
 B images, H x W pixels, P patches, T caption tokens with their end, N prompt tokens, V vocabulary,
 D features of the language model.
@@ -10,7 +10,7 @@ from pathlib import Path
 import attrs
 import mlx.core as mx
 import numpy as np
-from attrs.validators import ge, in_
+from attrs.validators import ge, gt, in_
 
 from mlxmm import checkpoint
 from mlxmm.config import UserError, from_json, option, to_json
@@ -18,9 +18,7 @@ from mlxmm.data.images import ImageProcessor
 from mlxmm.data.tokenizers import end_token, load_tokenizer
 from mlxmm.hub import local_folder, read_config
 from mlxmm.modules.captioner import Captioner
-from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.modules.token_measures import fuses_head, label_positions, token_measures
-from mlxmm.networks.clip import VisionConfig, VisionTower
 from mlxmm.networks.language_model import (
     CachedLanguageModel,
     build_language_model,
@@ -29,14 +27,16 @@ from mlxmm.networks.language_model import (
     load_language_model,
 )
 from mlxmm.networks.projector import PROJECTORS, Projector, squares
-from mlxmm.optimizers import OptimizerConfig
+from mlxmm.networks.towers import VisionTower
+from mlxmm.networks.vision import build_vision_tower, load_vision_tower
+from mlxmm.optimizers import OptimizerConfig, grouped
 
 
 @attrs.frozen(kw_only=True)
 class Qwen3AlignerConfig:
     """What is put together, and how it is trained."""
 
-    vision: str | None = option(None, "CLIP folder or Hub id; none: a small one is trained on the data first")
+    vision: str | None = option(None, "CLIP, SigLIP or ViT folder or Hub id; none: a small CLIP is trained first")
     lm: str | None = option(None, "language model folder or Hub id; none: a small one is trained first")
     layer: int = option(1, "hidden states of the tower to read, counted as transformers does")
     projector: str = option(
@@ -46,6 +46,7 @@ class Qwen3AlignerConfig:
     projector_width: int = option(256, "features inside the mlp", ge(1))
     prompt: str = option("", "text between image and caption")
     max_caption_tokens: int = option(0, "longest caption with its end, in tokens; 0: as the data have it", ge(0))
+    lm_rate: float = option(1.0, "learning rate of the language model, as a fraction of the projector's", gt(0))
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=5e-3, warmup_steps=20, final_fraction=0.02, weight_decay=0.01
     )
@@ -58,7 +59,8 @@ class Qwen3Aligner(Captioner):
     def __init__(
         self,
         config: Qwen3AlignerConfig,
-        vision_config: VisionConfig,
+        vision: VisionTower,
+        vision_config: dict,
         processor: ImageProcessor,
         lm,
         lm_config: dict,
@@ -67,13 +69,13 @@ class Qwen3Aligner(Captioner):
         super().__init__()
         self.config, self.processor, self.tokenizer = config, processor, tokenizer
         self.vision_config, self.lm_config = vision_config, lm_config
-        self.vision = VisionTower(vision_config)
+        self.vision = vision
         self.language_model = lm
         width_out = embed(lm, mx.array([[0]])).shape[-1]
         if config.projector == "pixel_shuffle":
-            squares(vision_config.num_patches, config.projector_factor)
+            squares(vision.config.num_patches, config.projector_factor)
         self.projector = Projector(
-            config.projector, vision_config.hidden_size, config.projector_width, width_out, config.projector_factor
+            config.projector, vision.config.hidden_size, config.projector_width, width_out, config.projector_factor
         )
         self._fuses_head = fuses_head(lm)
         self._stop_id = end_token(tokenizer)
@@ -84,12 +86,11 @@ class Qwen3Aligner(Captioner):
     @classmethod
     def from_parts(cls, config: Qwen3AlignerConfig) -> "Qwen3Aligner":
         """Read tower and language model from `config.vision` and `config.lm`; the projector is new."""
-        clip = ContrastiveCLIP.from_pretrained(config.vision)
-        folder = local_folder(config.lm)
+        tower_folder, folder = local_folder(config.vision), local_folder(config.lm)
+        vision, vision_config = load_vision_tower(tower_folder)
+        processor = ImageProcessor.from_pretrained(tower_folder)
         lm, lm_config = load_language_model(folder)
-        module = cls(config, clip.config.vision, clip.processor, lm, lm_config, load_tokenizer(folder))
-        module.vision.update(clip.vision.parameters())
-        return module
+        return cls(config, vision, vision_config, processor, lm, lm_config, load_tokenizer(folder))
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, revision: str | None = None) -> "Qwen3Aligner":
@@ -100,7 +101,8 @@ class Qwen3Aligner(Captioner):
             raise UserError(f"{folder} is no Qwen3Aligner: its config.json says {values.get('model_type')!r}")
         module = cls(
             from_json(Qwen3AlignerConfig, values["aligner"]),
-            from_json(VisionConfig, values["vision"]),
+            build_vision_tower(values["vision"]),
+            values["vision"],
             ImageProcessor.from_pretrained(folder),
             build_language_model(values["language_model"]),
             values["language_model"],
@@ -113,7 +115,7 @@ class Qwen3Aligner(Captioner):
         values = {
             "model_type": "mlxmm_qwen3_aligner",
             "aligner": to_json(self.config),
-            "vision": to_json(self.vision_config),
+            "vision": self.vision_config,
             "language_model": self.lm_config,
         }
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
@@ -152,8 +154,7 @@ class Qwen3Aligner(Captioner):
     def prefix(self, images: mx.array, prompt: str = "") -> mx.array:
         """(B, H, W, 3) floats to (B, P + N, D): patches without the class token, then `prompt` or the module's."""
         ids = self._token_ids(prompt) if prompt else self._prompt
-        patches = self.vision.hidden_states(images, self.config.layer)[:, 1:]
-        projected = self.projector(patches)
+        projected = self.projector(self.vision.patches(images, self.config.layer))
         if not ids:
             return projected
         between = embed(self.language_model, mx.array([ids]))
@@ -175,4 +176,8 @@ class Qwen3Aligner(Captioner):
         return token_measures(self.language_model, states[:, prefix.shape[1] - 1 :], batch)
 
     def configure_optimizers(self):
-        return self.config.optimizer.build(self.trainer.estimated_stepping_batches)
+        config, num_steps = self.config, self.trainer.estimated_stepping_batches
+        optimizer = config.optimizer.build(num_steps)
+        if config.lm_rate == 1:
+            return optimizer
+        return grouped(optimizer, language_model=config.optimizer.build(num_steps, scale=config.lm_rate))

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlxmm.config import UserError
 from mlxmm.files import whole_file
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
-from mlxmm.networks.clip import unit
+from mlxmm.networks.towers import unit
 
 TEMPLATES = ("a photo of a {}.",)
 BATCH = 256  # images or texts at a time
