@@ -14,8 +14,9 @@ class FreezeSchedule(Callback):
     """`FreezeSchedule({0: "projector", 2: ("projector", "language_model.model.layers[-2:]")})`.
 
     From epoch 0 on the projector is trained, from epoch 2 on the last two layers too; all else is frozen. With
-    `unit="step"` the numbers count updates. A name that matches no parameter is an error before training.
-    What is trainable is a function of the epoch or update, so a resumed run has it right.
+    `unit="step"` the numbers count updates. A module may have names for parameters that lie apart: "lora" are the
+    adapters of a Qwen3Aligner. Quantized weights stay frozen whatever names them. A name that matches no parameter
+    is an error before training. What is trainable is a function of the epoch or update, so a resumed run has it right.
     """
 
     stages: Mapping[int, str | Sequence[str]]

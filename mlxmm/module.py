@@ -55,6 +55,10 @@ class Module(nn.Module):
         """The `mlx.optimizers.Optimizer` of the parameters that are trainable now."""
         raise NotImplementedError(f"{type(self).__name__} has no configure_optimizers")
 
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """Parameters, by their dotted names, that a `FreezeSchedule` may name together: {"lora": [...]}."""
+        return {}
+
     def after_update(self) -> None:
         """Keep parameters within bounds: called inside the compiled update, after the optimizer."""
 
@@ -99,17 +103,25 @@ def set_trainable(module: nn.Module, names: Iterable[str]) -> None:
         part.unfreeze(recurse=False, keys=[key for key in own if f"{prefix}.{key}".lstrip(".") in wanted])
 
 
-def match_parameters(module: nn.Module, pattern: str) -> list[str]:
-    """The names of the parameters under `pattern`: dotted, layers by Python slices.
+def is_quantized(part: nn.Module) -> bool:
+    """Whether this layer's own weights are packed integers, which have no gradients."""
+    return "scales" in part
 
-    "projector", "language_model.model.layers[-2:]", "vision.layers[0].mlp". Raises `UserError` when there
-    are none.
+
+def match_parameters(module: nn.Module, pattern: str) -> list[str]:
+    """The names of the parameters under `pattern` that can be trained: dotted, layers by Python slices.
+
+    "projector", "language_model.model.layers[-2:]", "vision.layers[0].mlp"; or one of the module's
+    `parameter_groups`, "lora". What is quantized cannot be trained. Raises `UserError` when there are none.
     """
+    groups = module.parameter_groups() if isinstance(module, Module) else {}
     expression = re.compile(_expand(module, pattern) + r"(\.|$)")
-    names = [name for name, _ in tree_flatten(module.parameters()) if expression.match(name)]
+    packed = tuple(f"{prefix}." for prefix, part in module.named_modules() if is_quantized(part))
+    found = groups.get(pattern) or filter(expression.match, (name for name, _ in tree_flatten(module.parameters())))
+    names = [name for name in found if not name.startswith(packed)]
     if not names:
-        parts = ", ".join(sorted(module.children()))
-        raise UserError(f"{pattern!r} names no parameter of {type(module).__name__}, whose parts are {parts}")
+        parts = ", ".join(sorted({*module.children(), *groups}))
+        raise UserError(f"{pattern!r} names no parameter to train in {type(module).__name__}, whose parts are {parts}")
     return names
 
 

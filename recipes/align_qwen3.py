@@ -1,4 +1,5 @@
-"""Teach Qwen3 to read what a CLIP tower sees: the projector first, then the language model's last two layers.
+"""Teach Qwen3 to read what a CLIP tower sees: the projector first, then the language model's last two layers, or
+with --module.lora.rank 8 the adapters of all its layers.
 
     python -m recipes.align_qwen3
     python -m recipes.align_qwen3 --module.vision openai/clip-vit-base-patch32 --module.lm Qwen/Qwen3-0.6B-Base \\
@@ -24,14 +25,16 @@ from callbacks import (
     TQDMProgressBar,
 )
 from mlxmm import Trainer, TrainerConfig
-from mlxmm.config import option, run_recipe, to_json
+from mlxmm.config import UserError, option, run_recipe, to_json
 from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
 from mlxmm.data.sheet import contact_sheet
 from mlxmm.data.tokenizers import START, load_tokenizer, token_length
 from mlxmm.files import whole_file, write_json
 from mlxmm.hub import local_folder
 from mlxmm.metrics import bleu, exact_match
+from mlxmm.module import is_quantized
 from mlxmm.modules.qwen3_aligner import Qwen3Aligner, Qwen3AlignerConfig
+from mlxmm.networks.adapters import LoRAConfig
 from mlxmm.optimizers import OptimizerConfig
 from mlxmm.run import Run, RunConfig, cached, open_run, read_saved_config
 from recipes import train_clip, train_language_model
@@ -46,8 +49,10 @@ class Config(RunConfig):
     data: CaptionDataConfig = CaptionDataConfig()
     module: Qwen3AlignerConfig = Qwen3AlignerConfig()
     trainer: TrainerConfig = TrainerConfig(max_steps=1_170, val_check_interval=390)
-    open_step: int = option(120, "update from which the language model's last layers are trained too")
-    open_layers: int = option(2, "how many of its layers")
+    open_step: int = option(
+        120, "update from which the language model's adapters, if any, or its last layers are trained too"
+    )
+    open_layers: int = option(2, "how many of its last layers")
     checkpoint_every: int = option(200, "updates between checkpoints")
     max_test: int = option(1_000, "most pictures of each test part to caption")
     tower: train_clip.TowerConfig = train_clip.TowerConfig()
@@ -70,7 +75,8 @@ FLICKR30K = Config(
     open_step=1_200,
     checkpoint_every=600,
 )
-PRESETS = {"default": Config(), "flickr30k": FLICKR30K}
+FLICKR30K_LORA = attrs.evolve(FLICKR30K, module=attrs.evolve(FLICKR30K.module, lora=LoRAConfig(rank=8)))
+PRESETS = {"default": Config(), "flickr30k": FLICKR30K, "flickr30k-lora": FLICKR30K_LORA}
 
 
 def main(config: Config) -> None:
@@ -112,12 +118,10 @@ def build(config: Config, data: CaptionData, run: Run) -> tuple[Qwen3Aligner, di
 
 
 def align(config: Config, aligner: Qwen3Aligner, data: CaptionData, run: Run) -> dict:
-    """Train the projector, then the last layers too; returns the figures of the run's end."""
+    """Train the projector, then adapters or the last layers too; returns the figures of the run's end."""
     data.encode, data.complete_batch = aligner.encode, aligner.complete_batch
-    last_layers = f"language_model.model.layers[-{config.open_layers}:]"
-    stages = {0: "projector", config.open_step: ("projector", last_layers)}
     callbacks = [
-        FreezeSchedule(stages, unit="step"),
+        FreezeSchedule({0: "projector", config.open_step: ("projector", opened(config, aligner))}, unit="step"),
         ModelSummary(),
         LearningRateMonitor(),
         TQDMProgressBar("align"),
@@ -129,6 +133,17 @@ def align(config: Config, aligner: Qwen3Aligner, data: CaptionData, run: Run) ->
     trainer = Trainer(attrs.evolve(config.trainer, seed=config.seed, default_root_dir=run.folder), callbacks=callbacks)
     trainer.fit(aligner, data, ckpt_path=run.ckpt_path)
     return dict(trainer.callback_metrics)
+
+
+def opened(config: Config, aligner: Qwen3Aligner) -> str:
+    """What of the language model is trained, as `FreezeSchedule` names it."""
+    if config.module.lora.rank:
+        return "lora"
+    if any(map(is_quantized, aligner.language_model.modules())):
+        raise UserError(
+            "layers of a quantized language model cannot be opened: set --module.lora.rank, to 8 for example"
+        )
+    return f"language_model.model.layers[-{config.open_layers}:]"
 
 
 def evaluate(config: Config, aligner: Qwen3Aligner, data: CaptionData, run: Run) -> dict:

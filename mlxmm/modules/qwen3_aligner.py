@@ -1,4 +1,4 @@
-"""Qwen3Aligner: what a vision tower sees, projected to where a language model reads.
+"""Qwen3Aligner: what a vision tower sees, projected to where a language model (Qwen3, Llama, …) reads.
 
 B images, H x W pixels, P patches, T caption tokens with their end, N prompt tokens, V vocabulary,
 D features of the language model.
@@ -17,14 +17,17 @@ from mlxmm.config import UserError, from_json, option, to_json
 from mlxmm.data.images import ImageProcessor
 from mlxmm.data.tokenizers import end_token, load_tokenizer
 from mlxmm.hub import local_folder, read_config
+from mlxmm.module import match_parameters, set_trainable
 from mlxmm.modules.captioner import Captioner
 from mlxmm.modules.token_measures import fuses_head, label_positions, token_measures
+from mlxmm.networks.adapters import LoRAConfig, adapter_names, add_adapters
 from mlxmm.networks.language_model import (
     CachedLanguageModel,
     build_language_model,
     embed,
     hidden_states,
     load_language_model,
+    quantize_as,
 )
 from mlxmm.networks.projector import PROJECTORS, Projector, squares
 from mlxmm.networks.towers import VisionTower
@@ -38,6 +41,8 @@ class Qwen3AlignerConfig:
 
     vision: str | None = option(None, "CLIP, SigLIP or ViT folder or Hub id; none: a small CLIP is trained first")
     lm: str | None = option(None, "language model folder or Hub id; none: a small one is trained first")
+    lm_bits: int = option(0, "quantize the language model when it is loaded, to 4 or 8 bits; 0: do not", in_((0, 4, 8)))
+    lora: LoRAConfig = LoRAConfig()
     layer: int = option(1, "hidden states of the tower to read, counted as transformers does")
     projector: str = option(
         "mlp", "linear, mlp (two layers, as LLaVA's), or pixel_shuffle (as SmolVLM's)", in_(PROJECTORS)
@@ -53,8 +58,9 @@ class Qwen3AlignerConfig:
 
 
 class Qwen3Aligner(Captioner):
-    """A vision tower, a projector and a language model. All is frozen but the projector; a `FreezeSchedule`
-    opens more. The image is a prefix; the loss is on the caption and its end alone."""
+    """A vision tower, a projector and a language model. All is frozen but the projector and the language model's
+    adapters, if it has any; a `FreezeSchedule` opens other things ("lora" are the adapters). The image is a prefix;
+    the loss is on the caption and its end alone."""
 
     def __init__(
         self,
@@ -70,6 +76,7 @@ class Qwen3Aligner(Captioner):
         self.config, self.processor, self.tokenizer = config, processor, tokenizer
         self.vision_config, self.lm_config = vision_config, lm_config
         self.vision = vision
+        add_adapters(lm, config.lora)
         self.language_model = lm
         width_out = embed(lm, mx.array([[0]])).shape[-1]
         if config.projector == "pixel_shuffle":
@@ -80,8 +87,7 @@ class Qwen3Aligner(Captioner):
         self._fuses_head = fuses_head(lm)
         self._stop_id = end_token(tokenizer)
         self._prompt = self._token_ids(config.prompt)
-        self.freeze()
-        self.projector.unfreeze()
+        set_trainable(self, [*match_parameters(self, "projector"), *self.parameter_groups()["lora"]])
 
     @classmethod
     def from_parts(cls, config: Qwen3AlignerConfig) -> "Qwen3Aligner":
@@ -89,7 +95,7 @@ class Qwen3Aligner(Captioner):
         tower_folder, folder = local_folder(config.vision), local_folder(config.lm)
         vision, vision_config = load_vision_tower(tower_folder)
         processor = ImageProcessor.from_pretrained(tower_folder)
-        lm, lm_config = load_language_model(folder)
+        lm, lm_config = load_language_model(folder, config.lm_bits)
         return cls(config, vision, vision_config, processor, lm, lm_config, load_tokenizer(folder))
 
     @classmethod
@@ -108,7 +114,9 @@ class Qwen3Aligner(Captioner):
             values["language_model"],
             load_tokenizer(folder),
         )
-        checkpoint.load_weights(folder / checkpoint.WEIGHTS, module)
+        weights = mx.load(str(folder / checkpoint.WEIGHTS))
+        quantize_as(module, weights)
+        checkpoint.load_arrays(folder / checkpoint.WEIGHTS, weights, module)
         return module
 
     def save_config(self, folder: Path) -> None:
@@ -121,6 +129,9 @@ class Qwen3Aligner(Captioner):
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         (folder / "preprocessor_config.json").write_text(json.dumps(self.processor.to_hub(), indent=2) + "\n")
         self.tokenizer.save_pretrained(str(folder))
+
+    def parameter_groups(self) -> dict[str, list[str]]:
+        return {"lora": [f"language_model.{name}" for name in adapter_names(self.language_model)]}
 
     def encode(self, row: dict, caption: str) -> dict:
         """An example: pixels (H, W, 3), tokens (T,) with their end, and a mask (T,) of what is no padding."""

@@ -16,6 +16,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlxmm import functional as F
 from mlxmm.config import UserError, option
+from mlxmm.module import is_quantized
+from mlxmm.networks.quantized import unpacked, use_unpacking
 
 
 @attrs.frozen(kw_only=True)
@@ -54,19 +56,20 @@ def build_language_model(config: dict) -> nn.Module:
     network, arguments = _get_classes(config)
     model = network(arguments.from_dict(config))
     _use_fast_forms(model)
-    for layer in model.layers:
-        # GPT-2's scaling: the sum of 2 * layers branches keeps its variance.
-        for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            last.weight = last.weight * (2 * len(model.layers)) ** -0.5
+    for name, part in model.named_modules():
+        if name.endswith((".o_proj", ".down_proj")):
+            # GPT-2's scaling: the sum of 2 * layers branches keeps its variance.
+            part.weight = part.weight * (2 * len(model.layers)) ** -0.5
     return model
 
 
-def load_language_model(folder: Path) -> tuple[nn.Module, dict]:
+def load_language_model(folder: Path, bits: int = 0) -> tuple[nn.Module, dict]:
     """mlx-lm's network and its configuration from a folder in the Hub's layout, embeddings as they are.
 
-    Half-precision weights become float32 on a CPU, which has no fast arithmetic for them.
+    Half-precision weights become float32 on a CPU, which has no fast arithmetic for them. With `bits` full weights
+    are quantized. Raises `UserError` where mlx-lm has no such network, or one that reads tokens only.
     """
-    from mlx_lm.utils import load_model
+    from mlx_lm.utils import load_model, quantize_model
 
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no language model: config.json is missing")
@@ -74,10 +77,27 @@ def load_language_model(folder: Path) -> tuple[nn.Module, dict]:
         model, config = load_model(folder)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"{folder} holds no language model for mlx-lm: {error}") from None
-    _use_fast_forms(model)
     if mx.default_device() == mx.cpu:
         model.update(tree_map(_to_float32, model.parameters()))
+    if bits and any(map(is_quantized, model.modules())):
+        raise UserError(f"{folder} is quantized already: do not ask for {bits} bits")
+    if bits:
+        model, config = quantize_model(model, config, group_size=None, bits=bits)
+        mx.eval(model.parameters())  # or the full weights stay
+    _use_fast_forms(model)
+    _check_embeddings(model, folder)
     return model, config
+
+
+def quantize_as(module: nn.Module, weights: dict[str, mx.array]) -> None:
+    """Quantize those layers of `module` whose `weights`, by their dotted names, are."""
+    from mlx_lm.utils import infer_quant_config
+
+    def choose(path: str, part: nn.Module) -> dict | bool:
+        return f"{path}.scales" in weights and infer_quant_config(path, part, weights)
+
+    nn.quantize(module, class_predicate=choose)
+    use_unpacking(module)
 
 
 def save_language_model(folder: Path, model: nn.Module, config: dict) -> None:
@@ -101,6 +121,13 @@ def head(model: nn.Module, states: mx.array) -> mx.array:
     """(B, L, D) to logits (B, L, V)."""
     part = head_part(model)
     return part.as_linear(states) if part is not getattr(model, "lm_head", None) else part(states)
+
+
+def lora_layers(model: nn.Module, num_layers: int, settings: dict, dora: bool) -> None:
+    """Let mlx-lm put its adapters into the last `num_layers` layers, or with 0 into all."""
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    linear_to_lora_layers(model, num_layers, settings, use_dora=dora)
 
 
 def make_cache(model: nn.Module) -> list:
@@ -139,10 +166,12 @@ def keep_likeliest(logits: mx.array, top_k: int, top_p: float) -> mx.array:
 
 
 def head_weight(model: nn.Module) -> mx.array | None:
-    """The head's matrix (V, D); none where the head is more than a product with one (quantised, LoRA, biased)."""
+    """The head's matrix (V, D), unpacked if it is quantized; none where the head is more than a product with one
+    (LoRA, biased)."""
     part = head_part(model)
-    is_plain = type(part) in (nn.Linear, nn.Embedding) and "bias" not in part
-    return part.weight if is_plain else None
+    if "bias" in part or not isinstance(part, nn.Linear | nn.Embedding | nn.QuantizedLinear | nn.QuantizedEmbedding):
+        return None
+    return unpacked(part) if is_quantized(part) else part.weight
 
 
 def head_part(model: nn.Module) -> nn.Module:
@@ -150,11 +179,27 @@ def head_part(model: nn.Module) -> nn.Module:
     return model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens
 
 
+def _check_embeddings(model: nn.Module, folder: Path) -> None:
+    """Raise `UserError` unless `embed`, `hidden_states` and `head` give together what the network gives for tokens."""
+    from mlx_lm.utils import does_model_support_input_embeddings
+
+    inner = getattr(model, "model", None)
+    if isinstance(inner, nn.Module) and "embed_tokens" in inner and does_model_support_input_embeddings(inner):
+        tokens = mx.array([[0, 1]])
+        ours, own = head(model, hidden_states(model, embed(model, tokens))), model(tokens)
+        if mx.abs(ours - own).max() <= 1e-2 * mx.abs(own).max():
+            return
+    raise UserError(
+        f"{folder} holds a {model.model_type}, to which mlx-lm cannot give embeddings: take a Qwen3 or Llama"
+    )
+
+
 def _use_fast_forms(model: nn.Module) -> None:
     """Let mlx-lm's network take attention and SwiGLU from `mlxmm.functional`: half the time on a Linux CPU.
 
     Its networks find both as names of their own file; a network that has no such names is left as it is.
     """
+    use_unpacking(model)
     names = vars(sys.modules[type(model).__module__])
     if "swiglu" in names:
         names["swiglu"] = lambda gate, x: F.silu(gate) * x

@@ -1,0 +1,49 @@
+"""Adapters: small trained matrices beside the frozen ones of a language model. The layers are mlx-lm's."""
+
+import attrs
+import mlx.core as mx
+import mlx.nn as nn
+from attrs.validators import ge, gt, lt
+
+from mlxmm.config import UserError, option
+from mlxmm.networks.language_model import lora_layers
+
+
+@attrs.frozen(kw_only=True)
+class LoRAConfig:
+    """LoRA (arXiv 2106.09685) and DoRA (arXiv 2402.09353), with mlx-lm's meaning of the numbers."""
+
+    rank: int = option(0, "inner size of the language model's adapters; 0: no adapters", ge(0))
+    scale: float = option(20.0, "what the adapters' output is multiplied by (elsewhere alpha / rank)", gt(0))
+    dropout: float = option(0.0, "fraction of the adapters' inputs dropped in training", ge(0), lt(1))
+    num_layers: int = option(0, "how many of the last layers get adapters; 0: all", ge(0))
+    keys: tuple[str, ...] = option((), "what gets one in a layer, for example self_attn.q_proj; none: all that can")
+    dora: bool = option(False, "DoRA: the lengths of the adapted matrices' rows are learned by themselves")
+
+
+def add_adapters(model: nn.Module, config: LoRAConfig) -> None:
+    """Put adapters into mlx-lm's `model`, whose outputs stay what they are until the adapters are trained.
+
+    Raises `UserError` for keys that name nothing, or nothing that mlx-lm has such an adapter for.
+    """
+    if config.rank == 0:
+        return
+    parts = dict(model.named_modules()) | {name: part for layer in model.layers for name, part in layer.named_modules()}
+    if unknown := sorted(set(config.keys) - set(parts)):
+        known = sorted(name for name, part in model.layers[-1].named_modules() if hasattr(part, "to_quantized"))
+        raise UserError(f"lora.keys: no layer has {', '.join(unknown)}; choose from {', '.join(known)}")
+    if config.dora and any(isinstance(parts[key], nn.QuantizedEmbedding) for key in config.keys):
+        raise UserError("lora.keys: mlx-lm has no DoRA for quantized embeddings; leave them out, or use LoRA")
+    settings = {"rank": config.rank, "scale": config.scale, "dropout": config.dropout}
+    try:
+        lora_layers(
+            model, config.num_layers, settings | ({"keys": set(config.keys)} if config.keys else {}), config.dora
+        )
+    except ValueError as error:
+        raise UserError(f"lora: {error}") from None
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The dotted names of the adapters' own parameters."""
+    adapters = [(prefix, part) for prefix, part in model.named_modules() if "lora_a" in part]
+    return [f"{prefix}.{key}" for prefix, part in adapters for key in part if isinstance(part[key], mx.array)]
