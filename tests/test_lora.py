@@ -35,6 +35,7 @@ from mlxmm.networks.language_model import (
 from mlxmm.networks.quantized import use_unpacking
 from mlxmm.networks.vision import save_vision_tower
 from mlxmm.optimizers import OptimizerConfig
+from recipes import align_qwen3
 
 LAYERS = 2
 SMALL = {"hidden_size": 64, "num_hidden_layers": LAYERS, "intermediate_size": 128, "num_attention_heads": 2}
@@ -202,7 +203,7 @@ def test_layers_and_keys_are_chosen_and_scale_and_dropout_arrive(folders):
 @pytest.mark.parametrize(
     ("lm", "settings", "message"),
     [
-        ("qwen3", {"keys": ("q_proj",)}, "no layer has q_proj; choose from mlp.down_proj, .*self_attn.v_proj"),
+        ("qwen3-4bit", {"keys": ("q_proj",)}, "no layer has q_proj; choose from mlp.down_proj, .*self_attn.v_proj"),
         ("qwen3", {"keys": ("self_attn",)}, "lora: Can't convert layer of type Attention"),
         ("qwen3-4bit", {"keys": ("model.embed_tokens",), "dora": True}, "no DoRA for quantized embeddings"),
     ],
@@ -261,6 +262,40 @@ def test_the_language_models_rate_is_that_of_its_adapters(folders, make_trainer)
     far = lambda after: max(np.abs(after[name] - before[name]).max() for name in lora_names(slow))
     assert far(arrays(slow)) < 1e-20 and far(arrays(module)) > 1e-3
     assert changed(arrays(slow), arrays(module)) == lora_names(module)
+
+
+def test_the_recipe_opens_adapters_where_there_are_any_and_layers_that_are_not_quantized(folders):
+    def opened_of(lm, **settings):
+        module = make(folders, lm, **settings)
+        return align_qwen3.opened(align_qwen3.Config(module=module.config), module)
+
+    assert opened_of("qwen3") == "language_model.model.layers[-2:]"
+    assert opened_of("qwen3", lora=LORA) == opened_of("qwen3-4bit", lora=LORA) == "lora"
+    with pytest.raises(UserError, match="layers of a quantized language model cannot be opened"):
+        opened_of("qwen3", lm_bits=4)
+    assert align_qwen3.PRESETS["flickr30k-lora"].module.lora.rank == 8
+
+
+def test_layers_below_the_lowest_open_part_keep_nothing_for_the_gradient():
+    """Nor does anything compute gradients of frozen weights: there are none for the optimizer."""
+    config = KINDS["qwen3"] | {"num_hidden_layers": 12}
+    model = build_language_model(config)
+    states = mx.random.normal((8, 64, 64))
+
+    def peak(pattern, of_input):
+        model.freeze()
+        for layer in model.layers[pattern]:
+            layer.unfreeze()
+        loss = lambda x: mx.square(hidden_states(model, x)).mean()
+        take = mx.value_and_grad(loss) if of_input else nn.value_and_grad(model, loss)
+        mx.eval(model.parameters(), states)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(take(states))
+        return mx.get_peak_memory() - before
+
+    assert peak(slice(-2, None), False) < peak(slice(0, 0), True) / 2 < peak(slice(None), False) / 2
 
 
 # ---- quantized

@@ -28,19 +28,25 @@ def add_adapters(model: nn.Module, config: LoRAConfig) -> None:
     """
     if config.rank == 0:
         return
-    parts = dict(model.named_modules()) | {name: part for layer in model.layers for name, part in layer.named_modules()}
+    _check_keys(model, config)
+    settings = {"rank": config.rank, "scale": config.scale, "dropout": config.dropout}
+    if config.keys:
+        settings["keys"] = set(config.keys)
+    try:
+        lora_layers(model, config.num_layers, settings, config.dora)
+    except ValueError as error:
+        raise UserError(f"lora: {error}") from None
+
+
+def _check_keys(model: nn.Module, config: LoRAConfig) -> None:
+    """mlx-lm passes over keys that name nothing."""
+    within = {name: part for layer in model.layers for name, part in layer.named_modules()}
+    parts = within | dict(model.named_modules())
     if unknown := sorted(set(config.keys) - set(parts)):
-        known = sorted(name for name, part in model.layers[-1].named_modules() if hasattr(part, "to_quantized"))
+        known = sorted(name for name, part in within.items() if "weight" in part and part.weight.ndim > 1)
         raise UserError(f"lora.keys: no layer has {', '.join(unknown)}; choose from {', '.join(known)}")
     if config.dora and any(isinstance(parts[key], nn.QuantizedEmbedding) for key in config.keys):
         raise UserError("lora.keys: mlx-lm has no DoRA for quantized embeddings; leave them out, or use LoRA")
-    settings = {"rank": config.rank, "scale": config.scale, "dropout": config.dropout}
-    try:
-        lora_layers(
-            model, config.num_layers, settings | ({"keys": set(config.keys)} if config.keys else {}), config.dora
-        )
-    except ValueError as error:
-        raise UserError(f"lora: {error}") from None
 
 
 def adapter_names(model: nn.Module) -> list[str]:
