@@ -5,9 +5,11 @@
         --data.source pictures.parquet
 
 Without flags it draws its own pictures and trains a small tower and a small Qwen3 first; both are kept in a cache.
+With `--push-to user/name` the trained captioner goes to the Hub, as a LLaVA that transformers loads.
 """
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -23,14 +25,15 @@ from callbacks import (
     SyntheticRefresh,
     TQDMProgressBar,
 )
-from mlxmm import Trainer, TrainerConfig
+from mlxmm import Trainer, TrainerConfig, distributed
 from mlxmm.config import option, run_recipe, to_json
 from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
 from mlxmm.data.sheet import contact_sheet
 from mlxmm.data.tokenizers import START, load_tokenizer, token_length
 from mlxmm.files import whole_file, write_json
-from mlxmm.hub import local_folder
+from mlxmm.hub import check_upload, local_folder, upload
 from mlxmm.metrics import bleu, exact_match
+from mlxmm.modules import llava
 from mlxmm.modules.qwen3_aligner import Qwen3Aligner, Qwen3AlignerConfig
 from mlxmm.optimizers import OptimizerConfig
 from mlxmm.run import Run, RunConfig, cached, open_run, read_saved_config
@@ -50,6 +53,8 @@ class Config(RunConfig):
     open_layers: int = option(2, "how many of its layers")
     checkpoint_every: int = option(200, "updates between checkpoints")
     max_test: int = option(1_000, "most pictures of each test part to caption")
+    push_to: str | None = option(None, "repository of the Hub, user/name, for the captioner; made where there is none")
+    public: bool = option(False, "whether the repository that --push-to makes is public")
     tower: train_clip.TowerConfig = train_clip.TowerConfig()
     language_model: train_language_model.LanguageModelConfig = train_language_model.LanguageModelConfig()
 
@@ -75,10 +80,14 @@ PRESETS = {"default": Config(), "flickr30k": FLICKR30K}
 
 def main(config: Config) -> None:
     start = time.perf_counter()
+    if config.push_to and distributed.rank() == 0:
+        check_upload(config.push_to)  # hours before it is needed
     run = open_run(config, "align_qwen3")
     data = CaptionData(config.data, config.seed)
     data.setup()
     aligner, figures = build(config, data, run)
+    if config.push_to:
+        llava.check(aligner)
     figures |= align(config, aligner, data, run)
     if run.is_global_zero:
         figures |= evaluate(config, aligner, data, run)
@@ -86,6 +95,8 @@ def main(config: Config) -> None:
     run.write_summary(figures | {"data/skipped": len(data.skipped), "data/skipped_rows": data.skipped})
     run.print("\n".join(f"{name:<36}{value:>10.4f}" for name, value in figures.items()))
     run.print(f"samples: {run.folder / 'samples.png'}\ncurves: tensorboard --logdir {run.folder}")
+    if config.push_to and run.is_global_zero:
+        push(config, aligner, figures, run)
 
 
 def build(config: Config, data: CaptionData, run: Run) -> tuple[Qwen3Aligner, dict]:
@@ -148,6 +159,15 @@ def evaluate(config: Config, aligner: Qwen3Aligner, data: CaptionData, run: Run)
             with whole_file(run.folder / "samples.png") as path:
                 contact_sheet(rows[:SHEET_ROWS], captions[:SHEET_ROWS]).save(path)
     return figures
+
+
+def push(config: Config, aligner: Qwen3Aligner, figures: dict, run: Run) -> None:
+    """Write the captioner with its `figures` into the run's folder, and upload that."""
+    folder = run.folder / "export"
+    if folder.exists():  # of this run, before it was resumed
+        shutil.rmtree(folder)
+    aligner.save_pretrained(folder, figures)
+    run.print(f"uploaded: {upload(folder, config.push_to, public=config.public)}")
 
 
 def _train_tower(config: Config, data: CaptionData, run: Run, folder: Path) -> None:

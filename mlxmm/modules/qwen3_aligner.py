@@ -16,7 +16,9 @@ from mlxmm import checkpoint
 from mlxmm.config import UserError, from_json, option, to_json
 from mlxmm.data.images import ImageProcessor
 from mlxmm.data.tokenizers import end_token, load_tokenizer
-from mlxmm.hub import local_folder, read_config
+from mlxmm.files import new_folder
+from mlxmm.hub import local_folder, read_config, read_weights
+from mlxmm.modules import llava
 from mlxmm.modules.captioner import Captioner
 from mlxmm.modules.token_measures import fuses_head, label_positions, token_measures
 from mlxmm.networks.language_model import (
@@ -25,6 +27,7 @@ from mlxmm.networks.language_model import (
     embed,
     hidden_states,
     load_language_model,
+    save_language_model,
 )
 from mlxmm.networks.projector import PROJECTORS, Projector, squares
 from mlxmm.networks.towers import VisionTower
@@ -94,10 +97,13 @@ class Qwen3Aligner(Captioner):
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, revision: str | None = None) -> "Qwen3Aligner":
-        """Read a checkpoint of ours."""
+        """Read a checkpoint of ours, or a folder that `save_pretrained` wrote."""
         folder = local_folder(path_or_id, revision)
         values = read_config(folder)
-        if values.get("model_type") != "mlxmm_qwen3_aligner":
+        is_llava = values.get("model_type") == "llava"
+        if is_llava:
+            values = llava.own_values(values, folder)
+        elif values.get("model_type") != "mlxmm_qwen3_aligner":
             raise UserError(f"{folder} is no Qwen3Aligner: its config.json says {values.get('model_type')!r}")
         module = cls(
             from_json(Qwen3AlignerConfig, values["aligner"]),
@@ -108,8 +114,27 @@ class Qwen3Aligner(Captioner):
             values["language_model"],
             load_tokenizer(folder),
         )
-        checkpoint.load_weights(folder / checkpoint.WEIGHTS, module)
+        if is_llava:
+            checkpoint.load_arrays(folder, llava.own_weights(read_weights(folder), module), module)
+        else:
+            checkpoint.load_weights(folder / checkpoint.WEIGHTS, module)
         return module
+
+    def save_pretrained(self, folder: str | Path, figures: dict | None = None) -> None:
+        """Write a new folder that `transformers.LlavaForConditionalGeneration` loads, with the same captions.
+
+        `figures` come into its model card. LoRA layers are merged. Raises `UserError` where `folder` holds
+        something already, or where a part of this module is none that LLaVA has.
+        """
+        llava.check(self)
+        with new_folder(Path(folder)) as temporary:
+            llava.write(temporary, self, figures or {})
+
+    def save_language_model(self, folder: str | Path) -> None:
+        """Write the language model alone into a new folder, as `mlx_lm.load` and transformers read it."""
+        with new_folder(Path(folder)) as temporary:
+            save_language_model(temporary, self.language_model, self.lm_config)
+            self.tokenizer.save_pretrained(str(temporary))
 
     def save_config(self, folder: Path) -> None:
         values = {
