@@ -1,6 +1,7 @@
 """The Hugging Face Hub: folders of weights, here or there. `huggingface_hub` is used here only."""
 
 import json
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -73,7 +74,9 @@ def upload(folder: Path, repo_id: str, *, public: bool = False) -> str:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What `error` says, on one line, without the number of the request."""
+    lines = [re.sub(r"\(Request ID: .*?\)", "", line).strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines if line) or type(error).__name__
 
 
 def read_config(folder: Path) -> dict:

@@ -140,7 +140,7 @@ def _config(aligner, weights: dict[str, mx.array], image_id: int) -> dict:
         "text_config": _without_dtype(text) | dtype,
         "image_token_index": image_id,
         "image_seq_length": (size // aligner.vision.config.patch_size) ** 2,
-        "vision_feature_layer": aligner.config.layer,
+        "vision_feature_layer": _layer(aligner),
         "vision_feature_select_strategy": _strategy(aligner),
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
@@ -186,6 +186,11 @@ def _text_width(aligner) -> int:
 
 def _has_class_token(aligner) -> bool:
     return "class_embedding" in aligner.vision.embeddings
+
+
+def _layer(aligner) -> int:
+    """The hidden states to read, counted from the last where they are the first: transformers 5.23 takes 0 for none."""
+    return aligner.config.layer or -aligner.vision.config.num_hidden_layers - 1
 
 
 def _strategy(aligner) -> str:
