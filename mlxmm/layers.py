@@ -8,6 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxmm.patch_dropout import PatchDropout
+
 DROPOUTS = {nn.Dropout: 0, nn.Dropout2d: 2, nn.Dropout3d: 3}  # and how many axes are dropped as one
 
 
@@ -61,6 +63,8 @@ def dropout_from(module: nn.Module, key: mx.array) -> Iterator[None]:
 
     def wrap(name, call):
         def run(self, x):
+            if isinstance(self, PatchDropout):
+                return call(self, x, next(keys))
             if not self.training or self._p_1 == 1:
                 return x
             together = next(axes for kind, axes in DROPOUTS.items() if isinstance(self, kind))
@@ -70,7 +74,7 @@ def dropout_from(module: nn.Module, key: mx.array) -> Iterator[None]:
 
         return run
 
-    drops = {name: part for name, part in module.named_modules() if isinstance(part, tuple(DROPOUTS))}
+    drops = {name: part for name, part in module.named_modules() if isinstance(part, (PatchDropout, *DROPOUTS))}
     with replaced_calls(drops, wrap):
         yield
 

@@ -11,19 +11,22 @@ from pathlib import Path
 import attrs
 import mlx.core as mx
 import numpy as np
-from attrs.validators import ge
+from attrs.validators import ge, in_, lt, optional
 from mlx.utils import tree_flatten
 
-from mlxmm import checkpoint
+from mlxmm import checkpoint, distributed
 from mlxmm.config import UserError, option
 from mlxmm.data.images import ImageProcessor
 from mlxmm.data.tokenizers import load_tokenizer
+from mlxmm.gradcache import chunked_calls
 from mlxmm.hub import local_folder, read_config, read_weights
 from mlxmm.losses import clip_loss
 from mlxmm.module import Module
 from mlxmm.networks.clip import CLIP, TextConfig, VisionConfig, from_hub, to_hub
 from mlxmm.optimizers import OptimizerConfig
+from mlxmm.patch_dropout import PatchDropout
 
+TOWERS = ("vision", "text")
 MAX_LOG_SCALE = math.log(100)  # the paper's bound on the temperature, section 2.5
 
 
@@ -34,6 +37,9 @@ class CLIPConfig:
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
     projection_dim: int = option(96, "features of the shared space", ge(1))
+    chunk_size: int = option(0, "pairs of a batch in memory at a time, with the same gradient; 0: all", ge(0))
+    patch_dropout: float = option(0.0, "fraction of a picture's patches left out in training", ge(0), lt(1))
+    locked: str | None = option(None, "tower that is not trained: vision, text or none", optional(in_(TOWERS)))
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=4e-3, warmup_steps=30, final_fraction=0.02, weight_decay=0.05
     )
@@ -127,11 +133,35 @@ class ContrastiveCLIP(Module):
         """Logits (B images, B texts), scaled."""
         return self.network(images, tokens)
 
+    def setup(self, stage):
+        """Freeze the locked tower (LiT, arXiv 2111.07991), its projection not; put in the patch dropout."""
+        if stage == "fit" and self.config.locked:
+            self.network[f"{self.config.locked}_model"].freeze()
+        if stage == "fit" and self.config.patch_dropout:
+            embeddings = self.vision.embeddings
+            embeddings.patch_dropout = PatchDropout(self.config.patch_dropout, int("class_embedding" in embeddings))
+
     def training_step(self, batch):
-        """The paper's loss. Its negatives are those of one batch: accumulating batches does not add any."""
-        logits = self(self.processor.normalize(batch["pixels"]), batch["tokens"])
+        """The paper's loss. Its negatives are those of one batch: accumulating batches does not add any.
+
+        In training they are those of all processes; in evaluation, where the last batches may differ, of each alone.
+        """
+        images, texts = self._features(batch["pixels"], batch["tokens"])
+        if self.training:
+            both = distributed.all_gather(mx.concatenate([images, texts], axis=1))
+            images, texts = mx.split(both, 2, axis=1)
+        logits = self.network.logits(images, texts)
         hits = (logits.argmax(1) == mx.arange(len(logits))).mean()
-        return {"loss": clip_loss(logits), "accuracy": hits, "weight": mx.array(len(logits))}
+        return {"loss": clip_loss(logits), "accuracy": hits, "weight": mx.array(len(batch["pixels"]))}
+
+    def _features(self, pixels: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
+        """(B, H, W, 3) uint8 and (B, L) tokens to (B, E) each, unit length."""
+        normalize, size = self.processor.normalize, self.config.chunk_size
+        if not size:
+            return self.encode_image(normalize(pixels)), self.encode_text(tokens)
+        towers = {"vision": self.network.vision_model, "text": self.network.text_model}
+        with chunked_calls(towers, size, prepare={"vision": normalize}):
+            return self.encode_image(pixels), self.encode_text(tokens)
 
     def after_update(self):
         self.network.logit_scale = mx.minimum(self.network.logit_scale, MAX_LOG_SCALE)

@@ -51,7 +51,8 @@ class VisionEmbeddings(nn.Module):
         patches = self.patch_embedding(images)  # (B, P, D)
         B, _, D = patches.shape
         first = mx.broadcast_to(self.class_embedding, (B, 1, D))
-        return mx.concatenate([first, patches], axis=1) + self.position_embedding.weight
+        x = mx.concatenate([first, patches], axis=1) + self.position_embedding.weight
+        return self.patch_dropout(x) if "patch_dropout" in self else x
 
 
 class PatchEmbedding(nn.Module):
@@ -146,7 +147,11 @@ class CLIP(nn.Module):
 
     def __call__(self, images: mx.array, tokens: mx.array) -> mx.array:
         """Logits (B images, B texts): cosines over the learned temperature."""
-        return mx.exp(self.logit_scale) * self.encode_image(images) @ self.encode_text(tokens).T
+        return self.logits(self.encode_image(images), self.encode_text(tokens))
+
+    def logits(self, images: mx.array, texts: mx.array) -> mx.array:
+        """The same of features, (B, E) each."""
+        return mx.exp(self.logit_scale) * images @ texts.T
 
 
 def unit(x: mx.array) -> mx.array:
