@@ -15,9 +15,9 @@ class UserError(ValueError):
     """What the person at the keyboard can put right. Recipes print it on one line and exit with 2."""
 
 
-def option(default, help: str, *checks):
-    """An attrs field that knows its `--help` text and checks its own value."""
-    return attrs.field(default=default, validator=list(checks), metadata={"help": help})
+def option(default, help: str, *checks, positional: bool = False):
+    """An attrs field that knows its `--help` text and checks its own value; `positional` ones need no flag."""
+    return attrs.field(default=default, validator=list(checks), metadata={"help": help, "positional": positional})
 
 
 def run_recipe(main: Callable, presets: Mapping[str, Any], read_saved: Callable = lambda argv: None) -> None:
@@ -108,7 +108,7 @@ def _with_help():
         fields = tuple(
             tyro.constructors.StructFieldSpec(
                 name=field.name,
-                type=field.type,
+                type=tyro.conf.Positional[field.type] if field.metadata.get("positional") else field.type,
                 default=getattr(info.default, field.name, field.default),
                 helptext=field.metadata.get("help"),
             )
@@ -122,6 +122,6 @@ def _with_help():
 def _unboxed(box: str) -> str:
     """tyro's boxed explanation as one line, without its frame and its pointer to `--help`."""
     lines = [line.strip("│╭╮╰╯─ \n") for line in box.splitlines()[1:]]
-    parts = " ".join(line or "|" for line in lines).split("|")
+    parts = " ".join(line.strip("-") and line or "|" for line in lines).split("|")  # a rule is of - without Unicode
     parts = [" ".join(part.split()) for part in parts]
     return "; ".join(part for part in parts if part and "full helptext" not in part)

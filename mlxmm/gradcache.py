@@ -59,12 +59,14 @@ def call_in_chunks(
             parts.append(encode(parameters, i, parts[-1:]))
         return mx.concatenate(parts)
 
+    def along(parameters, i: int, after: list[mx.array], cotangent: mx.array) -> mx.array:
+        return (encode(parameters, i, after) * cotangent).sum()
+
     def gradient(parameters, cotangent, _):
         total = None
         for i, start in enumerate(starts):
             after = [array for _, array in tree_flatten(total or cotangent)]
-            surrogate = lambda p: (encode(p, i, after) * cotangent[start : start + size]).sum()
-            grads = mx.grad(surrogate)(parameters)
+            grads = mx.grad(along)(parameters, i, after, cotangent[start : start + size])
             total = grads if total is None else tree_map(mx.add, total, grads)
         return total
 

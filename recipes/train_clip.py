@@ -12,11 +12,10 @@ from mlxmm import Trainer, TrainerConfig
 from mlxmm.config import option, run_recipe
 from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
 from mlxmm.data.images import ImageProcessor
-from mlxmm.data.shapes import single_objects
 from mlxmm.data.tokenizers import token_length, train_tokenizer
 from mlxmm.modules.contrastive_clip import CLIPConfig, ContrastiveCLIP
-from mlxmm.modules.zero_shot import ZeroShotClassifier
 from mlxmm.run import Run, RunConfig, open_run, read_saved_config
+from recipes.evaluate_clip import judge_shapes, retrieval_figures, table
 
 # Pictures on light ground: zero about where the ground is.
 LIGHT_MEAN, UNIT_STD = (0.88, 0.88, 0.88), (1.0, 1.0, 1.0)
@@ -45,7 +44,7 @@ def main(config: Config) -> None:
     clip, figures = train(config.tower, data, run, config.seed)
     clip.save_pretrained(run.folder / "model")
     run.write_summary(figures)
-    print("\n".join(f"{name:<24}{value:.4f}" for name, value in figures.items()))
+    print(table(figures))
     print(f"model: {run.folder / 'model'}\ncurves: tensorboard --logdir {run.folder}")
 
 
@@ -66,7 +65,7 @@ def train(config: TowerConfig, data: CaptionData, run: Run, seed: int) -> tuple[
     trainer.fit(clip, data, ckpt_path=run.ckpt_path)
     figures = dict(trainer.callback_metrics)
     if data.is_synthetic:
-        figures["zero_shot/accuracy"] = zero_shot_accuracy(clip, data, seed)
+        figures |= judge_shapes(clip, data, seed) | retrieval_figures(clip, data.rows["test"])
     return clip, figures
 
 
@@ -84,14 +83,6 @@ def build(config: TowerConfig, data: CaptionData, seed: int) -> ContrastiveCLIP:
     processor = ImageProcessor(image_size=size, resize=size, mean=LIGHT_MEAN, std=UNIT_STD)
     mx.random.seed(seed)
     return ContrastiveCLIP(attrs.evolve(config.module, text=text), tokenizer, processor)
-
-
-def zero_shot_accuracy(clip: ContrastiveCLIP, data: CaptionData, seed: int, num_each: int = 10) -> float:
-    """Over new pictures of single objects, each to be told from all others by its name alone."""
-    images, things = zip(*single_objects(data.grammar, seed, num_each))
-    names = [str(thing) for thing in data.grammar.seen_things()]
-    classifier = ZeroShotClassifier.build(clip, names, templates=["{}"])
-    return classifier.accuracy(images, [names.index(str(thing)) for thing in things])
 
 
 if __name__ == "__main__":

@@ -59,6 +59,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def random_square(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The largest square of `image`, anywhere along its longer edge: all that CLIP changes about pictures that it
+    trains on (section 2.3)."""
+    side = min(image.size)
+    left, top = (int(rng.integers(edge - side + 1)) for edge in image.size)
+    return image.crop((left, top, left + side, top + side))
+
+
 @attrs.frozen(kw_only=True)
 class ImageProcessor:
     """Resize, crop and scale as `preprocessor_config.json` of the Hub says.

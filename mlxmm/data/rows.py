@@ -44,7 +44,7 @@ class CaptionRows(Sequence):
         row = self.table[index]
         return {
             "image": decode_image(row[self.columns.image]),
-            "captions": _captions(row[self.columns.caption], index),
+            "captions": _captions(self._words(row[self.columns.caption]), index),
             "id": self.name(place),
         }
 
@@ -52,7 +52,11 @@ class CaptionRows(Sequence):
         """Every caption, without touching a picture."""
         column = self.table.select_columns([self.columns.caption]).select(self.indices)
         rows = column[self.columns.caption]
-        return [text for index, row in zip(self.indices, rows) for text in _captions(row, int(index))]
+        return [text for index, row in zip(self.indices, rows) for text in _captions(self._words(row), int(index))]
+
+    def _words(self, value):
+        """A caption column may hold numbers of classes, which `datasets` has names for."""
+        return self.table.features[self.columns.caption].int2str(value) if isinstance(value, int) else value
 
     def name(self, place: int) -> str:
         """What a person finds the row by: its file where it has one, its number where not."""

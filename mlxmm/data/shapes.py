@@ -219,6 +219,11 @@ def single_objects(grammar: ShapesGrammar, seed: int, num_each: int) -> Iterator
             yield draw(Scene((thing,), is_column=True), grammar.config.image_size, rng), thing
 
 
+def names_several(caption: str) -> bool:
+    """Whether a canonical caption is of more than one object."""
+    return any(f" {place} " in caption for place in ("above", "left of"))
+
+
 def draw(scene: Scene, image_size: int, rng: np.random.Generator) -> Image.Image:
     """Paint `scene` with places, shade and tints of its own. (image_size, image_size) RGB."""
     side = image_size * SUPERSAMPLING
