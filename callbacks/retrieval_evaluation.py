@@ -10,8 +10,10 @@ from mlxmm.modules.features import retrieve
 
 @attrs.define(eq=False)
 class RetrievalEvaluation(Callback):
-    """Logs `retrieval/image_to_text/recall_at_1` and so on over `rows`, `{"image": PIL, "captions": [str]}`: all captions of
-    all pictures against each other, and chance beside each figure. Give a second one another `name`.
+    """Logs `retrieval/image_to_text/recall_at_1` and so on over `rows`, `{"image": PIL, "captions": [str]}`.
+
+    All captions of all pictures are held against each other; chance stands beside each figure. Give a second one
+    another `name`.
     """
 
     rows: Sequence

@@ -28,7 +28,7 @@ def best_ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
 
 
 def recall(ranks: np.ndarray, k: int) -> float:
-    """The fraction of queries with a relevant candidate among the first `k` (recall at k; top-k accuracy of classes)."""
+    """The fraction of queries with a relevant candidate among the first `k`; of classes, top-k accuracy."""
     return float((ranks <= k).mean())
 
 

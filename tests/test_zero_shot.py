@@ -196,6 +196,19 @@ def test_a_clip_is_judged_with_chance_beside_each_figure(folder):
     assert "zero_shot/pairs" in figures and "zero_shot/pairs_unseen" in figures
 
 
+def test_training_ends_with_zero_shot_and_retrieval_figures(folder):
+    sizes = ["--data.shapes.num-train", "32", "--data.shapes.num-val", "8", "--data.shapes.num-test", "16"]
+    steps = ["--data.batch-size", "8", "--tower.trainer.max-steps", "2", "--tower.module.chunk-size", "4"]
+    more = ["--tower.module.patch-dropout", "0.5", "--tower.trainer.no-compile"]
+    done = run("train_clip", *sizes, *steps, *more, "--run-dir", "trained", folder=folder)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((folder / "trained/summary.json").read_text())
+    names = ("accuracy", "pairs", "pairs_unseen", "pairs_unseen_attributes")
+    wanted = [*(f"zero_shot/{name}" for name in names), "retrieval/text_to_image/recall_at_1"]
+    assert all(0 < figures[f"{name}_chance"] < 1 and 0 <= figures[name] <= 1 for name in wanted)
+    assert all(f"{name} " in done.stdout for name in wanted)
+
+
 def test_a_column_of_classes_is_classified_and_probed(folder):
     pytest.importorskip("sklearn")
     import datasets
