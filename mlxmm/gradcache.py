@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from mlxmm.layers import dropout_from, replaced_calls
+from mlxmm.layers import dropout_from, replaced_calls, replaced_parameters
 
 
 @contextlib.contextmanager
@@ -49,8 +49,7 @@ def call_in_chunks(
     def encode(parameters, i: int, after: list[mx.array]) -> mx.array:
         # Without `depends` all chunks would be computed side by side.
         chunk = mx.depends(inputs[starts[i] : starts[i] + size], after) if after else inputs[:size]
-        # The gradient is computed later, when mixed precision may have put other weights back.
-        with _parameters(module, everything), _parameters(module, parameters), dropout_from(module, keys[i]):
+        with replaced_parameters(module, everything, parameters), dropout_from(module, keys[i]):
             return call(module, chunk)
 
     def features(parameters) -> mx.array:
@@ -70,18 +69,6 @@ def call_in_chunks(
             total = grads if total is None else tree_map(mx.add, total, grads)
         return total
 
-    if not tree_flatten(parameters):
-        return features(parameters)
     cached = mx.custom_function(features)
     cached.vjp(gradient)
     return cached(parameters)
-
-
-@contextlib.contextmanager
-def _parameters(module: nn.Module, parameters: dict) -> Iterator[None]:
-    own = module.parameters()
-    module.update(parameters)
-    try:
-        yield
-    finally:
-        module.update(own)

@@ -42,15 +42,31 @@ def recomputed_layers(module: nn.Module) -> Iterator[None]:
 
 def _recomputed(name: str, call: Callable) -> Callable:
     def run(self, *args, **kwargs):
+        everything = self.parameters()
+
         def inner(parameters, key, *args, **kwargs):
-            self.update(parameters)
-            with dropout_from(self, key):
+            with replaced_parameters(self, everything, parameters), dropout_from(self, key):
                 return call(self, *args, **kwargs)
 
         key = mx.random.randint(0, 2**31 - 1, (2,), dtype=mx.uint32)
         return mx.checkpoint(inner)(self.trainable_parameters(), key, *args, **kwargs)
 
     return run
+
+
+@contextlib.contextmanager
+def replaced_parameters(module: nn.Module, everything: dict, parameters: dict) -> Iterator[None]:
+    """Until the end of the block, `module` has `everything`, and over it `parameters`.
+
+    A second pass comes when the gradient is asked for: mixed precision has put the float32 weights back by then.
+    """
+    own = module.parameters()
+    module.update(everything)
+    module.update(parameters)
+    try:
+        yield
+    finally:
+        module.update(own)
 
 
 @contextlib.contextmanager

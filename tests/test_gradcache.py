@@ -17,7 +17,9 @@ from small_clip import pairs, small_clip
 from mlxmm import Trainer, distributed
 from mlxmm.gradcache import call_in_chunks
 from mlxmm.layers import dropout_from, replaced_calls
+from mlxmm.optimizers import OptimizerConfig
 from mlxmm.patch_dropout import PatchDropout
+from mlxmm.precision import autocast
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,13 +113,27 @@ def assert_close_weights(one, two):
             np.testing.assert_allclose(np.array(array), np.array(two[name]), atol=2e-4, err_msg=name)
 
 
-def test_mixed_precision_updates_the_float32_weights(make_trainer):
-    clip = small_clip(chunk_size=4)
-    make_trainer(max_steps=2, precision="bf16-mixed").fit(clip, train_dataloaders=[pairs(12)])
+@pytest.mark.parametrize(("chunk_size", "gradient_checkpointing"), [(4, False), (0, True), (4, True)])
+def test_mixed_precision_does_not_round_the_weights(chunk_size, gradient_checkpointing, make_trainer):
+    clip = small_clip(chunk_size=chunk_size, optimizer=OptimizerConfig(learning_rate=1e-7, warmup_steps=0))
+    before = dict(tree_flatten(clip.parameters()))
+    settings = {"precision": "bf16-mixed", "gradient_checkpointing": gradient_checkpointing}
+    make_trainer(max_steps=2, **settings).fit(clip, train_dataloaders=[pairs(12)])
     for name, array in tree_flatten(clip.parameters()):
-        assert array.dtype == mx.float32
-        if array.ndim == 2:
-            assert not mx.array_equal(array, array.astype(mx.bfloat16).astype(mx.float32)), name
+        np.testing.assert_allclose(np.array(array), np.array(before[name]), atol=1e-6, err_msg=name)
+
+
+def test_frozen_layers_are_of_half_precision_in_the_second_pass_too():
+    clip, seen = small_clip(chunk_size=4), []
+    clip.vision.encoder.layers[0].self_attn.freeze()
+
+    def watched(name, call):
+        return lambda self, x: seen.append((self.weight.dtype, len(x))) or call(self, x)
+
+    step = autocast(clip, lambda batch: clip.training_step(batch)["loss"], "bf16-mixed")
+    with replaced_calls({"out_proj": clip.vision.encoder.layers[0].self_attn.out_proj}, watched):
+        gradient(clip, step, {name: mx.array(array) for name, array in pairs(8).items()}, compiled=False)
+    assert seen == [(mx.bfloat16, 4)] * 4  # two chunks, twice
 
 
 def test_a_chunk_at_a_time_is_in_memory():
