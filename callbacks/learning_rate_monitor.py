@@ -4,8 +4,15 @@ from mlxmm.callback import Callback
 
 
 class LearningRateMonitor(Callback):
-    """Logs "lr" with the training metrics."""
+    """Logs "lr" with the training metrics; of a `MultiOptimizer` "lr/0", "lr/1" and so on, in its order."""
 
     def on_train_batch_end(self, trainer, module, metrics, batches):
         if trainer.global_step % trainer.config.log_every_n_steps == 0:
-            trainer.log({"lr": trainer.optimizer.learning_rate})
+            trainer.log(_rates(trainer.optimizer))
+
+
+def _rates(optimizer) -> dict:
+    parts = getattr(optimizer, "optimizers", None)
+    if parts is None:
+        return {"lr": optimizer.learning_rate}
+    return {f"lr/{i}": part.learning_rate for i, part in enumerate(parts)}

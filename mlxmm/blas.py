@@ -74,6 +74,11 @@ def set_num_threads(count: int) -> None:
         _provider.scipy_openblas_set_num_threads(count)
 
 
+def num_threads() -> int | None:
+    """How many threads the fast BLAS uses; None when not enabled."""
+    return None if _provider is None else _provider.scipy_openblas_get_num_threads()
+
+
 def _enable() -> str:
     global _provider
     if os.environ.get("MLXMM_BLAS") == "off":

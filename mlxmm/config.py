@@ -15,9 +15,14 @@ class UserError(ValueError):
     """What the person at the keyboard can put right. Recipes print it on one line and exit with 2."""
 
 
-def option(default, help: str, *checks, positional: bool = False):
-    """An attrs field that knows its `--help` text and checks its own value; `positional` ones need no flag."""
-    return attrs.field(default=default, validator=list(checks), metadata={"help": help, "positional": positional})
+def option(default, help: str, *checks):
+    """An attrs field that knows its `--help` text and checks its own value."""
+    return attrs.field(default=default, validator=list(checks), metadata={"help": help})
+
+
+def positional(default, help, *checks):
+    """An `option` that is given on the command line without its name."""
+    return attrs.field(default=default, validator=list(checks), metadata={"help": help, "positional": True})
 
 
 def run_recipe(main: Callable, presets: Mapping[str, Any], read_saved: Callable = lambda argv: None) -> None:
@@ -26,8 +31,11 @@ def run_recipe(main: Callable, presets: Mapping[str, Any], read_saved: Callable 
     `presets` maps names to configs, "default" among them. `read_saved(argv)` may return a config to
     start from instead: the one that a run to be resumed was started with.
     """
+    from mlxmm import distributed
+
     try:
-        main(parse_config(presets, sys.argv[1:], read_saved))
+        with distributed.watched(waits=False):
+            main(parse_config(presets, sys.argv[1:], read_saved))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlxmm.patch_dropout import PatchDropout
 
@@ -42,23 +42,50 @@ def recomputed_layers(module: nn.Module) -> Iterator[None]:
 
 def _recomputed(name: str, call: Callable) -> Callable:
     def run(self, *args, **kwargs):
-        everything = self.parameters()
-
-        def inner(parameters, key, *args, **kwargs):
-            with replaced_parameters(self, everything, parameters), dropout_from(self, key):
+        def inner(trained, others, key, *args, **kwargs):
+            # Those of now come in by name. Neither frozen weights nor random bits have a gradient.
+            others, key = tree_map(mx.stop_gradient, (others, key))
+            with replaced_parameters(self, others, trained), dropout_from(self, key):
                 return call(self, *args, **kwargs)
 
         key = mx.random.randint(0, 2**31 - 1, (2,), dtype=mx.uint32)
-        return mx.checkpoint(inner)(self.trainable_parameters(), key, *args, **kwargs)
+        trained, args = _gradients_at_once((self.trainable_parameters(), args))
+        return mx.checkpoint(inner)(trained, self.parameters(), key, *args, **kwargs)
 
     return run
+
+
+def _gradients_at_once(tree):
+    """`tree`, whose arrays all get their gradients before any of them goes further back.
+
+    MLX may otherwise follow the inputs' gradients down to the first layer and compute those of the weights last,
+    while everything that was computed again for them stays in memory.
+    """
+    floats = [leaf for _, leaf in tree_flatten(tree) if _is_float(leaf)]
+    passed = iter(_passed_on(*floats) if floats else ())
+    return tree_map(lambda leaf: next(passed) if _is_float(leaf) else leaf, tree)
+
+
+def _is_float(leaf) -> bool:
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
+
+
+@mx.custom_function
+def _passed_on(*arrays):
+    return arrays
+
+
+@_passed_on.vjp
+def _passed_on_vjp(primals, cotangents, _):
+    return mx.depends(list(cotangents), list(cotangents))
 
 
 @contextlib.contextmanager
 def replaced_parameters(module: nn.Module, everything: dict, parameters: dict) -> Iterator[None]:
     """Until the end of the block, `module` has `everything`, and over it `parameters`.
 
-    A second pass comes when the gradient is asked for: mixed precision has put the float32 weights back by then.
+    For a second pass: by then the module may hold other arrays, or of another type (mixed precision has put the
+    float32 weights back), and it keeps its own.
     """
     own = module.parameters()
     module.update(everything)

@@ -1,11 +1,15 @@
 """Losses: pure functions of arrays.
 
-B images or captions, L tokens, V vocabulary.
+B images or captions, L tokens, D features, V vocabulary, N = B * L positions.
 """
+
+from functools import partial
 
 import mlx.core as mx
 
 from mlxmm import functional as F
+
+CHUNK_LOGITS = 2**24  # logits that `linear_token_loss` holds at a time: 64 MB in float32
 
 
 def clip_loss(logits: mx.array) -> mx.array:
@@ -19,6 +23,15 @@ def clip_loss(logits: mx.array) -> mx.array:
     return (by_image + by_text) / 2
 
 
+def siglip_loss(logits: mx.array) -> mx.array:
+    """Ask of every pair by itself whether it matches (SigLIP, arXiv 2303.15343, algorithm 1).
+
+    `logits` is (B, B) with the matching pairs on the diagonal. The sum over all pairs is divided by B, not B * B.
+    """
+    signs = 2 * mx.eye(len(logits)) - 1
+    return mx.logaddexp(0, -signs * logits).sum() / len(logits)
+
+
 def token_loss(logits: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
     """The mean cross-entropy of (B, L, V) `logits` over the targets (B, L) that `mask` (B, L) counts."""
     losses = F.cross_entropy(logits, targets)  # (B, L)
@@ -29,3 +42,76 @@ def token_accuracy(logits: mx.array, targets: mx.array, mask: mx.array) -> mx.ar
     """The fraction of counted targets that have the highest logit."""
     hits = (logits.argmax(-1) == targets) * mask
     return hits.sum() / mx.maximum(mask.sum(), 1)
+
+
+def linear_token_loss(
+    states: mx.array,
+    weight: mx.array,
+    targets: mx.array,
+    mask: mx.array,
+    *,
+    for_states: bool = True,
+    for_weight: bool = True,
+) -> tuple[mx.array, mx.array]:
+    """`token_loss` and `token_accuracy` of the logits states @ weight.T, which are never held all at once.
+
+    `states` (..., D), `weight` (V, D), `targets` and `mask` (...). Some positions at a time get their logits,
+    their loss and, while the logits are there, the gradients of the loss, so that going back is a product with
+    one number. `for_states` and `for_weight` say which gradients will be asked for; the others would be zero.
+    """
+    targets, mask = mx.stop_gradient(targets.reshape(-1)), mx.stop_gradient(mask.reshape(-1).astype(mx.float32))
+    shares = mask / mx.maximum(mask.sum(), 1)
+    fused = mx.custom_function(partial(_loss_and_gradients, for_states=for_states, for_weight=for_weight))
+
+    @fused.vjp
+    def _(primals, cotangents, outputs):
+        zeros = mx.zeros_like
+        states, weight = ((g * cotangents[0]).astype(g.dtype) if g.size else None for g in outputs[2:])
+        return (
+            zeros(primals[0]) if states is None else states,
+            zeros(primals[1]) if weight is None else weight,
+            zeros(primals[2]),
+            zeros(primals[3]),
+        )
+
+    loss, accuracy, *_ = fused(states.reshape(-1, states.shape[-1]), weight, targets, shares)
+    return loss, accuracy
+
+
+def _loss_and_gradients(states, weight, targets, shares, *, for_states, for_weight):
+    """Loss and accuracy of (N, D) states whose positions count by their `shares` (N,), and the loss's gradients
+    with respect to `states` and `weight`; an empty array in place of one that is not wanted."""
+    size = max(1, CHUNK_LOGITS // len(weight))
+    parts, d_weight = [], None
+    for start in range(0, len(states), size):
+        # Each chunk waits for the one before: MLX would hold the logits of all of them.
+        h = mx.depends(states[start : start + size], parts[-1]) if parts else states[start : start + size]
+        t, share = targets[start : start + size], shares[start : start + size, None]
+        losses, hits, e, scale = _softmax_parts(h, weight, t, share)
+        part = [(losses * share).sum(), (hits * share).sum()]
+        if for_states:
+            part.append(((e @ weight) * scale - weight[t] * share).astype(states.dtype))
+        if for_weight:
+            d = e.T @ (h * scale).astype(e.dtype)
+            d_weight = d if d_weight is None else mx.depends(d_weight, part) + d
+            part.append(d_weight)
+        parts.append(part)
+    d_states = mx.concatenate([part[2] for part in parts]) if for_states else mx.array([])
+    if for_weight:
+        d_weight = d_weight.at[targets].add(-(states * shares[:, None]).astype(d_weight.dtype))
+    return (
+        sum(part[0] for part in parts),
+        sum(part[1] for part in parts),
+        d_states,
+        d_weight if for_weight else mx.array([]),
+    )
+
+
+def _softmax_parts(h, weight, targets, share):
+    """For (n, D) states: losses and hits (n, 1), and softmax * share as (n, V) and (n, 1) to be multiplied."""
+    logits = h @ weight.T
+    top = logits.max(axis=-1, keepdims=True)
+    e = F.exp_of_negative(logits - top)
+    total = (e @ mx.ones((e.shape[-1], 1), dtype=e.dtype)).astype(mx.float32)  # a sum takes four times as long
+    picked = mx.take_along_axis(logits, targets[:, None], axis=-1)
+    return mx.log(total) + (top - picked), picked >= top, e, share / total

@@ -1,18 +1,166 @@
-"""Caption metrics: pure functions of strings."""
+"""Caption metrics: pure functions of strings, and CLIPScore of arrays.
 
+Hypotheses are one a picture; references are one list a picture, of any length. BLEU, ROUGE-L and CIDEr-D are in
+percent, as papers print them (the published tools give a hundredth of it). B pictures, R references, E features.
+"""
+
+import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 
+import mlx.core as mx
 
-def exact_match(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+Texts, References = Sequence[str], Sequence[Sequence[str]]
+
+CONTRACTION = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b")  # does n't, dog 's
+WORD = re.compile(
+    r"(?:[^\W\d_]\.){2,}"  # u.s.
+    r"|\w+(?:(?:[-/.'&]|(?<=\d)[,:](?=\d))\w+)*"  # t-shirt, o'clock, 1,000, 10:30
+    r"|'(?:s|re|ve|ll|d|m)\b"
+    r"|[$%#&@*+=]"
+)
+MAX_ORDER = 4  # of n-grams, in BLEU and CIDEr
+CIDER_SIGMA = 6.0  # words by which lengths may differ (CIDEr, arXiv 1411.5726, section 8)
+ROUGE_BETA = 1.2  # recall counts for more than precision, as in coco-caption
+CLIP_SCORE_WEIGHT = 2.5
+CLIP_SCORE_PROMPT = "A photo depicts "  # before hypotheses and references (CLIPScore, arXiv 2104.08718)
+
+
+def words(text: str) -> list[str]:
+    """The words of a caption as coco-caption has them from Stanford's PTBTokenizer, which needs Java: lower-cased,
+    "n't" and "'s" apart, punctuation dropped.
+
+    Different are: brackets (theirs leave "-lrb-", here they go), "cannot" and "gonna" (theirs are two words), "Mr."
+    (theirs keeps its point), "'90s", "'n'" and "@home" (theirs keep the sign).
+    """
+    return WORD.findall(CONTRACTION.sub(r" \1", text.lower().replace("’", "'")))
+
+
+def exact_match(hypotheses: Texts, references: References) -> float:
     """The fraction of hypotheses that equal one of their references."""
     return sum(h in refs for h, refs in zip(hypotheses, references, strict=True)) / len(hypotheses)
 
 
-def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU-4 in percent, one hypothesis an image against all its references (sacrebleu, tokenizer 13a)."""
+def bleu(hypotheses: Texts, references: References) -> float:
+    """Corpus BLEU-4 (sacrebleu, tokenizer 13a, which keeps capitals and punctuation)."""
+    return _corpus_bleu(hypotheses, references)
+
+
+def coco_bleu(hypotheses: Texts, references: References) -> dict[str, float]:
+    """Corpus BLEU-1 to BLEU-4 over `words`, not smoothed: "bleu_1" to "bleu_4" (coco-caption's)."""
+    hypotheses, references = _joined(hypotheses), list(map(_joined, references))
+    settings = {"tokenize": "none", "smooth_method": "none", "force": True}
+    orders = range(1, MAX_ORDER + 1)
+    return {f"bleu_{n}": _corpus_bleu(hypotheses, references, max_ngram_order=n, **settings) for n in orders}
+
+
+def _joined(texts: Texts) -> list[str]:
+    return [" ".join(words(text)) for text in texts]
+
+
+def _corpus_bleu(hypotheses: Texts, references: References, **settings) -> float:
     from sacrebleu.metrics import BLEU
 
     most = max(map(len, references))
     # sacrebleu wants the first references of all, then the second of all; None where there is none.
     columns = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
-    return BLEU().corpus_score(list(hypotheses), columns).score
+    return BLEU(**settings).corpus_score(list(hypotheses), columns).score
+
+
+def rouge_l(hypotheses: Texts, references: References) -> float:
+    """The mean ROUGE-L: best precision and best recall of the longest common subsequence over all references."""
+    scores = [_rouge_l(words(h), list(map(words, refs))) for h, refs in zip(hypotheses, references, strict=True)]
+    return 100 * sum(scores) / len(scores)
+
+
+def _rouge_l(hypothesis: list[str], references: list[list[str]]) -> float:
+    common = [_longest_common(hypothesis, reference) for reference in references]
+    precision = max(common) / max(1, len(hypothesis))
+    recall = max(n / max(1, len(reference)) for n, reference in zip(common, references))
+    if precision == 0 or recall == 0:
+        return 0.0
+    return (1 + ROUGE_BETA**2) * precision * recall / (recall + ROUGE_BETA**2 * precision)
+
+
+def _longest_common(a: list[str], b: list[str]) -> int:
+    """The length of the longest common subsequence."""
+    row = [0] * (len(b) + 1)
+    for word in a:
+        before = row
+        row = [0]
+        for j, other in enumerate(b):
+            row.append(before[j] + 1 if word == other else max(before[j + 1], row[j]))
+    return row[-1]
+
+
+def cider_d(hypotheses: Texts, references: References) -> float:
+    """The mean CIDEr-D (arXiv 1411.5726, section 8): likeness of n-grams, rare ones counting for more.
+
+    How rare an n-gram is comes from the references of all pictures that are judged, so the mean over a split is
+    not the mean of means over its batches, and a single picture always has 0.
+    """
+    scores = cider_d_scores(hypotheses, references)
+    return sum(scores) / len(scores)
+
+
+def cider_d_scores(hypotheses: Texts, references: References) -> list[float]:
+    """CIDEr-D of each picture."""
+    said = [_ngrams(words(text)) for text in hypotheses]
+    wanted = [[_ngrams(words(text)) for text in refs] for refs in references]
+    pictures = Counter(ngram for refs in wanted for ngram in set().union(*refs))  # that an n-gram is in
+    rarity = lambda ngram: math.log(len(wanted) / max(1, pictures[ngram]))
+    return [
+        1000 * sum(_cider_d(h, ref, rarity) for ref in refs) / len(refs) for h, refs in zip(said, wanted, strict=True)
+    ]
+
+
+def _ngrams(tokens: list[str]) -> Counter:
+    spans = ((i, i + n) for n in range(1, MAX_ORDER + 1) for i in range(len(tokens) - n + 1))
+    return Counter(tuple(tokens[start:end]) for start, end in spans)
+
+
+def _cider_d(hypothesis: Counter, reference: Counter, rarity) -> float:
+    dots, squares, wanted = ([0.0] * MAX_ORDER for _ in range(3))
+    for ngram, count in hypothesis.items():
+        weight = rarity(ngram) ** 2
+        squares[len(ngram) - 1] += count**2 * weight
+        dots[len(ngram) - 1] += min(count, reference[ngram]) * reference[ngram] * weight
+    for ngram, count in reference.items():
+        wanted[len(ngram) - 1] += (count * rarity(ngram)) ** 2
+    cosines = [dot / math.sqrt(a * b) if a * b else dot for dot, a, b in zip(dots, squares, wanted)]
+    # The published tool takes the number of bigrams for the length, hence a difference of words all the same.
+    difference = sum(n for gram, n in hypothesis.items() if len(gram) == 2)
+    difference -= sum(n for gram, n in reference.items() if len(gram) == 2)
+    return sum(cosines) / MAX_ORDER * math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
+
+
+def distinct(hypotheses: Texts, n: int) -> float:
+    """The fraction of all n-grams that are different from each other (arXiv 1510.03055, section 5.2)."""
+    ngrams = [ngram for text in hypotheses for ngram in _ngrams(words(text)).elements() if len(ngram) == n]
+    return len(set(ngrams)) / max(1, len(ngrams))
+
+
+def perplexity(loss_sum: float, num_tokens: float) -> float:
+    """Of the summed cross-entropy, in nats, of `num_tokens` tokens."""
+    return math.exp(loss_sum / num_tokens)
+
+
+def clip_score(images: mx.array, hypotheses: mx.array) -> mx.array:
+    """CLIPScore (B,) of features (B, E) of pictures and of their hypotheses, each text after CLIP_SCORE_PROMPT."""
+    return CLIP_SCORE_WEIGHT * mx.maximum((_unit(images) * _unit(hypotheses)).sum(-1), 0)
+
+
+def ref_clip_score(images: mx.array, hypotheses: mx.array, references: mx.array, present: mx.array) -> mx.array:
+    """RefCLIPScore (B,): the harmonic mean of CLIPScore and of the best cosine with a reference.
+
+    `references` are (B, R, E); `present` (B, R) says which of them there are.
+    """
+    cosines = (_unit(references) * _unit(hypotheses)[:, None]).sum(-1)
+    best = mx.maximum(mx.where(present, cosines, -1).max(-1), 0)
+    score = clip_score(images, hypotheses)
+    return 2 * score * best / mx.maximum(score + best, 1e-12)
+
+
+def _unit(x: mx.array) -> mx.array:
+    return x / mx.linalg.norm(x, axis=-1, keepdims=True)

@@ -58,6 +58,15 @@ class AdamW(optim.AdamW):
         return kept - c1 * m / (mx.sqrt(v) * c2 + self.eps)
 
 
+def grouped(default: optim.Optimizer, **groups: optim.Optimizer) -> optim.MultiOptimizer:
+    """`default`, but an optimizer of its own for each part: `grouped(adam, language_model=slower)`."""
+
+    def within(part: str) -> Callable:
+        return lambda name, parameter: name.startswith(part + ".")
+
+    return optim.MultiOptimizer([*groups.values(), default], [within(part) for part in groups])
+
+
 def warmup_cosine(peak: float, warmup_steps: int, num_steps: int, *, final_fraction: float = 0.0) -> Callable:
     """Rise linearly to `peak` in `warmup_steps` updates, then fall along a cosine until `num_steps`."""
     floor = peak * final_fraction

@@ -6,6 +6,7 @@ runs/<recipe>/<name>/config.json  metrics.jsonl  events.out.tfevents.*  checkpoi
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import attrs
 from attrs.validators import ge, lt
 
-from mlxmm import checkpoint
+from mlxmm import checkpoint, distributed
 from mlxmm.config import UserError, from_json, option, take_flag, to_json
 from mlxmm.files import remove_leftovers, whole_folder, write_json
 
@@ -38,13 +39,23 @@ class Run:
 
     def part(self, name: str) -> "Run":
         """A run inside this one, which goes on from its own newest checkpoint if it has any."""
-        folder = self.folder / name
-        folder.mkdir(exist_ok=True)
-        return Run(folder, checkpoint.latest(folder / "checkpoints"))
+        return Run(*distributed.shared_paths(lambda: _open_part(self.folder / name)))
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this process is the one that writes."""
+        return distributed.rank() == 0
+
+    def print(self, text: str) -> None:
+        """Print on one process only."""
+        if self.is_global_zero:
+            print(text)
 
     def write_summary(self, figures: dict) -> None:
-        """Write `summary.json`: what a script or a paper's table would read."""
-        write_json(self.folder / "summary.json", figures)
+        """Write `summary.json`, what a script or a paper's table would read: once every process has ended well."""
+        distributed.barrier()
+        if self.is_global_zero:
+            write_json(self.folder / "summary.json", figures)
 
 
 def open_run(config: RunConfig, recipe: str) -> Run:
@@ -52,6 +63,15 @@ def open_run(config: RunConfig, recipe: str) -> Run:
 
     Raises `UserError` where a new run's folder exists, or a run to be resumed does not.
     """
+    return Run(*distributed.shared_paths(lambda: _open(config, recipe)))
+
+
+def _open_part(folder: Path) -> tuple[Path, Path | None]:
+    folder.mkdir(exist_ok=True)
+    return _reopened(folder, checkpoint.latest(folder / "checkpoints"))
+
+
+def _open(config: RunConfig, recipe: str) -> tuple[Path, Path | None]:
     if config.resume is None:
         folder = config.run_dir or RUNS / recipe / time.strftime("%Y-%m-%d_%H-%M-%S")
         try:
@@ -61,13 +81,21 @@ def open_run(config: RunConfig, recipe: str) -> Run:
         except OSError as error:
             raise UserError(f"{folder} cannot be made: {error.strerror}") from None
         write_json(folder / "config.json", to_json(attrs.evolve(config, run_dir=folder)))
-        return Run(folder)
+        return folder, None
     folder, ckpt_path = _find(config.resume, config.run_dir, recipe)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     if not (folder / "config.json").exists():
         write_json(folder / "config.json", to_json(attrs.evolve(config, run_dir=folder, resume=None)))
-    return Run(folder, ckpt_path)
+    return _reopened(folder, ckpt_path)
+
+
+def _reopened(folder: Path, ckpt_path: Path | None) -> tuple[Path, Path | None]:
+    """A run to go on with; without a checkpoint it begins anew, and what it logged before would come twice."""
+    if ckpt_path is None:
+        for path in [*folder.glob("metrics.jsonl"), *folder.glob("events.out.tfevents.*")]:
+            path.unlink()
+    return folder, ckpt_path
 
 
 def read_saved_config(cls: type, recipe: str) -> Callable[[Sequence[str]], RunConfig | None]:
@@ -96,19 +124,18 @@ def _find(resume: str, run_dir: Path | None, recipe: str) -> tuple[Path, Path | 
     folder = run_dir or (runs[-1].parent if runs else None)
     if folder is None or not folder.is_dir():
         raise UserError(f"--resume last: there is no run in {run_dir or RUNS / recipe}")
-    return folder, checkpoint.latest(folder / "checkpoints")
+    return _reopened(folder, checkpoint.latest(folder / "checkpoints"))
 
 
 def cached(name: str, key, make: Callable[[Path], None]) -> Path:
     """The folder of what `make(folder)` wrote for `key` (JSON values), now or in an earlier run.
 
-    In $MLXMM_CACHE, or ~/.cache/mlxmm; whole or absent.
+    In $MLXMM_CACHE, or ~/.cache/mlxmm; whole or absent. All processes take part in the making, and rank 0 keeps it.
     """
     root = Path(os.environ.get("MLXMM_CACHE", Path.home() / ".cache" / "mlxmm"))
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = root / f"{name}-{digest}"
-    if not folder.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        with whole_folder(folder) as temporary:
-            make(temporary)
-    return folder
+    if not distributed.from_rank_zero(folder.exists):
+        with whole_folder(folder) if distributed.rank() == 0 else tempfile.TemporaryDirectory() as temporary:
+            make(Path(temporary))
+    return distributed.shared_paths(lambda: [folder])[0]

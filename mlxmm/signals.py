@@ -22,10 +22,6 @@ class Request:
 
     number: int | None = None
 
-    def raise_if_made(self) -> None:
-        if self.number is not None:
-            raise Interrupted(self.number)
-
 
 @contextlib.contextmanager
 def end_requests() -> Iterator[Request]:

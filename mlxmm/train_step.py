@@ -111,6 +111,12 @@ def add_sums(total: dict | None, sums: dict) -> dict:
     return sums if total is None else tree_map(mx.add, total, sums)
 
 
+def fill_empty_sums(total: dict | None) -> dict | None:
+    """`total`; or zeros by the same names, where only other processes had batches. None where none had any."""
+    names = next((names for names in distributed.all_gather_object(list(total or ())) if names), None)
+    return total or (names and {name: mx.array(0.0) for name in names})
+
+
 def average_sums(sums: dict, *trees):
     """Divide sums, and trees of sums, by the weight of all processes: the one place where means are made."""
     sums, *trees = distributed.all_sum([sums, *trees])

@@ -22,8 +22,15 @@ from mlxmm.loggers import JSONLLogger, Logger, TensorBoardLogger
 from mlxmm.module import Modes, Module, evaluating, set_trainable, trainable_names
 from mlxmm.profiler import NoProfiler, Profiler
 from mlxmm.randomness import isolated_random_state, seed_everything, step_seed
-from mlxmm.signals import Request, end_requests
-from mlxmm.train_step import add_sums, average_sums, build_eval_step, build_train_step, checked_twice
+from mlxmm.signals import Interrupted, end_requests
+from mlxmm.train_step import (
+    add_sums,
+    average_sums,
+    build_eval_step,
+    build_train_step,
+    checked_twice,
+    fill_empty_sums,
+)
 from mlxmm.trainer_config import TrainerConfig, duration
 
 
@@ -44,6 +51,7 @@ class Trainer:
         **settings,
     ):
         self.config = attrs.evolve(config or TrainerConfig(), **settings).resolved()
+        distributed.check_strategy(self.config.strategy)
         self.callbacks = hooks.arrange(callbacks)
         self.loggers = [] if self.config.fast_dev_run else _make_loggers(logger, self.config.default_root_dir)
         self.profiler = Profiler() if self.config.profiler else NoProfiler()
@@ -75,13 +83,13 @@ class Trainer:
         `ckpt_path` is the checkpoint to go on from; "last" the newest whole one in `default_root_dir`.
         """
         data = datamodule or batches.Loaders(train=train_dataloaders, val=val_dataloaders)
-        self.ckpt_path = None if ckpt_path is None else self._checkpoint_folder(ckpt_path)
-        with self._stage("fit", module, data), self._layers_prepared(), end_requests() as request:
+        [self.ckpt_path] = distributed.shared_paths(lambda: [ckpt_path and self._checkpoint_folder(ckpt_path)])
+        with self._stage("fit", module, data), self._layers_prepared(), end_requests() as self._request:
             self._prepare_fit()
             self._call("on_fit_start")
             self._sanity_check()
             self._call("on_train_start")
-            self._train(request)
+            self._train()
             self._call("on_train_end")
             self._call("on_fit_end")
 
@@ -99,6 +107,15 @@ class Trainer:
         """What `predict_step` returns for each batch."""
         with self._stage("predict", module, datamodule or batches.Loaders(predict=dataloaders)):
             return self._predict(self.datamodule.predict_dataloader())
+
+    def configure_optimizer(self, state: dict[str, mx.array] | None = None) -> None:
+        """Ask the module for its optimizer, which takes its schedules from the data as they are now; `state` is what
+        a checkpoint has of it."""
+        self._updates_in_epoch = self._count_updates(self.datamodule.train_dataloader())
+        self.optimizer = self.module.configure_optimizers()
+        if state is not None:
+            checkpoint.load_optimizer(state, self.optimizer, self.module)
+        self._build_train_step()
 
     def save_checkpoint(self, folder: Path | str) -> None:
         """Write a checkpoint of the run as it is now, whole or not at all."""
@@ -146,26 +163,26 @@ class Trainer:
     @property
     def num_compiled_variants(self) -> int:
         """For how many batch shapes steps are compiled now: at most `max_compiled_variants` of each kind."""
-        return self._compiler.num_variants
+        return self.compiler.num_variants
 
     @property
     def estimated_stepping_batches(self) -> int:
         """How many updates the run will have."""
         limits = [self.config.max_steps] if self.config.max_steps >= 0 else []
-        updates = self._count_updates(self._train_loader())
-        if updates is not None and self.config.max_epochs >= 0:
-            limits.append(updates * self.config.max_epochs)
+        if self._updates_in_epoch is not None and self.config.max_epochs >= 0:
+            limits.append(self._updates_in_epoch * self.config.max_epochs)
         if not limits:
             raise UserError("set max_steps: the training data do not tell how many batches they have")
         return min(limits)
 
     # ------------------------------------------------------------------ the loops
 
-    def _train(self, request: Request) -> None:
+    def _train(self) -> None:
+        self._agree()
         while not self._done:
             self._call("on_train_epoch_start")
             for group, is_last in self._updates_of_epoch():
-                is_last = not self._update(group) or is_last
+                is_last = self._agree(not self._update(group) or is_last)
                 if self._validation_due(is_last):
                     self._validate()
                 if is_last or self._done:
@@ -173,9 +190,21 @@ class Trainer:
                 if is_last:
                     self.current_epoch, self.batch_idx = self.current_epoch + 1, 0
                 self._call("on_save_point")
-                request.raise_if_made()
+                self._agree()
+                if self._signal:
+                    raise Interrupted(self._signal)
                 if is_last or self._done:
                     break
+
+    def _agree(self, is_last: bool = False) -> bool:
+        """Share among the processes the reasons to end: all must take the same turn. Whether any is at its last batch.
+
+        A shorter shard ends the epoch of all, and so does one process's clock, callback or signal the run.
+        """
+        reasons = is_last, self.should_stop, self._is_out_of_time(), self._request.number or 0
+        is_last, stop, self._time_is_up, self._signal = distributed.all_max(*reasons)
+        self.should_stop = bool(stop)
+        return bool(is_last)
 
     def _update(self, group: tuple) -> bool:
         """One optimizer update; False if a hook wants the rest of the epoch skipped instead."""
@@ -185,6 +214,7 @@ class Trainer:
             self._build_train_step()
         with self.profiler.phase("step"):
             seed_everything(step_seed(self.config.seed, distributed.rank(), self.global_step))
+            distributed.arrive()
             metrics = self._train_step(group)
             mx.eval(metrics, self.module.state, self.optimizer.state)
         self.logged_metrics = {}
@@ -211,8 +241,10 @@ class Trainer:
                 break
             empty = False
             yield group
-        if empty:
+        if empty and self.batch_idx == 0:
             raise UserError("the training data gave no batch: fewer examples than one batch holds?")
+        if empty:  # resumed where an exception came between the epoch's last update and its end
+            self.current_epoch, self.batch_idx = self.current_epoch + 1, 0
 
     def _validate(self) -> dict[str, float]:
         if self.config.overfit_batches:
@@ -220,8 +252,8 @@ class Trainer:
         return self._evaluate("validation", self.datamodule.val_dataloader(), self.config.limit_val_batches)
 
     def _evaluate(self, stage: str, loader, limit: int | float) -> dict[str, float]:
-        """The weighted means of `<stage>_step` over the data; {} where there are none."""
-        if loader is None or batches.count(loader, limit) == 0:
+        """The weighted means of `<stage>_step` over the data of all processes; {} where there are none."""
+        if loader is None or distributed.all_max(batches.count(loader, limit) != 0) == [0]:
             return {}
         prefix = {"validation": "val"}.get(stage, stage)
         with self.profiler.phase(stage), evaluating(self.module):
@@ -233,6 +265,7 @@ class Trainer:
                 total = add_sums(total, step(batch))
                 mx.eval(total)
                 self._call(f"on_{stage}_batch_end", batch, batch_idx)
+            total = fill_empty_sums(total)
             means = {} if total is None else average_sums(total)[0]
             metrics = {f"{prefix}/{name}": float(value) for name, value in means.items()}
             self._call(f"on_{stage}_epoch_end")
@@ -275,23 +308,27 @@ class Trainer:
         self.module, self.datamodule, module.trainer = module, datamodule, self
         self.should_stop = self._told_of_minimum = False
         self.state, self._started = "running", time.perf_counter()
-        self._compiler = Compiler(self._compiles(), self.config.max_compiled_variants)
+        self.compiler = Compiler(self._compiles(), self.config.max_compiled_variants)
         self._eval_steps: dict[str, Callable] = {}
         try:
-            self.callbacks = hooks.arrange(self.callbacks, module.configure_callbacks())
-            self._hooks = hooks.table(self.callbacks, self, module)
-            datamodule.prepare_data()
-            datamodule.setup(stage)
-            self._call("setup", stage)
-            if self.config.precision == "bf16-true":
-                module.set_dtype(mx.bfloat16)
-            yield
-            datamodule.teardown(stage)
-            self._call("teardown", stage)
+            with distributed.watched():
+                self.callbacks = hooks.arrange(self.callbacks, module.configure_callbacks())
+                self._hooks = hooks.table(self.callbacks, self, module)
+                distributed.from_rank_zero(datamodule.prepare_data)
+                datamodule.setup(stage)
+                self._call("setup", stage)
+                if self.config.precision == "bf16-true":
+                    module.set_dtype(mx.bfloat16)
+                yield
+                datamodule.teardown(stage)
+                self._call("teardown", stage)
+                distributed.barrier()  # what rank 0 wrote is there for all
         except BaseException as exception:
             self._leave("interrupted")
             self._call("on_exception", exception)
             self._finalize("failed")
+            if isinstance(exception, Interrupted):
+                distributed.barrier()  # a launcher ends all processes with the first: the last checkpoint comes before
             raise
         self._leave("finished")
         self._finalize("success")
@@ -309,10 +346,8 @@ class Trainer:
         saved = None if self.ckpt_path is None else checkpoint.load(self.ckpt_path)
         if saved is not None:
             self._restore(saved)
-        self.optimizer = self.module.configure_optimizers()
-        if saved is not None:
-            checkpoint.load_optimizer(saved["optimizer"], self.optimizer, self.module)
-        self._build_train_step()
+        self.configure_optimizer(saved and saved["optimizer"])
+        self.module.update(distributed.broadcast(self.module.parameters()))
         for logger in self.loggers:
             logger.log_hyperparams({"module": self.module.hparams, "trainer": to_json(self.config)})
 
@@ -345,7 +380,7 @@ class Trainer:
         self._modes = Modes(self.module)
         watches = self._hooks["on_before_optimizer_step"] or self.config.detect_anomaly
         self._train_step = build_train_step(
-            self.module, self.optimizer, self.config, self._compiler, self._on_gradients if watches else None
+            self.module, self.optimizer, self.config, self.compiler, self._on_gradients if watches else None
         )
         if self.config.deterministic:
             self._train_step = checked_twice(self._train_step, self.module, self.optimizer)
@@ -358,7 +393,7 @@ class Trainer:
     def _eval_step(self, name: str) -> Callable:
         if name not in self._eval_steps:
             step = getattr(self.module, name)
-            self._eval_steps[name] = build_eval_step(self.module, step, self.config, self._compiler)
+            self._eval_steps[name] = build_eval_step(self.module, step, self.config, self.compiler)
         return self._eval_steps[name]
 
     def _compiles(self) -> bool:
@@ -387,9 +422,10 @@ class Trainer:
         config = self.config
         if 0 <= config.max_steps <= self.global_step or 0 <= config.max_epochs <= self.current_epoch:
             return True
-        if config.max_time is not None and self.training_seconds >= duration(config.max_time):
-            return True
-        return self.should_stop and self._may_stop()
+        return self._time_is_up or (self.should_stop and self._may_stop())
+
+    def _is_out_of_time(self) -> bool:
+        return self.config.max_time is not None and self.training_seconds >= duration(self.config.max_time)
 
     def _may_stop(self) -> bool:
         config = self.config
@@ -402,7 +438,8 @@ class Trainer:
         return False
 
     def _validation_due(self, is_last: bool) -> bool:
-        if self._done:
+        ends = is_last and 0 <= self.config.max_epochs <= self.current_epoch + 1
+        if ends or self._done:
             return True
         if (self.current_epoch + 1) % self.config.check_val_every_n_epoch:
             return False
@@ -415,8 +452,12 @@ class Trainer:
         return done % max(1, int(self._updates_in_epoch * interval)) == 0
 
     def _count_updates(self, loader) -> int | None:
-        total = batches.count(loader, self.config.overfit_batches or self.config.limit_train_batches)
-        return None if total is None else -(-total // self.accumulate_grad_batches)
+        """The updates of an epoch, which ends for all processes with the shortest shard; None where nothing tells."""
+        limit = self.config.overfit_batches or self.config.limit_train_batches
+        total = None if loader is None else batches.count(loader, limit)
+        if distributed.all_max(total is None) == [1]:
+            return None
+        return -distributed.all_max(-total // self.accumulate_grad_batches)[0]
 
     def _train_loader(self):
         loader = self.datamodule.train_dataloader()

@@ -52,6 +52,11 @@ class TrainerConfig:
     accumulate_grad_batches: int = option(1, "batches per update", ge(1))
     gradient_clip_val: float | None = option(1.0, "largest global gradient norm, or none", optional(ge(0)))
     gradient_clip_algorithm: str = option("norm", "norm: scale them all; value: bound each", in_(("norm", "value")))
+    strategy: str = option(
+        "auto",
+        "auto, ddp: each process trains the whole module on its share of the data; fsdp: refused, with the reason",
+        in_(("auto", "ddp", "fsdp")),
+    )
     precision: str = option("32", "32, bf16-mixed (float32 weights) or bf16-true", in_(PRECISIONS))
     gradient_checkpointing: bool = option(False, "keep of each layer its input alone, and compute the rest again")
     log_every_n_steps: int = option(50, "updates between lines of training metrics", ge(1))

@@ -80,11 +80,12 @@ def main(config: Config) -> None:
     data.setup()
     aligner, figures = build(config, data, run)
     figures |= align(config, aligner, data, run)
-    figures |= evaluate(config, aligner, data, run)
+    if run.is_global_zero:
+        figures |= evaluate(config, aligner, data, run)
     figures["seconds"] = time.perf_counter() - start
     run.write_summary(figures | {"data/skipped": len(data.skipped), "data/skipped_rows": data.skipped})
-    print("\n".join(f"{name:<36}{value:>10.4f}" for name, value in figures.items()))
-    print(f"samples: {run.folder / 'samples.png'}\ncurves: tensorboard --logdir {run.folder}")
+    run.print("\n".join(f"{name:<36}{value:>10.4f}" for name, value in figures.items()))
+    run.print(f"samples: {run.folder / 'samples.png'}\ncurves: tensorboard --logdir {run.folder}")
 
 
 def build(config: Config, data: CaptionData, run: Run) -> tuple[Qwen3Aligner, dict]:
@@ -112,7 +113,7 @@ def build(config: Config, data: CaptionData, run: Run) -> tuple[Qwen3Aligner, di
 
 def align(config: Config, aligner: Qwen3Aligner, data: CaptionData, run: Run) -> dict:
     """Train the projector, then the last layers too; returns the figures of the run's end."""
-    data.encode = aligner.encode
+    data.encode, data.complete_batch = aligner.encode, aligner.complete_batch
     last_layers = f"language_model.model.layers[-{config.open_layers}:]"
     stages = {0: "projector", config.open_step: ("projector", last_layers)}
     callbacks = [

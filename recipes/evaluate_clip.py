@@ -31,7 +31,7 @@ NUM_EACH = 10  # new pictures of each object of `shapes`
 class Config(RunConfig):
     """A CLIP, and what to judge it on."""
 
-    module: str = option("openai/clip-vit-base-patch32", "CLIP folder or Hub id")
+    module: str = option("openai/clip-vit-base-patch32", "CLIP or SigLIP: folder or Hub id")
     data: CaptionDataConfig = CaptionDataConfig()
     split: str = option("test", "part of the data to judge on")
     labels: bool = option(False, "captions are class names: classify, do not retrieve")
@@ -49,8 +49,8 @@ def main(config: Config) -> None:
     run = open_run(config, "evaluate_clip")
     figures = judge(config, clip, data)
     run.write_summary(figures)
-    print(table(figures))
-    print(f"summary: {run.folder / 'summary.json'}")
+    run.print(table(figures))
+    run.print(f"summary: {run.folder / 'summary.json'}")
 
 
 def judge(config: Config, clip: ContrastiveCLIP, data: CaptionData) -> dict[str, float]:

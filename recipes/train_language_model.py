@@ -37,10 +37,11 @@ class Config(RunConfig):
 def main(config: Config) -> None:
     run = open_run(config, "train_language_model")
     model, figures = train(config.lm, CaptionData(config.data, config.seed), run, config.seed)
-    model.save_pretrained(run.folder / "model")
+    if run.is_global_zero:
+        model.save_pretrained(run.folder / "model")
     run.write_summary(figures)
-    print("\n".join(f"{name:<24}{value:.4f}" for name, value in figures.items()))
-    print(f"model: {run.folder / 'model'}\ncurves: tensorboard --logdir {run.folder}")
+    run.print("\n".join(f"{name:<24}{value:.4f}" for name, value in figures.items()))
+    run.print(f"model: {run.folder / 'model'}\ncurves: tensorboard --logdir {run.folder}")
 
 
 def train(config: LanguageModelConfig, data: CaptionData, run: Run, seed: int) -> tuple[TextModel, dict]:

@@ -13,7 +13,7 @@ import attrs
 import numpy as np
 from attrs.validators import ge, in_
 
-from mlxmm.config import UserError, option, run_recipe
+from mlxmm.config import UserError, option, positional, run_recipe
 from mlxmm.data.images import UndecodableImage, decode_image
 from mlxmm.data.templates import TEMPLATES
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
@@ -24,9 +24,9 @@ from mlxmm.modules.zero_shot import ZeroShotClassifier
 class Config:
     """Pictures, classes and a CLIP."""
 
-    images: tuple[Path, ...] = option((), "pictures to classify", positional=True)
+    images: tuple[Path, ...] = positional((), "pictures to classify")
     classes: str = option("", "class names with commas between them, or a file with one on each line")
-    module: str = option("openai/clip-vit-base-patch32", "CLIP folder or Hub id")
+    module: str = option("openai/clip-vit-base-patch32", "CLIP or SigLIP: folder or Hub id")
     templates: str = option("photo", f"what names are put into: {', '.join(TEMPLATES)}", in_(tuple(TEMPLATES)))
     top: int = option(3, "classes to print of each picture", ge(1))
 

@@ -7,11 +7,12 @@ import numpy as np
 from mlxmm.data.images import ImageProcessor
 from mlxmm.data.tokenizers import train_tokenizer
 from mlxmm.modules.contrastive_clip import CLIPConfig, ContrastiveCLIP
-from mlxmm.networks.clip import TextConfig, VisionConfig
+from mlxmm.networks.towers import TextConfig, VisionConfig
 from mlxmm.optimizers import OptimizerConfig
 
 WORDS = ["a red circle", "a blue square", "a photo of a green cross.", "cat", "dog"]
 SIDE, LENGTH = 16, 8
+SIGLIP = {"model_type": "siglip", "projection_dim": 16}  # settings of one
 
 
 def small_clip(seed: int = 0, **settings) -> ContrastiveCLIP:

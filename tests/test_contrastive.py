@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
-from small_clip import pairs, small_clip
+from small_clip import SIGLIP, pairs, small_clip
 
 from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
 from mlxmm.data.images import random_square
@@ -60,14 +60,15 @@ def test_patch_dropout_keeps_the_class_token_and_other_patches_of_each_picture()
     assert mx.array_equal(layer(x), x)
 
 
-def test_patches_are_left_out_in_training_alone(make_trainer):
-    clip = small_clip(patch_dropout=0.5)
+@pytest.mark.parametrize(("settings", "num_first"), [({}, 1), (SIGLIP, 0)], ids=["clip", "siglip"])
+def test_patches_are_left_out_in_training_alone(settings, num_first, make_trainer):
+    clip = small_clip(**settings, patch_dropout=0.5)
     batch = pairs(6)
     make_trainer(max_steps=2).fit(clip, train_dataloaders=[batch])
     images = clip.processor.normalize(mx.array(batch["pixels"]))
-    assert clip.training and clip.vision.hidden_states(images).shape == (6, 1 + 8, 16)
+    assert clip.training and clip.vision.hidden_states(images).shape == (6, num_first + 8, 16)
     clip.eval()
-    assert clip.vision.hidden_states(images).shape == (6, 1 + 16, 16)
+    assert clip.vision.hidden_states(images).shape == (6, num_first + 16, 16)
     assert not [name for name, _ in tree_flatten(clip.parameters()) if "dropout" in name]
 
 

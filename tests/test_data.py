@@ -172,6 +172,118 @@ def test_pictures_of_every_mode_become_rgb_on_white():
         decode_image(png()[:50])
 
 
+def encoded(image: Image.Image, kind: str, **settings) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **settings)
+    return file.getvalue()
+
+
+def two_halves(size=(20, 10)) -> Image.Image:
+    """Red on the left, blue on the right."""
+    image = Image.new("RGB", size, "red")
+    image.paste("blue", (size[0] // 2, 0, *size))
+    return image
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "green", "blue")]
+    for kind in ("GIF", "PNG", "WEBP"):
+        settings = {"lossless": True} if kind == "WEBP" else {}
+        image = decode_image(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **settings))
+        assert image.mode == "RGB" and image.getpixel((3, 2)) == (255, 0, 0), kind
+
+
+def test_a_picture_is_turned_as_its_exif_says():
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was turned: to be shown rotated by 90 degrees, clockwise
+    image = decode_image(encoded(two_halves(), "PNG", exif=turned))
+    assert image.size == (10, 20)
+    assert image.getpixel((5, 2)) == (255, 0, 0) and image.getpixel((5, 17)) == (0, 0, 255)
+
+
+def test_colours_of_palettes_inks_and_16_bits_are_the_colours_they_stand_for():
+    palette = decode_image(encoded(two_halves().convert("P"), "PNG"))
+    assert palette.getpixel((2, 2)) == (255, 0, 0) and palette.getpixel((17, 2)) == (0, 0, 255)
+    clear = encoded(Image.new("P", (4, 4), 0), "PNG", transparency=0)
+    assert decode_image(clear).getpixel((1, 1)) == (255, 255, 255)
+    inks = decode_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))
+    assert np.abs(np.asarray(inks).astype(int) - [255, 0, 0]).max() < 12
+    ramp = np.linspace(0, 65535, 16).astype(np.uint16).reshape(1, 16)
+    for kind in ("PNG", "TIFF"):
+        grey = np.asarray(decode_image(encoded(Image.fromarray(ramp), kind)))[0, :, 0]
+        assert np.abs(grey.astype(int) - np.linspace(0, 255, 16)).max() <= 1, kind
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF"])
+def test_a_picture_cut_short_is_one_clear_line(kind):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    whole = encoded(Image.fromarray(noise), kind)
+    for part in (b"", whole[:12], whole[: len(whole) // 2]):
+        with pytest.raises(UndecodableImage, match="not a picture that can be decoded") as caught:
+            decode_image(part)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (20_000, 30), (3, 900), (1_000_000, 1)])
+def test_the_middle_of_a_picture_of_any_shape_fills_the_square(size):
+    image = decode_image(encoded(Image.new("RGB", size, "red"), "PNG"))
+    for processor in (ImageProcessor.square(24), ImageProcessor(image_size=24, resize=(24, 24))):
+        assert (processor.pixels(image) == (255, 0, 0)).all()
+    pixels = ImageProcessor.square(224).pixels(two_halves(size) if size[0] > size[1] else image)
+    assert pixels.shape == (224, 224, 3)
+    if size[0] > size[1]:
+        assert (pixels[:, 0] == (255, 0, 0)).all() and (pixels[:, -1] == (0, 0, 255)).all()
+
+
+def test_a_picture_of_too_many_pixels_is_one_clear_line():
+    bomb = encoded(Image.new("1", (20_000, 5_001)), "PNG")
+    with pytest.raises(UndecodableImage, match="20000x5001 pixels are more than 100,000,000"):
+        decode_image(bomb)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("clip", {"size": {"shortest_edge": 27}, "crop_size": {"height": 24, "width": 24}}),
+        ("clip", {"size": 24, "crop_size": 24}),  # as files were before 2023
+        ("siglip", {"size": {"height": 24, "width": 24}}),
+        ("vit", {"size": {"height": 24, "width": 24}}),
+        ("vit", {"size": 24}),
+    ],
+)
+@pytest.mark.parametrize("layout", ["preprocessor_config.json", "processor_config.json"])
+def test_pixels_are_those_of_transformers(name, settings, layout, tmp_path):
+    import importlib
+
+    module = importlib.import_module(f"transformers.models.{name}.image_processing_pil_{name}")
+    theirs = getattr(module, {"clip": "CLIP", "siglip": "Siglip", "vit": "ViT"}[name] + "ImageProcessorPil")(**settings)
+    kind = theirs.to_dict()["image_processor_type"]
+    for values in (theirs.to_dict(), {"image_processor_type": kind} | settings):  # all settings, and the bare ones
+        nested = {"image_processor": values} if layout == "processor_config.json" else values
+        (tmp_path / layout).write_text(json.dumps(nested))
+        ours = ImageProcessor.from_pretrained(tmp_path)
+        for width, height in [(40, 30), (31, 97), (10, 24), (24, 24), (1, 1)]:
+            noise = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+            image = Image.fromarray(noise)
+            expected = theirs(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+            assert np.abs(np.array(ours([image])[0]) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"shortest_edge": 24}, "do_center_crop": False},
+        {"size": {"height": 24, "width": 32}, "do_center_crop": False},
+        {"size": {"longest_edge": 24}},
+        {"crop_size": {"height": 24, "width": 32}},
+    ],
+)
+def test_preprocessing_that_leaves_pictures_of_different_sizes_is_one_clear_line(settings, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="pictures must come out square"):
+        ImageProcessor.from_pretrained(tmp_path)
+
+
 def test_preprocessing_survives_its_own_config():
     for processor in (ImageProcessor.square(32), ImageProcessor(image_size=24, resize=(24, 24))):
         assert ImageProcessor._from_hub(processor.to_hub()) == processor

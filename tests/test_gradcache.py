@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from small_clip import pairs, small_clip
+from small_clip import SIGLIP, pairs, small_clip
 
 from mlxmm import Trainer, distributed
 from mlxmm.gradcache import call_in_chunks
@@ -22,6 +22,7 @@ from mlxmm.patch_dropout import PatchDropout
 from mlxmm.precision import autocast
 
 ROOT = Path(__file__).parent.parent
+KINDS = {"clip": {}, "siglip": SIGLIP}
 
 
 class DroppingTower(nn.Module):
@@ -60,12 +61,13 @@ def assert_equal_gradients(one, two):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("settings", [{"chunk_size": 8}, {"chunk_size": 7}, {"chunk_size": 99}])
-def test_chunks_have_the_gradient_of_the_whole_batch(settings, compiled):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk_size", [8, 7, 99])
+def test_chunks_have_the_gradient_of_the_whole_batch(chunk_size, kind, compiled):
     batch = {name: mx.array(array) for name, array in pairs(32).items()}
     whole, chunked = (
         gradient(clip, lambda batch, clip=clip: clip.training_step(batch)["loss"], batch, compiled=compiled)
-        for clip in (small_clip(), small_clip(**settings))
+        for clip in (small_clip(**KINDS[kind]), small_clip(**KINDS[kind], chunk_size=chunk_size))
     )
     assert_equal_gradients(whole, chunked)
 
@@ -168,9 +170,9 @@ def test_a_locked_tower_is_not_computed_again():
 # ---- two processes
 
 
-def train(folder: Path, batches: list[dict]) -> None:
+def train(folder: Path, kind: str, batches: list[dict]) -> None:
     """A few updates, whose weights are written under the process's number."""
-    clip = small_clip(chunk_size=3)
+    clip = small_clip(**KINDS[kind], chunk_size=3)
     settings = {"max_steps": 3, "logger": False, "enable_model_summary": False, "compile": False}
     Trainer(**settings).fit(clip, train_dataloaders=batches, val_dataloaders=[pairs(4)])
     weights = dict(tree_flatten(clip.parameters()))
@@ -181,9 +183,9 @@ def whole_batches() -> list[dict]:
     return [pairs(12, seed=i) for i in range(3)]
 
 
-def train_share(folder: Path) -> None:
+def train_share(folder: Path, kind: str) -> None:
     own = slice(distributed.rank() * 6, distributed.rank() * 6 + 6)
-    train(folder, [{name: array[own] for name, array in batch.items()} for batch in whole_batches()])
+    train(folder, kind, [{name: array[own] for name, array in batch.items()} for batch in whole_batches()])
 
 
 def free_ports(num: int) -> list[int]:
@@ -196,14 +198,15 @@ def free_ports(num: int) -> list[int]:
     return ports
 
 
-def test_two_processes_have_the_negatives_and_the_gradient_of_one_with_the_whole_batch(tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_have_the_negatives_and_the_gradient_of_one_with_the_whole_batch(kind, tmp_path):
     hosts = tmp_path / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
     (tmp_path / "one").mkdir()
     environment = os.environ | {"MLX_HOSTFILE": str(hosts), "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(tmp_path)]
+    command = [sys.executable, __file__, str(tmp_path), kind]
     processes = [subprocess.Popen(command, env=environment | {"MLX_RANK": str(rank)}) for rank in range(2)]
-    train(tmp_path / "one", whole_batches())
+    train(tmp_path / "one", kind, whole_batches())
     try:
         assert [process.wait(60) for process in processes] == [0, 0]
     finally:
@@ -212,9 +215,9 @@ def test_two_processes_have_the_negatives_and_the_gradient_of_one_with_the_whole
     alone, *both = (mx.load(str(tmp_path / name)) for name in ("one/0.safetensors", "0.safetensors", "1.safetensors"))
     assert_close_weights(alone, both[0])
     assert all(mx.array_equal(array, both[1][name]) for name, array in both[0].items())
-    start = dict(tree_flatten(small_clip().parameters()))
+    start = dict(tree_flatten(small_clip(**KINDS[kind]).parameters()))
     assert max(float(mx.abs(array - start[name]).max()) for name, array in alone.items()) > 1e-2
 
 
 if __name__ == "__main__":
-    train_share(Path(sys.argv[1]))
+    train_share(Path(sys.argv[1]), sys.argv[2])

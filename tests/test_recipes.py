@@ -106,6 +106,47 @@ def test_a_trained_run_captions_pictures(finished):
     assert together == [aligner.caption([image])[0] for image in images]
 
 
+def test_a_trained_run_is_judged_with_one_caption_a_picture_and_a_control(finished, cache, tmp_path):
+    module, folder = finished[0] / "checkpoints/last", tmp_path / "judged"
+    flags = ["--module", module, "--run-dir", folder, "--data.shapes.num-test", 8, "--generation.num-beams", 2]
+    done = run("evaluate_captions", *flags, cache=cache)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 == len({row["id"] for row in rows}) and all(len(row["references"]) > 1 for row in rows)
+    summary = json.loads((folder / "summary.json").read_text())
+    names = {"bleu_1", "bleu_4", "rouge_l", "cider_d", "exact_match", "perplexity"}
+    assert names | {f"{name}_shuffled" for name in names} | {"distinct_1", "distinct_2"} <= set(summary)
+    assert summary["pictures"] == 8 and summary["perplexity"] > 1
+    assert summary["cider_d"] == pytest.approx(sum(row["cider_d"] for row in rows) / 8)
+
+
+def test_a_clip_whose_context_the_prompt_fills_is_refused(finished, cache, tmp_path):
+    (tower,) = cache.glob("tower-*")
+    flags = ["--module", finished[0] / "checkpoints/last", "--clip", tower, "--data.shapes.num-test", 8]
+    done = run("evaluate_captions", *flags, "--run-dir", tmp_path / "judged", cache=cache)
+    assert done.returncode == 2 and "references do not fit after 'A photo depicts '" in done.stderr
+    assert not (tmp_path / "judged").exists()
+
+
+def test_pictures_are_captioned_by_file_and_folder(finished, cache, tmp_path):
+    from PIL import Image
+
+    from mlxmm import Qwen3Aligner
+
+    for i, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{i}.png")
+    (tmp_path / "2.jpg").write_text("no picture")
+    module = finished[0] / "checkpoints/last"
+    done = run("caption", "--module", module, tmp_path, tmp_path / "1.png", cache=cache)
+    assert done.returncode == 0, done.stderr
+    aligner = Qwen3Aligner.from_pretrained(module)
+    said = [aligner.caption([Image.open(tmp_path / f"{i}.png")], max_new_tokens=32)[0] for i in (0, 1, 1)]
+    lines = [f"{tmp_path / name}: {text}" for name, text in zip(("0.png", "1.png", "1.png"), said)]
+    printed = done.stdout.splitlines()
+    assert [printed[0], printed[1], printed[3]] == lines and "2.jpg: skipped, not a picture" in printed[2]
+    assert "nowhere.png is not there" in run("caption", "--module", module, "nowhere.png", cache=cache).stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -15,6 +15,7 @@ from callbacks import FreezeSchedule, ModelCheckpoint
 from mlxmm import Callback, JSONLLogger
 from mlxmm.config import UserError
 from mlxmm.module import set_trainable
+from mlxmm.optimizers import AdamW, OptimizerConfig, grouped
 from mlxmm.signals import Interrupted
 
 
@@ -124,8 +125,6 @@ def test_a_change_of_what_is_trainable_keeps_moments_and_gives_new_ones_their_ow
 
 
 def test_a_parameter_opened_late_starts_as_one_opened_first():
-    from mlxmm.optimizers import AdamW
-
     late, early = AdamW(0.1, weight_decay=0.0), AdamW(0.1, weight_decay=0.0)
     late.init({"a": mx.zeros(3)})
     for _ in range(50):
@@ -137,9 +136,38 @@ def test_a_parameter_opened_late_starts_as_one_opened_first():
     np.testing.assert_allclose(np.array(moved_late), np.array(moved_early), rtol=1e-5)
 
 
-def test_gains_and_biases_do_not_decay():
-    from mlxmm.optimizers import AdamW
+class TwoRates(TinyRegression):
+    def configure_optimizers(self):
+        slow, fast = (OptimizerConfig(learning_rate=rate, warmup_steps=0).build(9) for rate in (1e-4, 1e-2))
+        return grouped(slow, head=fast)
 
+
+def test_parts_of_a_module_have_learning_rates_of_their_own(make_trainer):
+    module = TwoRates()
+    before = weights(module)
+    make_trainer(max_steps=1).fit(module, train_dataloaders=DistinctBatches())
+    moved = {name: np.abs(array - before[name]).max() for name, array in weights(module).items()}
+    # Adam's first step is its rate, up to eps and decay.
+    assert moved["head.weight"] == pytest.approx(1e-2, rel=0.1)
+    assert moved["backbone.weight"] == pytest.approx(1e-4, rel=0.1)
+
+
+def test_a_run_with_two_rates_and_a_schedule_of_freezing_resumes_to_the_bit(make_trainer, tmp_path):
+    def fit(max_steps, ckpt_path=None):
+        trainer, module = (
+            make_trainer(max_steps=max_steps, callbacks=[FreezeSchedule({0: "head", 1: ("head", "backbone")})]),
+            TwoRates(),
+        )
+        trainer.fit(module, train_dataloaders=DistinctBatches(), ckpt_path=ckpt_path)
+        return trainer, module
+
+    _, whole = fit(9)
+    for stop in (3, 6, 8):
+        fit(stop)[0].save_checkpoint(tmp_path / str(stop))
+        assert_same(weights(whole), weights(fit(9, tmp_path / str(stop))[1]))
+
+
+def test_gains_and_biases_do_not_decay():
     optimizer = AdamW(0.1, weight_decay=0.5)
     parameters = {"gain": mx.ones(3), "matrix": mx.ones((3, 3))}
     moved = optimizer.apply_gradients({k: mx.zeros_like(v) for k, v in parameters.items()}, parameters)

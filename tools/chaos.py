@@ -100,9 +100,10 @@ def fit_tiny(run: Path) -> None:
     import numpy as np
 
     from callbacks import ModelCheckpoint
-    from mlxmm import Module, Trainer, checkpoint
+    from mlxmm import Module, Trainer
     from mlxmm.data.loader import Loader
     from mlxmm.optimizers import OptimizerConfig
+    from mlxmm.run import RunConfig, open_run
 
     class Tiny(Module):
         def __init__(self):
@@ -120,16 +121,16 @@ def fit_tiny(run: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [{"x": x, "y": x.sum()} for x in rng.normal(size=(200, 16)).astype(np.float32)]
     data = Loader(rows=rows, encode=lambda row, rng: row, batch_size=8, shuffle=True, drop_last=True)
+    opened = open_run(RunConfig(run_dir=run, resume="last" if run.exists() else None), "chaos")
     trainer = Trainer(
         max_steps=TINY_UPDATES,
-        default_root_dir=run,
+        default_root_dir=opened.folder,
         log_every_n_steps=5,
         val_check_interval=20,
         callbacks=[ModelCheckpoint(every_n_train_steps=5, monitor="val/loss", save_top_k=2)],
     )
     print("training", flush=True)
-    last = checkpoint.latest(run / "checkpoints")
-    trainer.fit(Tiny(), train_dataloaders=data, val_dataloaders=data, ckpt_path=last)
+    trainer.fit(Tiny(), train_dataloaders=data, val_dataloaders=data, ckpt_path=opened.ckpt_path)
 
 
 # ---- killing and comparing

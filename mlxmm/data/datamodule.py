@@ -6,6 +6,7 @@ import attrs
 import numpy as np
 from attrs.validators import ge
 
+from mlxmm import distributed
 from mlxmm.config import option
 from mlxmm.data.images import random_square
 from mlxmm.data.loader import Loader
@@ -50,7 +51,7 @@ class CaptionDataConfig:
     image_column: str = option("image", "column that holds the picture")
     caption_column: str = option("caption", "column that holds a caption or a list of them")
     split_column: str | None = option(None, "column that says train, val or test; none: the source's own splits")
-    batch_size: int = option(64, "pictures in a batch", ge(1))
+    batch_size: int = option(64, "pictures in a batch of each process", ge(1))
     num_threads: int = option(1, "threads that decode pictures ahead", ge(1))
     random_crop: bool = option(False, "train on a random square of each picture, not on its middle")
     shapes: ShapesConfig = ShapesConfig()
@@ -65,6 +66,7 @@ class CaptionData(DataModule):
 
     def __init__(self, config: CaptionDataConfig, seed: int, encode: Callable[[dict, str], dict] | None = None):
         self.config, self.seed, self.encode = config, seed, encode
+        self.complete_batch: Callable[[dict], dict] | None = None  # the Loader's
         self.rows: dict[str, Sequence] = {}
         self.skipped: list[str] = []  # names of pictures that cannot be decoded
 
@@ -89,7 +91,7 @@ class CaptionData(DataModule):
         for split, part in rows.items():
             self.rows[split], bad = part.without_undecodable(config.num_threads)
             self.skipped += bad
-        for name in self.skipped:
+        for name in self.skipped if distributed.rank() == 0 else ():
             print(f"skipped, cannot be decoded: {name}")
 
     def fresh_rows(self, epoch: int) -> Sequence:
@@ -123,13 +125,15 @@ class CaptionData(DataModule):
         return self._loader("test", self._first)
 
     def _loader(self, split: str, encode: Callable, **how) -> Loader:
-        batch_size = min(self.config.batch_size, len(self.rows[split]))
+        share = len(self.rows[split]) // distributed.world_size()
+        batch_size = max(1, min(self.config.batch_size, share))
         return Loader(
             rows=self.rows[split],
             encode=encode,
             batch_size=batch_size,
             seed=self.seed,
             num_threads=self.config.num_threads,
+            complete_batch=self.complete_batch,
             **how,
         )
 

@@ -18,7 +18,19 @@ from mlxmm.config import UserError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
+# What transformers' image processors do where their file does not say.
+SQUARE = {"size": {"height": 224, "width": 224}, "do_center_crop": False, "image_mean": HALF, "image_std": HALF}
+DEFAULTS = {
+    "CLIP": {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224, "resample": BICUBIC}
+    | {"image_mean": CLIP_MEAN, "image_std": CLIP_STD},
+    "Siglip": SQUARE | {"resample": BICUBIC},
+    "ViT": SQUARE | {"resample": BILINEAR},
+}
 MAX_PIXELS = 100_000_000  # 20,000 x 5,000: larger files are taken for bombs
+
+LONGEST = 16  # times its width, what is looked at of a strip too long to be resized
 
 
 class UndecodableImage(UserError):
@@ -67,6 +79,14 @@ def random_square(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
+def _middle(image: Image.Image, length: int) -> Image.Image:
+    """`image` without what lies more than `length` / 2 pixels from its centre, along either edge."""
+    (left, right), (top, bottom) = (
+        ((edge - min(edge, length)) // 2, (edge + min(edge, length)) // 2) for edge in image.size
+    )
+    return image.crop((left, top, right, bottom))
+
+
 @attrs.frozen(kw_only=True)
 class ImageProcessor:
     """Resize, crop and scale as `preprocessor_config.json` of the Hub says.
@@ -96,15 +116,24 @@ class ImageProcessor:
 
     @classmethod
     def _from_hub(cls, values: dict) -> "ImageProcessor":
-        size, crop = values["size"], values.get("crop_size", values["size"])
-        edges = (size["height"], size["width"]) if isinstance(size, dict) and "height" in size else None
-        shortest = size["shortest_edge"] if isinstance(size, dict) and edges is None else size
+        name = values.get("image_processor_type", values.get("feature_extractor_type", "CLIP"))
+        kind = next((kind for kind in DEFAULTS if name.startswith(kind)), "CLIP")
+        values = DEFAULTS[kind] | values
+        size = values["size"]
+        if isinstance(size, int):  # as files were before 2023
+            size = {"shortest_edge": size} if kind == "CLIP" else {"height": size, "width": size}
+        resize = size.get("shortest_edge", (size.get("height"), size.get("width")))
+        crop = values["crop_size"] if values["do_center_crop"] else resize
+        height, width = (crop["height"], crop["width"]) if isinstance(crop, dict) else np.broadcast_to(crop, 2)
+        is_square = height == width and None not in (height, *np.ravel(resize))
+        if not is_square or not (values["do_center_crop"] or isinstance(resize, tuple)):
+            raise UserError(f"pictures must come out square, of one size; preprocessing says size {size}, crop {crop}")
         return cls(
-            image_size=crop["height"] if isinstance(crop, dict) else crop,
-            resize=edges or shortest,
-            resample=Image.Resampling(values.get("resample", Image.Resampling.BICUBIC)),
-            mean=tuple(values.get("image_mean", CLIP_MEAN)),
-            std=tuple(values.get("image_std", CLIP_STD)),
+            image_size=int(height),
+            resize=resize,
+            resample=Image.Resampling(values["resample"]),
+            mean=tuple(values["image_mean"]),
+            std=tuple(values["image_std"]),
         )
 
     def to_hub(self) -> dict:
@@ -134,6 +163,9 @@ class ImageProcessor:
         else:
             scale = self.resize / min(image.size)
             width, height = (max(self.resize, int(edge * scale)) for edge in image.size)
+        longest = LONGEST * min(image.size)
+        if width * height > MAX_PIXELS and max(image.size) > longest:  # of a strip the middle is enough
+            return self.pixels(_middle(image, longest))
         if (width, height) != image.size:
             image = image.resize((width, height), self.resample)
         left, top = (width - self.image_size) // 2, (height - self.image_size) // 2

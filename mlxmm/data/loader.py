@@ -14,7 +14,8 @@ class Loader:
     """Batches of `encode(row, rng)`, a dict of NumPy arrays of fixed shapes, stacked along a first axis.
 
     `rng` is a function of (seed, epoch, place in the epoch) too, so `epoch(3, start=7)` gives batch 7 of epoch
-    3 as it was the first time. Threads prepare a few batches ahead; they must not touch MLX, whose random key is
+    3 as it was the first time. Every process has its own share of the rows: with `drop_last` equally many, otherwise
+    up to one more or less. Threads prepare a few batches ahead; they must not touch MLX, whose random key is
     each thread's own.
     """
 
@@ -25,22 +26,32 @@ class Loader:
     shuffle: bool = False
     drop_last: bool = False
     num_threads: int = 1
+    complete_batch: Callable[[dict], dict] | None = None  # adds what only a whole batch can tell
 
     def __len__(self) -> int:
-        num_rows = len(range(distributed.rank(), len(self.rows), distributed.world_size()))
+        num_rows = len(range(*self._share.indices(len(self.rows))))
         return num_rows // self.batch_size if self.drop_last else -(-num_rows // self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict]:
-        """The batches of an epoch from number `start` on; every process gets its own share of the rows."""
+        """The batches of an epoch from number `start` on."""
         grain = _grain()
         seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
         rows = grain.MapDataset.source(self.rows).seed(seed)
         if self.shuffle:
             rows = rows.shuffle()
-        rows = rows[distributed.rank() :: distributed.world_size()].random_map(self.encode)
+        # Sliced last, so that a row's `rng` is the same whoever gets it.
+        rows = rows.random_map(self.encode)[self._share]
         batches = rows.batch(self.batch_size, drop_remainder=self.drop_last)[start:]
+        if self.complete_batch is not None:
+            batches = batches.map(self.complete_batch)
         options = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=4)
         return iter(batches.to_iter_dataset(options))
+
+    @property
+    def _share(self) -> slice:
+        size = distributed.world_size()
+        end = len(self.rows) // size * size if self.drop_last else len(self.rows)
+        return slice(distributed.rank(), end, size)
 
 
 def _grain():

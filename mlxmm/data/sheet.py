@@ -1,11 +1,12 @@
 """A contact sheet: pictures, what was expected, what the model said."""
 
+import textwrap
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
 CELL, PICTURE, COLUMNS, MARGIN = (420, 110), 96, 2, 8
-LETTERS = 48  # of a caption that fit on a line
+LETTERS, LINES = 48, 3  # of a caption that fit beside its picture
 
 
 def contact_sheet(rows: Sequence[dict], captions: Sequence[str]) -> Image.Image:
@@ -17,6 +18,10 @@ def contact_sheet(rows: Sequence[dict], captions: Sequence[str]) -> Image.Image:
         left, top = i % COLUMNS * CELL[0] + MARGIN, i // COLUMNS * CELL[1] + MARGIN
         sheet.paste(row["image"].convert("RGB").resize((PICTURE, PICTURE), Image.Resampling.NEAREST), (left, top))
         colour = "darkgreen" if caption in row["captions"] else "firebrick"
-        pen.text((left + PICTURE + MARGIN, top + 20), row["captions"][0][:LETTERS], fill="black")
-        pen.text((left + PICTURE + MARGIN, top + 45), caption[:LETTERS], fill=colour)
+        pen.text((left + PICTURE + MARGIN, top), _wrapped(row["captions"][0]), fill="black")
+        pen.text((left + PICTURE + MARGIN, top + PICTURE // 2), _wrapped(caption), fill=colour)
     return sheet
+
+
+def _wrapped(caption: str) -> str:
+    return "\n".join(textwrap.wrap(caption, LETTERS, max_lines=LINES, placeholder=" …"))

@@ -20,23 +20,29 @@ from mlxmm.data.images import ImageProcessor
 from mlxmm.data.tokenizers import load_tokenizer
 from mlxmm.gradcache import chunked_calls
 from mlxmm.hub import local_folder, read_config, read_weights
-from mlxmm.losses import clip_loss
+from mlxmm.losses import clip_loss, siglip_loss
 from mlxmm.module import Module
-from mlxmm.networks.clip import CLIP, TextConfig, VisionConfig, from_hub, to_hub
+from mlxmm.networks import clip, siglip
+from mlxmm.networks.towers import TextConfig, VisionConfig, known
 from mlxmm.optimizers import OptimizerConfig
 from mlxmm.patch_dropout import PatchDropout
 
 TOWERS = ("vision", "text")
 MAX_LOG_SCALE = math.log(100)  # the paper's bound on the temperature, section 2.5
+KINDS = {"clip": clip, "siglip": siglip}
+NETWORKS = {"clip": clip.CLIP, "siglip": siglip.Siglip}
+LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 
 
 @attrs.frozen(kw_only=True)
 class CLIPConfig:
     """Both towers and how they are trained."""
 
+    model_type: str = option("clip", "clip, or siglip: other towers, and a loss of each pair by itself", in_(KINDS))
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
-    projection_dim: int = option(96, "features of the shared space", ge(1))
+    projection_dim: int = option(96, "features of the shared space; of a siglip, those of its vision tower", ge(1))
+    initialization: str = option("small", "small: for narrow towers; openai: CLIP's own", in_(("small", "openai")))
     chunk_size: int = option(0, "pairs of a batch in memory at a time, with the same gradient; 0: all", ge(0))
     patch_dropout: float = option(0.0, "fraction of a picture's patches left out in training", ge(0), lt(1))
     locked: str | None = option(None, "tower that is not trained: vision, text or none", optional(in_(TOWERS)))
@@ -44,54 +50,61 @@ class CLIPConfig:
         learning_rate=4e-3, warmup_steps=30, final_fraction=0.02, weight_decay=0.05
     )
 
+    def __attrs_post_init__(self):
+        if self.model_type == "siglip" and self.projection_dim != self.vision.hidden_size:
+            raise UserError(
+                f"projection_dim={self.projection_dim} of a siglip must be its vision tower's width: "
+                f"{self.vision.hidden_size}"
+            )
+        if self.model_type == "siglip" and self.initialization == "openai":
+            raise UserError("initialization=openai is for model_type=clip; a siglip takes small")
+
 
 class ContrastiveCLIP(Module):
-    """CLIP, its tokenizer and its image processor in one."""
+    """CLIP or SigLIP, its tokenizer and its image processor in one."""
 
     def __init__(self, config: CLIPConfig, tokenizer, processor: ImageProcessor):
         super().__init__()
         self.config, self.tokenizer, self.processor = config, tokenizer, processor
-        self.network = CLIP(config.vision, config.text, config.projection_dim)
+        self.network = NETWORKS[config.model_type](config.vision, config.text, config.projection_dim)
+        if config.initialization == "openai":
+            clip.initialize(self.network)
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, revision: str | None = None) -> "ContrastiveCLIP":
-        """Read a CLIP folder as the Hub has it, or a checkpoint of ours. Raises `UserError` where it is neither."""
+        """Read a CLIP or SigLIP folder as the Hub has it, at `revision` (a commit, tag or branch), or a checkpoint
+        of ours. Raises `UserError` where it is neither."""
         folder = local_folder(path_or_id, revision)
-        values = read_config(folder)
-        if "vision_config" not in values or "text_config" not in values:
-            raise UserError(f"{folder} is no CLIP: its config.json has no vision_config and text_config")
-        config = CLIPConfig(
-            vision=_known(VisionConfig, VISION_DEFAULTS | values["vision_config"]),
-            text=_known(TextConfig, TEXT_DEFAULTS | values["text_config"]),
-            projection_dim=values.get("projection_dim", 512),
-        )
-        module = cls(config, load_tokenizer(folder), ImageProcessor.from_pretrained(folder))
+        module = cls(_read(folder), load_tokenizer(folder), ImageProcessor.from_pretrained(folder))
         if (folder / checkpoint.WEIGHTS).exists():
             checkpoint.load_weights(folder / checkpoint.WEIGHTS, module)
         else:
-            checkpoint.load_arrays(folder, from_hub(read_weights(folder)), module.network)
+            weights = KINDS[module.config.model_type].from_hub(read_weights(folder))
+            checkpoint.load_arrays(folder, weights, module.network)
         return module
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write what `transformers.CLIPModel` loads, with the same numbers."""
+        """Write what `transformers.CLIPModel` or `SiglipModel` loads, with the same numbers."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.save_config(folder)
-        weights = to_hub(dict(tree_flatten(self.network.parameters())))
+        weights = KINDS[self.config.model_type].to_hub(dict(tree_flatten(self.network.parameters())))
         mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
 
     def save_config(self, folder: Path) -> None:
-        values = {
-            "architectures": ["CLIPModel"],
-            "model_type": "clip",
-            "projection_dim": self.config.projection_dim,
-            "vision_config": {"model_type": "clip_vision_model", **attrs.asdict(self.config.vision)},
-            "text_config": {"model_type": "clip_text_model", **attrs.asdict(self.config.text)},
-        }
-        for part in ("vision_config", "text_config"):
-            values[part]["projection_dim"] = self.config.projection_dim
+        kind, size = self.config.model_type, self.config.projection_dim
         tokens = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
-        values["text_config"] = tokens | values["text_config"]
+        values = {
+            "architectures": [{"clip": "CLIPModel", "siglip": "SiglipModel"}[kind]],
+            "model_type": kind,
+            "vision_config": {"model_type": f"{kind}_vision_model"} | attrs.asdict(self.config.vision),
+            "text_config": {"model_type": f"{kind}_text_model"} | tokens | attrs.asdict(self.config.text),
+        }
+        if kind == "siglip":
+            values["text_config"]["projection_size"] = size
+        else:
+            values["projection_dim"] = size
+            values["vision_config"]["projection_dim"] = values["text_config"]["projection_dim"] = size
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         (folder / "preprocessor_config.json").write_text(json.dumps(self.processor.to_hub(), indent=2) + "\n")
         self.tokenizer.save_pretrained(str(folder))
@@ -100,6 +113,18 @@ class ContrastiveCLIP(Module):
     def vision(self):
         """The vision tower: `vision.hidden_states(images, layer)` is what decoders read."""
         return self.network.vision_model
+
+    def resize_images(self, image_size: int) -> None:
+        """Take pictures of `image_size` pixels from now on. The position embeddings are interpolated, once."""
+        if image_size == self.config.vision.image_size:
+            return
+        side = image_size // self.config.vision.patch_size
+        positions = self.vision.embeddings.positions(side, side)
+        self.vision.embeddings.position_embedding.weight = positions
+        vision = attrs.evolve(self.config.vision, image_size=image_size)
+        self.config, self.vision.config = attrs.evolve(self.config, vision=vision), vision
+        resize = (image_size, image_size) if isinstance(self.processor.resize, tuple) else image_size
+        self.processor = attrs.evolve(self.processor, image_size=image_size, resize=resize)
 
     def preprocess(self, images: Sequence) -> mx.array:
         """PIL images to (B, H, W, 3) floats."""
@@ -134,7 +159,7 @@ class ContrastiveCLIP(Module):
         return self.network(images, tokens)
 
     def setup(self, stage):
-        """Freeze the locked tower (LiT, arXiv 2111.07991), its projection not; put in the patch dropout."""
+        """Freeze the locked tower (LiT, arXiv 2111.07991), but no projection behind it; put in the patch dropout."""
         if stage == "fit" and self.config.locked:
             self.network[f"{self.config.locked}_model"].freeze()
         if stage == "fit" and self.config.patch_dropout:
@@ -142,7 +167,7 @@ class ContrastiveCLIP(Module):
             embeddings.patch_dropout = PatchDropout(self.config.patch_dropout, int("class_embedding" in embeddings))
 
     def training_step(self, batch):
-        """The paper's loss. Its negatives are those of one batch: accumulating batches does not add any.
+        """CLIP's loss or SigLIP's. Its negatives are those of one batch: accumulating batches does not add any.
 
         In training they are those of all processes; in evaluation, where the last batches may differ, of each alone.
         """
@@ -152,7 +177,8 @@ class ContrastiveCLIP(Module):
             images, texts = mx.split(both, 2, axis=1)
         logits = self.network.logits(images, texts)
         hits = (logits.argmax(1) == mx.arange(len(logits))).mean()
-        return {"loss": clip_loss(logits), "accuracy": hits, "weight": mx.array(len(batch["pixels"]))}
+        loss = LOSSES[self.config.model_type](logits)
+        return {"loss": loss, "accuracy": hits, "weight": mx.array(len(batch["pixels"]))}
 
     def _features(self, pixels: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
         """(B, H, W, 3) uint8 and (B, L) tokens to (B, E) each, unit length."""
@@ -164,22 +190,25 @@ class ContrastiveCLIP(Module):
             return self.encode_image(pixels), self.encode_text(tokens)
 
     def after_update(self):
-        self.network.logit_scale = mx.minimum(self.network.logit_scale, MAX_LOG_SCALE)
+        if self.config.model_type == "clip":
+            self.network.logit_scale = mx.minimum(self.network.logit_scale, MAX_LOG_SCALE)
 
     def configure_optimizers(self):
         return self.config.optimizer.build(self.trainer.estimated_stepping_batches)
 
 
-# What transformers takes for settings that a config.json leaves out.
-VISION_DEFAULTS = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12} | {
-    "intermediate_size": 3072, "image_size": 224, "patch_size": 32
-}  # fmt: skip
-TEXT_DEFAULTS = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8} | {
-    "intermediate_size": 2048, "vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407
-}  # fmt: skip
-
-
-def _known(cls: type, values: dict):
-    """`cls` from a config.json, which says more than the network needs."""
-    names = {field.name for field in attrs.fields(cls)}
-    return cls(**{name: value for name, value in values.items() if name in names})
+def _read(folder: Path) -> CLIPConfig:
+    """The configuration of a CLIP or SigLIP folder."""
+    values = read_config(folder)
+    kind = values.get("model_type", "clip")
+    if kind not in KINDS or "vision_config" not in values or "text_config" not in values:
+        raise UserError(
+            f"{folder} is no CLIP and no SigLIP: its config.json says model_type {kind!r}, and must have "
+            "vision_config and text_config"
+        )
+    vision = known(VisionConfig, KINDS[kind].VISION_DEFAULTS | values["vision_config"])
+    text = known(TextConfig, KINDS[kind].TEXT_DEFAULTS | values["text_config"])
+    size = values.get("projection_dim", 512)
+    if kind == "siglip":
+        size = values["text_config"].get("projection_size") or text.hidden_size
+    return CLIPConfig(model_type=kind, vision=vision, text=text, projection_dim=size)

@@ -9,13 +9,12 @@ from attrs.validators import ge
 
 from mlxmm.config import UserError, option
 from mlxmm.data.tokenizers import end_token
-from mlxmm.losses import token_accuracy, token_loss
 from mlxmm.module import Module
+from mlxmm.modules.token_measures import token_measures
 from mlxmm.networks.language_model import (
     Qwen3Config,
     build_language_model,
     embed,
-    head,
     hidden_states,
     save_language_model,
 )
@@ -57,14 +56,9 @@ class TextModel(Module):
         return {"tokens": tokens, "mask": mask}
 
     def training_step(self, batch):
-        tokens, mask = batch["tokens"], batch["mask"][:, 1:]
-        states = hidden_states(self.language_model, embed(self.language_model, tokens[:, :-1]))
-        logits, targets = head(self.language_model, states), tokens[:, 1:]  # (B, L - 1, V), (B, L - 1)
-        return {
-            "loss": token_loss(logits, targets, mask),
-            "accuracy": token_accuracy(logits, targets, mask),
-            "weight": mask.sum(),
-        }
+        tokens, mask = batch["tokens"], batch["mask"]
+        states = hidden_states(self.language_model, embed(self.language_model, tokens[:, :-1]))  # (B, L - 1, D)
+        return token_measures(self.language_model, states, {"tokens": tokens[:, 1:], "mask": mask[:, 1:]})
 
     def configure_optimizers(self):
         return self.config.optimizer.build(self.trainer.estimated_stepping_batches)

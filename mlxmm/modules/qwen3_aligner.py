@@ -1,80 +1,66 @@
-"""Qwen3Aligner: what a CLIP tower sees, projected to where a language model reads.
+"""Qwen3Aligner: what a vision tower sees, projected to where a language model reads.
 
 B images, H x W pixels, P patches, T caption tokens with their end, N prompt tokens, V vocabulary,
 D features of the language model.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from attrs.validators import ge, in_
+from attrs.validators import ge, gt, in_
 
 from mlxmm import checkpoint
-from mlxmm import functional as F
 from mlxmm.config import UserError, from_json, option, to_json
 from mlxmm.data.images import ImageProcessor
 from mlxmm.data.tokenizers import end_token, load_tokenizer
-from mlxmm.generate import greedy
 from mlxmm.hub import local_folder, read_config
-from mlxmm.losses import token_accuracy, token_loss
-from mlxmm.module import Module, evaluating
-from mlxmm.modules.contrastive_clip import ContrastiveCLIP
-from mlxmm.networks.clip import VisionConfig, VisionTower
+from mlxmm.modules.captioner import Captioner
+from mlxmm.modules.token_measures import fuses_head, label_positions, token_measures
 from mlxmm.networks.language_model import (
+    CachedLanguageModel,
     build_language_model,
     embed,
-    head,
     hidden_states,
     load_language_model,
 )
-from mlxmm.optimizers import OptimizerConfig
-
-BATCH = 256  # images captioned at a time
+from mlxmm.networks.projector import PROJECTORS, Projector, squares
+from mlxmm.networks.towers import VisionTower
+from mlxmm.networks.vision import build_vision_tower, load_vision_tower
+from mlxmm.optimizers import OptimizerConfig, grouped
 
 
 @attrs.frozen(kw_only=True)
 class Qwen3AlignerConfig:
     """What is put together, and how it is trained."""
 
-    vision: str | None = option(None, "CLIP folder or Hub id; none: a small one is trained on the data first")
+    vision: str | None = option(None, "CLIP, SigLIP or ViT folder or Hub id; none: a small CLIP is trained first")
     lm: str | None = option(None, "language model folder or Hub id; none: a small one is trained first")
     layer: int = option(1, "hidden states of the tower to read, counted as transformers does")
-    projector: str = option("mlp", "linear, or mlp (two layers, as LLaVA's)", in_(("linear", "mlp")))
+    projector: str = option(
+        "mlp", "linear, mlp (two layers, as LLaVA's), or pixel_shuffle (as SmolVLM's)", in_(PROJECTORS)
+    )
+    projector_factor: int = option(2, "side of the squares of patches that pixel_shuffle makes one of", ge(1))
     projector_width: int = option(256, "features inside the mlp", ge(1))
     prompt: str = option("", "text between image and caption")
     max_caption_tokens: int = option(0, "longest caption with its end, in tokens; 0: as the data have it", ge(0))
+    lm_rate: float = option(1.0, "learning rate of the language model, as a fraction of the projector's", gt(0))
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=5e-3, warmup_steps=20, final_fraction=0.02, weight_decay=0.01
     )
 
 
-class Projector(nn.Module):
-    """(B, P, tower features) to (B, P, D)."""
-
-    def __init__(self, kind: str, width_in: int, width: int, width_out: int):
-        super().__init__()
-        sizes = [width_in, width, width_out] if kind == "mlp" else [width_in, width_out]
-        self.layers = [nn.Linear(*pair) for pair in zip(sizes, sizes[1:])]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        for layer in self.layers[:-1]:
-            x = F.gelu(layer(x))
-        return self.layers[-1](x)
-
-
-class Qwen3Aligner(Module):
+class Qwen3Aligner(Captioner):
     """A vision tower, a projector and a language model. All is frozen but the projector; a `FreezeSchedule`
     opens more. The image is a prefix; the loss is on the caption and its end alone."""
 
     def __init__(
         self,
         config: Qwen3AlignerConfig,
-        vision_config: VisionConfig,
+        vision: VisionTower,
+        vision_config: dict,
         processor: ImageProcessor,
         lm,
         lm_config: dict,
@@ -83,24 +69,28 @@ class Qwen3Aligner(Module):
         super().__init__()
         self.config, self.processor, self.tokenizer = config, processor, tokenizer
         self.vision_config, self.lm_config = vision_config, lm_config
-        self.vision = VisionTower(vision_config)
+        self.vision = vision
         self.language_model = lm
         width_out = embed(lm, mx.array([[0]])).shape[-1]
-        self.projector = Projector(config.projector, vision_config.hidden_size, config.projector_width, width_out)
+        if config.projector == "pixel_shuffle":
+            squares(vision.config.num_patches, config.projector_factor)
+        self.projector = Projector(
+            config.projector, vision.config.hidden_size, config.projector_width, width_out, config.projector_factor
+        )
+        self._fuses_head = fuses_head(lm)
         self._stop_id = end_token(tokenizer)
-        self._prompt = tuple(tokenizer(config.prompt, add_special_tokens=False)["input_ids"])
+        self._prompt = self._token_ids(config.prompt)
         self.freeze()
         self.projector.unfreeze()
 
     @classmethod
     def from_parts(cls, config: Qwen3AlignerConfig) -> "Qwen3Aligner":
         """Read tower and language model from `config.vision` and `config.lm`; the projector is new."""
-        clip = ContrastiveCLIP.from_pretrained(config.vision)
-        folder = local_folder(config.lm)
+        tower_folder, folder = local_folder(config.vision), local_folder(config.lm)
+        vision, vision_config = load_vision_tower(tower_folder)
+        processor = ImageProcessor.from_pretrained(tower_folder)
         lm, lm_config = load_language_model(folder)
-        module = cls(config, clip.config.vision, clip.processor, lm, lm_config, load_tokenizer(folder))
-        module.vision.update(clip.vision.parameters())
-        return module
+        return cls(config, vision, vision_config, processor, lm, lm_config, load_tokenizer(folder))
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, revision: str | None = None) -> "Qwen3Aligner":
@@ -111,7 +101,8 @@ class Qwen3Aligner(Module):
             raise UserError(f"{folder} is no Qwen3Aligner: its config.json says {values.get('model_type')!r}")
         module = cls(
             from_json(Qwen3AlignerConfig, values["aligner"]),
-            from_json(VisionConfig, values["vision"]),
+            build_vision_tower(values["vision"]),
+            values["vision"],
             ImageProcessor.from_pretrained(folder),
             build_language_model(values["language_model"]),
             values["language_model"],
@@ -124,7 +115,7 @@ class Qwen3Aligner(Module):
         values = {
             "model_type": "mlxmm_qwen3_aligner",
             "aligner": to_json(self.config),
-            "vision": to_json(self.vision_config),
+            "vision": self.vision_config,
             "language_model": self.lm_config,
         }
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
@@ -140,14 +131,34 @@ class Qwen3Aligner(Module):
         mask = (np.arange(length) < len(ids)).astype(np.float32)
         return {"pixels": self.processor.pixels(row["image"]), "tokens": tokens, "mask": mask}
 
-    def prefix(self, images: mx.array) -> mx.array:
-        """(B, H, W, 3) floats to (B, P + N, D): patches without the class token, then the prompt."""
-        patches = self.vision.hidden_states(images, self.config.layer)[:, 1:]
-        projected = self.projector(patches)
-        if not self._prompt:
+    def complete_batch(self, batch: dict) -> dict:
+        """Where logits are dear, `batch` (of NumPy arrays) with the "positions" that get some."""
+        return batch | {"positions": label_positions(batch["mask"])} if self._fuses_head else batch
+
+    @property
+    def decoder(self) -> CachedLanguageModel:
+        return CachedLanguageModel(self.language_model)
+
+    @property
+    def stop_id(self) -> int:
+        return self._stop_id
+
+    @property
+    def max_new_tokens(self) -> int:
+        """As long as captions were in training."""
+        return self.config.max_caption_tokens or Captioner.max_new_tokens
+
+    def _token_ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def prefix(self, images: mx.array, prompt: str = "") -> mx.array:
+        """(B, H, W, 3) floats to (B, P + N, D): patches without the class token, then `prompt` or the module's."""
+        ids = self._token_ids(prompt) if prompt else self._prompt
+        projected = self.projector(self.vision.patches(images, self.config.layer))
+        if not ids:
             return projected
-        prompt = embed(self.language_model, mx.array([self._prompt]))
-        return mx.concatenate([projected, mx.broadcast_to(prompt, (len(images), *prompt.shape[1:]))], axis=1)
+        between = embed(self.language_model, mx.array([ids]))
+        return mx.concatenate([projected, mx.broadcast_to(between, (len(images), *between.shape[1:]))], axis=1)
 
     def training_step(self, batch):
         return self._measure(self.prefix(self.processor.normalize(batch["pixels"])), batch)
@@ -159,26 +170,14 @@ class Qwen3Aligner(Module):
         return self._measure(prefix, batch) | {"loss_shuffled": self._measure(others, batch)["loss"]}
 
     def _measure(self, prefix: mx.array, batch: dict) -> dict:
-        tokens, mask = batch["tokens"], batch["mask"]
-        before = embed(self.language_model, tokens[:, :-1])
+        before = embed(self.language_model, batch["tokens"][:, :-1])
         states = hidden_states(self.language_model, mx.concatenate([prefix, before], axis=1))
-        # The last position of the prefix predicts the first token; no logits where there is no label.
-        logits = head(self.language_model, states[:, prefix.shape[1] - 1 :])  # (B, T, V)
-        return {
-            "loss": token_loss(logits, tokens, mask),
-            "accuracy": token_accuracy(logits, tokens, mask),
-            "weight": mask.sum(),
-        }
-
-    def caption(self, images: Sequence, *, max_new_tokens: int | None = None) -> list[str]:
-        """One caption for each PIL image, by greedy decoding."""
-        length = max_new_tokens or self.config.max_caption_tokens
-        rows = []
-        with evaluating(self):
-            for start in range(0, len(images), BATCH):
-                prefix = self.prefix(self.processor(images[start : start + BATCH]))
-                rows += greedy(self.language_model, prefix, max_new_tokens=length, stop_id=self._stop_id)
-        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        # The last position of the prefix predicts the first token.
+        return token_measures(self.language_model, states[:, prefix.shape[1] - 1 :], batch)
 
     def configure_optimizers(self):
-        return self.config.optimizer.build(self.trainer.estimated_stepping_batches)
+        config, num_steps = self.config, self.trainer.estimated_stepping_batches
+        optimizer = config.optimizer.build(num_steps)
+        if config.lm_rate == 1:
+            return optimizer
+        return grouped(optimizer, language_model=config.optimizer.build(num_steps, scale=config.lm_rate))

@@ -17,7 +17,7 @@ from mlxmm.data.templates import PHOTO
 from mlxmm.files import whole_file
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.modules.features import image_features, text_features
-from mlxmm.networks.clip import unit
+from mlxmm.networks.towers import unit
 from mlxmm.retrieval import class_labels, top_k
 from mlxmm.run import cached
 

@@ -4,126 +4,69 @@ B images or texts, H x W pixels, P patches, L tokens, D features of a tower, E o
 """
 
 import math
+from itertools import chain
 
-import attrs
 import mlx.core as mx
 import mlx.nn as nn
-from attrs.validators import ge
 
-from mlxmm.config import option
-from mlxmm.networks.transformer import Encoder, TransformerConfig
+from mlxmm.networks.towers import (
+    TextConfig,
+    TextEmbeddings,
+    Tower,
+    VisionConfig,
+    VisionEmbeddings,
+    VisionTower,
+    from_hub,
+    known,
+    to_hub,
+    unit,
+)
+from mlxmm.networks.transformer import Encoder
 
-EMBEDDING_STD = 0.1  # of class, position and token embeddings, trained from scratch
+__all__ = ["CLIP", "CLIPTextTower", "CLIPVisionTower", "from_hub", "initialize", "to_hub", "vision_tower"]
+
 INITIAL_TEMPERATURE = 0.07  # the paper's, section 2.5
+# What transformers takes for settings that a config.json leaves out.
+VISION_DEFAULTS = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+VISION_DEFAULTS |= {"image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+TEXT_DEFAULTS = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 2048}
+TEXT_DEFAULTS |= {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407}
+TEXT_DEFAULTS |= {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 
 
-@attrs.frozen(kw_only=True)
-class VisionConfig(TransformerConfig):
-    """A CLIP vision tower."""
-
-    image_size: int = option(32, "side of the square image, in pixels", ge(1))
-    patch_size: int = option(8, "side of one patch, in pixels", ge(1))
-
-
-@attrs.frozen(kw_only=True)
-class TextConfig(TransformerConfig):
-    """A CLIP text tower."""
-
-    hidden_size: int = option(32, "features of a position", ge(1))
-    num_hidden_layers: int = option(1, "blocks", ge(1))
-    intermediate_size: int = option(128, "features inside the MLP", ge(1))
-    vocab_size: int = option(512, "tokens", ge(1))
-    max_position_embeddings: int = option(24, "longest text, in tokens", ge(2))
-    eos_token_id: int = option(0, "token whose position speaks for the text; 2: the highest id does", ge(0))
-
-
-class VisionEmbeddings(nn.Module):
+class CLIPVisionTower(VisionTower):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        D, p = config.hidden_size, config.patch_size
-        num_patches = (config.image_size // p) ** 2
-        self.class_embedding = EMBEDDING_STD * mx.random.normal((D,))
-        self.patch_embedding = PatchEmbedding(p, D)
-        self.position_embedding = nn.Embedding(1 + num_patches, D)
-        self.position_embedding.weight = EMBEDDING_STD * mx.random.normal((1 + num_patches, D))
-
-    def __call__(self, images: mx.array) -> mx.array:
-        patches = self.patch_embedding(images)  # (B, P, D)
-        B, _, D = patches.shape
-        first = mx.broadcast_to(self.class_embedding, (B, 1, D))
-        x = mx.concatenate([first, patches], axis=1) + self.position_embedding.weight
-        return self.patch_dropout(x) if "patch_dropout" in self else x
-
-
-class PatchEmbedding(nn.Module):
-    """A convolution of kernel and stride `patch_size`, as one matrix product: half the time of MLX's on a CPU."""
-
-    def __init__(self, patch_size: int, hidden_size: int):
-        super().__init__()
-        scale = 1 / math.sqrt(3 * patch_size * patch_size)
-        shape = (hidden_size, patch_size, patch_size, 3)  # MLX's order of a convolution's weights
-        self.weight = mx.random.uniform(-scale, scale, shape)
-
-    def __call__(self, images: mx.array) -> mx.array:
-        D, p = self.weight.shape[:2]
-        B, H, W, C = images.shape
-        if H % p or W % p:
-            raise ValueError(f"images are {H}x{W} pixels, not a multiple of patch_size={p}")
-        patches = images.reshape(B, H // p, p, W // p, p, C).transpose(0, 1, 3, 2, 4, 5)
-        return patches.reshape(B, -1, p * p * C) @ self.weight.reshape(D, -1).T  # (B, P, D)
-
-
-class VisionTower(nn.Module):
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        self.embeddings = VisionEmbeddings(config)
+        self.config = config
+        self.embeddings = VisionEmbeddings(config, class_token=True, bias=False)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # [sic] in checkpoints
         self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def hidden_states(self, images: mx.array, layer: int = -1) -> mx.array:
-        """(B, H, W, 3) to (B, 1 + P, D): what decoders read, the class token first, not normalised.
-
-        `layer` counts as transformers' `hidden_states` does: 0 is what enters the first block, -1 what leaves
-        the last. Blocks behind it are not run.
-        """
-        depth = len(self.encoder.layers)
-        if not -depth - 1 <= layer <= depth:
-            raise ValueError(f"layer {layer} of a tower with hidden states 0 to {depth}")
-        x = self.pre_layrnorm(self.embeddings(images))
-        return self.encoder(x, num_layers=layer % (depth + 1))
+    def embed(self, inputs: mx.array) -> mx.array:
+        return self.pre_layrnorm(self.embeddings(inputs))
 
     def __call__(self, images: mx.array) -> mx.array:
         """(B, H, W, 3) to the class token's (B, D)."""
         return self.post_layernorm(self.hidden_states(images)[:, 0])
 
 
-class TextEmbeddings(nn.Module):
+class CLIPTextTower(Tower):
+    mask = "causal"
+
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        for table in (self.token_embedding, self.position_embedding):
-            table.weight = EMBEDDING_STD * mx.random.normal(table.weight.shape)
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        return self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
-
-
-class TextTower(nn.Module):
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        self.eos_token_id = config.eos_token_id
+        self.config = config
         self.embeddings = TextEmbeddings(config)
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """(B, L) tokens to (B, D): the state at the end token, which has seen the whole text."""
-        x = self.encoder(self.embeddings(tokens), mask="causal")
+        eos = self.config.eos_token_id
         # Configurations of OpenAI's first upload say 2, and mean the highest id (transformers #24773).
-        ends = tokens if self.eos_token_id == 2 else (tokens == self.eos_token_id)
-        last = x[mx.arange(len(tokens)), ends.argmax(axis=1)]
+        ends = tokens if eos == 2 else (tokens == eos)
+        last = self.hidden_states(tokens)[mx.arange(len(tokens)), ends.argmax(axis=1)]
         return self.final_layer_norm(last)
 
 
@@ -132,7 +75,7 @@ class CLIP(nn.Module):
 
     def __init__(self, vision: VisionConfig, text: TextConfig, projection_dim: int):
         super().__init__()
-        self.vision_model, self.text_model = VisionTower(vision), TextTower(text)
+        self.vision_model, self.text_model = CLIPVisionTower(vision), CLIPTextTower(text)
         self.visual_projection = nn.Linear(vision.hidden_size, projection_dim, bias=False)
         self.text_projection = nn.Linear(text.hidden_size, projection_dim, bias=False)
         self.logit_scale = mx.array(math.log(1 / INITIAL_TEMPERATURE))
@@ -146,29 +89,45 @@ class CLIP(nn.Module):
         return unit(self.text_projection(self.text_model(tokens)))
 
     def __call__(self, images: mx.array, tokens: mx.array) -> mx.array:
-        """Logits (B images, B texts): cosines over the learned temperature."""
+        """Logits (B images, B texts): cosines over the learned temperature, in float32."""
         return self.logits(self.encode_image(images), self.encode_text(tokens))
 
     def logits(self, images: mx.array, texts: mx.array) -> mx.array:
         """The same of features, (B, E) each."""
-        return mx.exp(self.logit_scale) * images @ texts.T
+        return mx.exp(self.logit_scale.astype(mx.float32)) * images @ texts.T
 
 
-def unit(x: mx.array) -> mx.array:
-    """Rows of length one."""
-    return x * mx.rsqrt(mx.square(x).sum(-1, keepdims=True))
+def vision_tower(values: dict) -> CLIPVisionTower:
+    """The tower of a `config.json` of model_type clip_vision_model, with fresh weights."""
+    return CLIPVisionTower(known(VisionConfig, VISION_DEFAULTS | values))
 
 
-def from_hub(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """A Hub checkpoint's arrays in our layout: patches as (D, p, p, C), no position ids."""
-    kept = {name: array for name, array in weights.items() if not name.endswith("position_ids")}
-    return {name: a.transpose(0, 2, 3, 1) if _is_patch(name) else a for name, a in kept.items()}
+def initialize(network: CLIP) -> None:
+    """Draw all weights anew as OpenAI's code does (openai/CLIP, clip/model.py).
+
+    It gives standard deviations for the text tower, and for class token, positions and projection of the vision
+    tower; that tower's blocks stay as PyTorch makes them. Biases are zero.
+    """
+    vision, text = network.vision_model, network.text_model
+    Dv, Dt, depth = vision.config.hidden_size, text.config.hidden_size, text.config.num_hidden_layers
+    stds = [
+        (text.embeddings.token_embedding, 0.02),
+        (text.embeddings.position_embedding, 0.01),
+        (network.text_projection, Dt**-0.5),
+        (vision.embeddings.position_embedding, Dv**-0.5),
+        (network.visual_projection, Dv**-0.5),
+    ]
+    branch = Dt**-0.5 * (2 * depth) ** -0.5
+    stds += chain(*(_block_stds(b, Dt**-0.5, branch, (2 * Dt) ** -0.5, branch) for b in text.encoder.layers))
+    # PyTorch's: Xavier over the packed q, k, v of (3 D, D); elsewhere uniform within fan_in ** -0.5.
+    torch = (2 * Dv) ** -0.5, (3 * Dv) ** -0.5, (3 * Dv) ** -0.5, (3 * vision.config.intermediate_size) ** -0.5
+    stds += chain(*(_block_stds(b, *torch) for b in vision.encoder.layers))
+    for part, std in stds:
+        part.weight = std * mx.random.normal(part.weight.shape)
+    vision.embeddings.class_embedding = Dv**-0.5 * mx.random.normal((Dv,))
 
 
-def to_hub(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """The inverse of `from_hub`."""
-    return {name: a.transpose(0, 3, 1, 2) if _is_patch(name) else a for name, a in weights.items()}
-
-
-def _is_patch(name: str) -> bool:
-    return name.endswith("patch_embedding.weight")
+def _block_stds(block, attn: float, attn_out: float, fc: float, fc_out: float) -> list:
+    attention, mlp = block.self_attn, block.mlp
+    packed = [(part, attn) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    return [*packed, (attention.out_proj, attn_out), (mlp.fc1, fc), (mlp.fc2, fc_out)]

@@ -99,9 +99,8 @@ def hidden_states(model: nn.Module, embeddings: mx.array, cache=None) -> mx.arra
 
 def head(model: nn.Module, states: mx.array) -> mx.array:
     """(B, L, D) to logits (B, L, V)."""
-    if hasattr(model, "lm_head"):
-        return model.lm_head(states)
-    return model.model.embed_tokens.as_linear(states)
+    part = head_part(model)
+    return part.as_linear(states) if part is not getattr(model, "lm_head", None) else part(states)
 
 
 def make_cache(model: nn.Module) -> list:
@@ -109,6 +108,46 @@ def make_cache(model: nn.Module) -> list:
     from mlx_lm.models.cache import make_prompt_cache
 
     return make_prompt_cache(model)
+
+
+@attrs.frozen
+class CachedLanguageModel:
+    """mlx-lm's network as what `mlxmm.generate` decodes from."""
+
+    model: nn.Module
+
+    def make_cache(self) -> list:
+        return make_cache(self.model)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        return embed(self.model, tokens)
+
+    def logits(self, embeddings: mx.array, cache: list) -> mx.array:
+        """(B, L, D) to (B, V), what follows the last position: the head reads no other."""
+        return head(self.model, hidden_states(self.model, embeddings, cache)[:, -1:])[:, 0]
+
+
+def keep_likeliest(logits: mx.array, top_k: int, top_p: float) -> mx.array:
+    """Log-probabilities of (B, V) float32 logits, -inf for all but the `top_k` largest (0: all), and of those for
+    all but the fewest that have the probability `top_p` together. mlx-lm's filters, in transformers' order."""
+    from mlx_lm.sample_utils import apply_top_k, apply_top_p
+
+    if 0 < top_k < logits.shape[-1]:
+        logits = apply_top_k(logits, top_k)
+    logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return apply_top_p(logits, top_p) if top_p < 1 else logits
+
+
+def head_weight(model: nn.Module) -> mx.array | None:
+    """The head's matrix (V, D); none where the head is more than a product with one (quantised, LoRA, biased)."""
+    part = head_part(model)
+    is_plain = type(part) in (nn.Linear, nn.Embedding) and "bias" not in part
+    return part.weight if is_plain else None
+
+
+def head_part(model: nn.Module) -> nn.Module:
+    """The layer that makes logits: with tied embeddings the table of tokens."""
+    return model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens
 
 
 def _use_fast_forms(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
-"""The pre-norm transformer block that CLIP's two towers are made of, under transformers' parameter names.
+"""The pre-norm transformer block that the towers of CLIP, SigLIP and ViT are made of, under CLIP's parameter names.
 
-B sequences, L positions, D features.
+B sequences, L positions, S positions attended to, D features.
 """
 
 import attrs
@@ -18,6 +18,7 @@ ACTIVATIONS = {"quick_gelu": F.quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": 
 class TransformerConfig:
     """Sizes of one tower, under the names of a CLIP `config.json`."""
 
+    qkv_bias = True  # a setting of ViT's
     hidden_size: int = option(64, "features of a position", ge(1))
     num_hidden_layers: int = option(3, "blocks", ge(1))
     num_attention_heads: int = option(4, "attention heads", ge(1))
@@ -35,14 +36,16 @@ class Attention(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(D, D, bias=config.qkv_bias) for _ in range(3))
         self.out_proj = nn.Linear(D, D)
 
-    def __call__(self, x: mx.array, mask=None) -> mx.array:
+    def __call__(self, x: mx.array, mask=None, *, seen: mx.array | None = None) -> mx.array:
+        """(B, L, D) to (B, L, D). Positions attend to those of `seen` (B, S, D); without, to each other."""
         B, L, D = x.shape
+        seen = x if seen is None else seen
         q, k, v = (
-            project(x).reshape(B, L, self.num_heads, -1).transpose(0, 2, 1, 3)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            project(states).reshape(B, -1, self.num_heads, D // self.num_heads).transpose(0, 2, 1, 3)
+            for project, states in ((self.q_proj, x), (self.k_proj, seen), (self.v_proj, seen))
         )
         mixed = F.attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)  # (B, heads, L, D / heads)
         return self.out_proj(mixed.transpose(0, 2, 1, 3).reshape(B, L, D))
@@ -83,7 +86,8 @@ class Encoder(nn.Module):
             for last in (layer.self_attn.out_proj, layer.mlp.fc2):
                 last.weight = last.weight * (2 * len(self.layers)) ** -0.5
             for linear in (*layer.self_attn.children().values(), *layer.mlp.children().values()):
-                linear.bias = mx.zeros_like(linear.bias)
+                if "bias" in linear:
+                    linear.bias = mx.zeros_like(linear.bias)
 
     def __call__(self, x: mx.array, mask=None, num_layers: int | None = None) -> mx.array:
         for layer in self.layers[:num_layers]:

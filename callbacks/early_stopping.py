@@ -1,0 +1,91 @@
+"""EarlyStopping: end a run that no longer improves."""
+
+import math
+
+import attrs
+from attrs.validators import ge, in_
+
+from mlxmm.callback import Callback
+from mlxmm.config import UserError
+
+
+@attrs.define
+class EarlyStopping(Callback):
+    """Ends the run once `monitor` has not improved by more than `min_delta` for `patience` validations in a row.
+
+    It ends at once when the metric is not finite (`check_finite`), better than `stopping_threshold`, or worse than
+    `divergence_threshold`. `stopping_reason` then says why. A run that is resumed where it was stopped stays
+    stopped, unless these settings were changed. Raises `UserError` where nobody logged `monitor`.
+    """
+
+    monitor: str
+    min_delta: float = attrs.field(default=0.0, validator=ge(0), kw_only=True)
+    patience: int = attrs.field(default=3, validator=ge(0), kw_only=True)
+    mode: str = attrs.field(default="min", validator=in_(("min", "max")), kw_only=True)
+    check_finite: bool = attrs.field(default=True, kw_only=True)
+    stopping_threshold: float | None = attrs.field(default=None, kw_only=True)
+    divergence_threshold: float | None = attrs.field(default=None, kw_only=True)
+    best_score: float | None = attrs.field(default=None, init=False)
+    wait_count: int = attrs.field(default=0, init=False)  # validations since the best one
+    stopping_reason: str | None = attrs.field(default=None, init=False)
+    _fitting: bool = attrs.field(default=False, init=False)
+
+    def setup(self, trainer, module, stage):
+        self._fitting = stage == "fit" and not trainer.config.fast_dev_run
+        if self._fitting:
+            self.stopping_reason = None
+
+    def on_train_start(self, trainer, module):
+        trainer.should_stop |= self.stopping_reason is not None
+
+    def on_validation_end(self, trainer, module, metrics):
+        if not self._fitting:
+            return
+        known = trainer.callback_metrics
+        if self.monitor not in known:
+            raise UserError(f"EarlyStopping: nothing logs {self.monitor!r}; there are {', '.join(sorted(known))}")
+        self._count(known[self.monitor])
+        if reason := self._reason(known[self.monitor]):
+            self.stopping_reason = reason
+            trainer.should_stop = True
+
+    def _count(self, score: float) -> None:
+        sign = 1 if self.mode == "min" else -1
+        if self._is_better(score + sign * self.min_delta, self.best_score):
+            self.best_score, self.wait_count = score, 0
+        else:
+            self.wait_count += 1
+
+    def _reason(self, score: float) -> str | None:
+        told, stop, diverged = f"{self.monitor} = {score:.6g}", self.stopping_threshold, self.divergence_threshold
+        if self.check_finite and not math.isfinite(score):
+            return f"{told} is not finite"
+        if stop is not None and self._is_better(score, stop):
+            return f"{told} is better than stopping_threshold={stop}"
+        if diverged is not None and self._is_better(diverged, score):
+            return f"{told} is worse than divergence_threshold={diverged}"
+        if self.wait_count and self.wait_count >= self.patience:
+            return f"{self.monitor} did not improve in {self.wait_count} validations; the best was {self.best_score}"
+        return None
+
+    def _is_better(self, score: float, than: float | None) -> bool:
+        """Whether `score` beats another, or none. NaN beats nothing."""
+        if self.mode == "min":
+            return score < (math.inf if than is None else than)
+        return score > (-math.inf if than is None else than)
+
+    @property
+    def state_key(self):
+        return f"EarlyStopping({self.monitor}, {self.mode})"
+
+    def _settings(self) -> list:
+        return [self.min_delta, self.patience, self.check_finite, self.stopping_threshold, self.divergence_threshold]
+
+    def state_dict(self):
+        names = ("best_score", "wait_count", "stopping_reason")
+        return {name: getattr(self, name) for name in names} | {"settings": self._settings()}
+
+    def load_state_dict(self, state):
+        self.best_score, self.wait_count = state["best_score"], state["wait_count"]
+        if state["settings"] == self._settings():
+            self.stopping_reason = state["stopping_reason"]

@@ -1,0 +1,109 @@
+"""EMAWeightAveraging: a moving average of the weights, which is what is validated, tested and kept."""
+
+from collections.abc import Callable
+
+import attrs
+import mlx.core as mx
+from attrs.validators import ge, le
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxmm.callback import Callback
+from mlxmm.compiled import can_compile
+from mlxmm.module import trainable_names
+
+
+@attrs.define
+class EMAWeightAveraging(Callback):
+    """`average = decay * average + (1 - decay) * weight`, after each update, of all that is trained.
+
+    Lightning's callback of this name: updates are counted from 0, `update_every_n_steps` averages each n-th, from
+    `update_starting_at_step` on. A parameter joins at its first average as a trainable one, and stays. Averages
+    are float32, so that small steps are not lost in half precision.
+
+    Validation and test see the averages, and so do those of the same module after a run that was interrupted;
+    after one that ended well the module keeps them. A checkpoint has them as its weights, and beside them
+    "raw_weights", from which a resumed run goes on.
+    """
+
+    decay: float = attrs.field(default=0.999, validator=[ge(0), le(1)])
+    update_every_n_steps: int = attrs.field(default=1, validator=ge(1), kw_only=True)
+    update_starting_at_step: int = attrs.field(default=0, validator=ge(0), kw_only=True)
+    n_averaged: int = attrs.field(default=0, init=False)  # updates of the averages
+    averages: dict[str, mx.array] = attrs.field(factory=dict, init=False)
+    _raw: dict[str, mx.array] | None = attrs.field(default=None, init=False)  # while the module holds the averages
+    _stays: bool = attrs.field(default=False, init=False)
+    _module: object = attrs.field(default=None, init=False)
+    _averaged: Callable | None = attrs.field(default=None, init=False)
+
+    def setup(self, trainer, module, stage):
+        if stage == "fit" or module is not self._module:
+            self.n_averaged, self.averages, self._raw, self._stays = 0, {}, None, False
+        self._module = module
+        compiles = trainer.config.compile and can_compile()
+        self._averaged = mx.compile(self._average) if compiles else self._average
+
+    def on_train_batch_end(self, trainer, module, metrics, batches):
+        step = trainer.global_step - 1
+        if step < self.update_starting_at_step or step % self.update_every_n_steps:
+            return
+        weights = dict(tree_flatten(module.parameters()))
+        joining = [name for name in trainable_names(module) if name not in self.averages]
+        averages = self._averaged(list(self.averages.values()), [weights[name] for name in self.averages])
+        self.averages = dict(zip(self.averages, averages)) | {n: weights[n].astype(mx.float32) for n in joining}
+        self.n_averaged += 1
+        mx.async_eval(self.averages)  # without waiting; left alone, the graph would grow with every update
+
+    def _average(self, averages: list[mx.array], weights: list[mx.array]) -> list[mx.array]:
+        return [average + (1 - self.decay) * (weight - average) for average, weight in zip(averages, weights)]
+
+    def on_validation_start(self, trainer, module):
+        if self._raw is None:
+            weights = dict(tree_flatten(module.parameters()))
+            self._raw = {name: weights[name] for name in self.averages}
+            _put(module, {name: average.astype(self._raw[name].dtype) for name, average in self.averages.items()})
+
+    def on_validation_end(self, trainer, module, metrics):
+        self._swap_back(module)
+
+    on_test_start, on_test_end = on_validation_start, on_validation_end
+
+    def on_predict_start(self, trainer, module):
+        self.on_validation_start(trainer, module)
+
+    def on_predict_end(self, trainer, module):
+        self._swap_back(module)
+
+    def on_exception(self, trainer, module, exception):
+        self._swap_back(module)
+
+    def on_train_end(self, trainer, module):
+        self.on_validation_start(trainer, module)
+        self._stays = True  # and the checkpoint that is saved next has both, like any other
+
+    def _swap_back(self, module) -> None:
+        if self._raw is not None and not self._stays:
+            _put(module, self._raw)
+            self._raw = None
+
+    def on_save_checkpoint(self, trainer, module, checkpoint):
+        if self.averages:
+            mx.eval(self.averages)  # what writes them may be another thread
+            weights = checkpoint["weights"]
+            checkpoint["raw_weights"] = self._raw or {name: weights[name] for name in self.averages}
+            checkpoint["weights"] = weights | self.averages
+
+    def on_load_checkpoint(self, trainer, module, checkpoint):
+        raw = checkpoint.get("raw_weights", {})
+        self.averages = {name: checkpoint["weights"][name] for name in raw}
+        mx.eval(self.averages)  # `mx.load` is lazy, and the file may be deleted later
+        checkpoint["weights"] = checkpoint["weights"] | raw
+
+    def state_dict(self):
+        return {"n_averaged": self.n_averaged}
+
+    def load_state_dict(self, state):
+        self.n_averaged = state["n_averaged"]
+
+
+def _put(module, arrays: dict[str, mx.array]) -> None:
+    module.update(tree_unflatten(list(arrays.items())) if arrays else {})

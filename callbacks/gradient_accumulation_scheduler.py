@@ -1,0 +1,34 @@
+"""GradientAccumulationScheduler: how many batches make an update, from an epoch on."""
+
+from collections.abc import Mapping
+
+import attrs
+
+from mlxmm.callback import Callback
+from mlxmm.config import UserError
+
+
+def _is_schedule(instance, attribute, value) -> None:
+    """At least one epoch, counted from 0, with its number of batches."""
+    pairs = value.items() if isinstance(value, Mapping) else ()
+    if not pairs or not all(isinstance(n, int) and n >= least for pair in pairs for n, least in zip(pair, (0, 1))):
+        raise UserError(f"GradientAccumulationScheduler wants {{epoch: batches per update}}, like {{4: 2}}: {value!r}")
+
+
+@attrs.define
+class GradientAccumulationScheduler(Callback):
+    """`GradientAccumulationScheduler({0: 4, 5: 1})`: four batches make an update until epoch 5, then one.
+
+    Before the first epoch named, every batch is an update. `estimated_stepping_batches` knows nothing of this:
+    give a `max_steps` where the optimizer's schedule needs the length of the run.
+    """
+
+    scheduling: Mapping[int, int] = attrs.field(validator=_is_schedule)
+
+    def setup(self, trainer, module, stage):
+        if (own := trainer.config.accumulate_grad_batches) != 1:
+            raise UserError(f"accumulate_grad_batches={own} and GradientAccumulationScheduler: choose one of them")
+
+    def on_train_epoch_start(self, trainer, module):
+        begun = [epoch for epoch in self.scheduling if epoch <= trainer.current_epoch]
+        trainer.accumulate_grad_batches = self.scheduling[max(begun)] if begun else 1

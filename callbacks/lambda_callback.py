@@ -1,0 +1,18 @@
+"""LambdaCallback: a callback made of functions."""
+
+from collections.abc import Callable
+
+from mlxmm.callback import HOOKS, Callback
+from mlxmm.config import UserError
+
+
+class LambdaCallback(Callback):
+    """`LambdaCallback(on_train_start=lambda trainer, module: ...)`: each function is the hook of its name."""
+
+    def __init__(self, **hooks: Callable):
+        if unknown := sorted(set(hooks) - set(HOOKS)):
+            raise UserError(f"LambdaCallback: there is no hook {', '.join(unknown)}; there are {', '.join(HOOKS)}")
+        for name, function in hooks.items():
+            if not callable(function):
+                raise UserError(f"LambdaCallback: {name} must be a function: {function!r}")
+            setattr(self, name, function)

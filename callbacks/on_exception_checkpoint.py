@@ -1,0 +1,60 @@
+"""OnExceptionCheckpoint: what a run had reached when it failed."""
+
+import warnings
+from pathlib import Path
+
+import attrs
+import mlx.core as mx
+from attrs.validators import min_len
+
+from mlxmm.callback import Callback
+
+
+@attrs.define
+class OnExceptionCheckpoint(Callback):
+    """Saves `dirpath/filename` when `fit` ends by an exception of any kind; a checkpoint of that name is replaced.
+
+    Nothing is saved, and a warning says so, where the exception came in the middle of an update that had already
+    changed the weights: no resumed run could be exact. The checkpoint stays until somebody deletes it.
+    """
+
+    saves_checkpoints = True
+
+    dirpath: Path = attrs.field(converter=Path)
+    filename: str = attrs.field(default="on_exception", validator=min_len(1))
+    _fitting: bool = attrs.field(default=False, init=False)
+    _begun_at: int | None = attrs.field(default=None, init=False)  # the update that was begun last
+    _counter: mx.array | None = attrs.field(default=None, init=False)  # the optimizer's, before it
+
+    @property
+    def ckpt_path(self) -> Path:
+        """The folder of the checkpoint."""
+        return self.dirpath / self.filename
+
+    def setup(self, trainer, module, stage):
+        self._fitting, self._begun_at = False, None
+
+    def on_fit_start(self, trainer, module):
+        self._fitting = True
+
+    def on_train_batch_start(self, trainer, module, batches):
+        self._begun_at, self._counter = trainer.global_step, _counter(trainer.optimizer)
+
+    def on_fit_end(self, trainer, module):
+        self._fitting = False
+
+    def on_exception(self, trainer, module, exception):
+        if not self._fitting:
+            return
+        if self._begun_at == trainer.global_step and _counter(trainer.optimizer) is not self._counter:
+            warnings.warn(f"{self.ckpt_path} is not saved: the update was half done", stacklevel=2)
+            return
+        try:
+            trainer.save_checkpoint(self.ckpt_path)
+        except Exception as error:  # noqa: BLE001 the exception that ended the run must not be lost behind this one
+            warnings.warn(f"{self.ckpt_path} could not be saved: {error}", stacklevel=2)
+
+
+def _counter(optimizer) -> mx.array:
+    """What an optimizer counts its updates in: every update makes another array of it."""
+    return getattr(optimizer, "optimizers", [optimizer])[0].state["step"]

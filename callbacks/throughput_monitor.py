@@ -1,0 +1,86 @@
+"""ThroughputMonitor: how much is trained in a second, and how much of that second the data took."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+import attrs
+from attrs.validators import ge, gt, optional
+from mlx.utils import tree_flatten
+
+from mlxmm import distributed
+from mlxmm.callback import Callback
+from mlxmm.profiler import NoProfiler, Profiler
+
+
+def leading_axis(batch) -> int:
+    """The length of the first axis of a batch's first array."""
+    return tree_flatten(batch)[0][1].shape[0]
+
+
+@attrs.define
+class ThroughputMonitor(Callback):
+    """Logs "throughput/…" with the training metrics: means over the last `window_size` updates, of all processes.
+
+    examples_per_second and batches_per_second; tokens_per_second with `length_fn`, which gives the tokens of a batch;
+    flops_per_second with `flops_per_batch` (forward and backward), and with `peak_flops` (of one process's device) mfu,
+    the fraction of it that is used (arXiv 2204.02311, appendix B); data_wait_fraction, the part of the time that
+    went by waiting for batches. The time is all of it but validation and the saving of checkpoints. Functions should
+    look at shapes alone: to look at an array's values would wait for the device.
+    """
+
+    batch_size_fn: Callable = leading_axis
+    length_fn: Callable | None = None
+    flops_per_batch: float | None = attrs.field(default=None, validator=optional(gt(0)), kw_only=True)
+    peak_flops: float | None = attrs.field(default=None, validator=optional(gt(0)), kw_only=True)
+    window_size: int = attrs.field(default=100, validator=ge(1), kw_only=True)
+    _window: deque = attrs.field(init=False)  # of each update: seconds, those of them without data, and counts
+    _counts: tuple | None = attrs.field(default=None, init=False)  # batches, examples, tokens of the update in hand
+    _started: float = attrs.field(default=0.0, init=False)
+    _waited: float = attrs.field(default=0.0, init=False)  # for data, in all
+
+    @_window.default
+    def _empty(self):
+        return deque(maxlen=self.window_size)
+
+    def on_train_start(self, trainer, module):
+        if isinstance(trainer.profiler, NoProfiler):
+            trainer.profiler = Profiler()  # the Trainer alone can tell when it waits for data
+        self._window.clear()
+        self._waited = trainer.profiler.seconds["data"]
+
+    def on_train_batch_start(self, trainer, module, batches):
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer, module, metrics, batches):
+        tokens = sum(map(self.length_fn, batches)) if self.length_fn else 0
+        self._counts = (len(batches), sum(map(self.batch_size_fn, batches)), tokens)
+
+    def on_validation_start(self, trainer, module):
+        self._started -= time.perf_counter()
+
+    def on_validation_end(self, trainer, module, metrics):
+        self._started += time.perf_counter()
+
+    def on_save_point(self, trainer, module):
+        if self._counts is None:  # the update was skipped
+            return
+        before, self._waited = self._waited, trainer.profiler.seconds["data"]
+        waited = self._waited - before
+        self._window.append((time.perf_counter() - self._started + waited, waited, *self._counts))
+        self._counts = None
+        if trainer.global_step % trainer.config.log_every_n_steps == 0:
+            trainer.log({f"throughput/{name}": value for name, value in self.compute().items()})
+
+    def compute(self) -> dict[str, float]:
+        """The figures of the window, by their names without "throughput/"."""
+        seconds, waited, *counts = map(sum, zip(*self._window))
+        batches, examples, tokens = (distributed.world_size() * count / seconds for count in counts)
+        figures = {"examples_per_second": examples, "batches_per_second": batches}
+        if self.length_fn:
+            figures["tokens_per_second"] = tokens
+        if self.flops_per_batch:
+            figures["flops_per_second"] = batches * self.flops_per_batch
+            if self.peak_flops:
+                figures["mfu"] = figures["flops_per_second"] / (distributed.world_size() * self.peak_flops)
+        return figures | {"data_wait_fraction": waited / seconds}

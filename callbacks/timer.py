@@ -1,0 +1,93 @@
+"""Timer: how long a run's stages took, and when it is time to stop."""
+
+import time
+
+import attrs
+import mlx.core as mx
+from attrs.validators import in_, optional
+
+from mlxmm import distributed, trainer_config
+from mlxmm.callback import Callback
+from mlxmm.config import UserError
+
+STAGES = ("train", "validate", "test", "predict")
+
+
+@attrs.define
+class Timer(Callback):
+    """Ends the run after `duration` (DD:HH:MM:SS) of training, what came before a resume included.
+
+    The clock is looked at after every update, or with `interval="epoch"` after every epoch. Validation within
+    training counts as both.
+    """
+
+    duration: str | None = attrs.field(default=None, validator=optional(trainer_config.is_duration))
+    interval: str = attrs.field(default="step", validator=in_(("step", "epoch")), kw_only=True)
+    _elapsed: dict[str, float] = attrs.field(factory=lambda: dict.fromkeys(STAGES, 0.0), init=False)
+    _started: dict[str, float] = attrs.field(factory=dict, init=False)  # the stages that the clock runs for
+
+    def time_elapsed(self, stage: str = "train") -> float:
+        """Seconds spent in "train", "validate", "test" or "predict", all passes together."""
+        if stage not in STAGES:
+            raise UserError(f"Timer: there is no stage {stage!r}; choose one of {', '.join(STAGES)}")
+        running = time.perf_counter() - self._started[stage] if stage in self._started else 0.0
+        return self._elapsed[stage] + running
+
+    def time_remaining(self, stage: str = "train") -> float | None:
+        """Seconds of `duration` that `stage` has not used; None without a duration."""
+        return None if self.duration is None else trainer_config.duration(self.duration) - self.time_elapsed(stage)
+
+    def on_train_start(self, trainer, module):
+        self._start("train")
+        self._stop_when_late(trainer)  # a resumed run may have no time left
+
+    def on_train_batch_end(self, trainer, module, metrics, batches):
+        if self.interval == "step":
+            self._stop_when_late(trainer)
+
+    def on_train_epoch_end(self, trainer, module):
+        self._stop_when_late(trainer)
+
+    def on_train_end(self, trainer, module):
+        self._stop("train")
+
+    def on_validation_start(self, trainer, module):
+        self._start("validate")
+
+    def on_validation_end(self, trainer, module, metrics):
+        self._stop("validate")
+
+    def on_test_start(self, trainer, module):
+        self._start("test")
+
+    def on_test_end(self, trainer, module, metrics):
+        self._stop("test")
+
+    def on_predict_start(self, trainer, module):
+        self._start("predict")
+
+    def on_predict_end(self, trainer, module):
+        self._stop("predict")
+
+    def on_exception(self, trainer, module, exception):
+        for stage in list(self._started):
+            self._stop(stage)
+
+    def _start(self, stage: str) -> None:
+        self._started[stage] = time.perf_counter()
+
+    def _stop(self, stage: str) -> None:
+        self._elapsed[stage] = self.time_elapsed(stage)
+        del self._started[stage]
+
+    def _stop_when_late(self, trainer) -> None:
+        if self.duration is not None:
+            late = mx.array(float(self.time_remaining() <= 0))
+            # Clocks differ, and a process that stopped alone would leave the others waiting.
+            trainer.should_stop |= distributed.all_sum(late).item() > 0
+
+    def state_dict(self):
+        return {stage: self.time_elapsed(stage) for stage in STAGES}
+
+    def load_state_dict(self, state):
+        self._elapsed = dict(state)

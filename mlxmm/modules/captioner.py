@@ -1,0 +1,68 @@
+"""Captioner: a module that says what is on pictures.
+
+B pictures, L positions, D features.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+
+from mlxmm.generate import Decodable, GenerationConfig, generate, sequence_keys, stream
+from mlxmm.module import Module, evaluating
+
+BATCH = 256  # sequences decoded at a time: pictures, times beams
+
+
+class Captioner(Module):
+    """What `caption` needs beside a `tokenizer` and a `processor` of pictures:"""
+
+    max_new_tokens = 32  # where neither caller nor module says how long a caption may be
+
+    @property
+    def decoder(self) -> Decodable:
+        """The network that writes."""
+        raise NotImplementedError
+
+    @property
+    def stop_id(self) -> int:
+        """The token that ends a caption."""
+        raise NotImplementedError
+
+    def prefix(self, images: mx.array, prompt: str = "") -> mx.array:
+        """(B, H, W, 3) floats to what the decoder reads before a caption, (B, L, D)."""
+        raise NotImplementedError
+
+    def caption(self, images: Sequence, prompt: str = "", **settings) -> list[str]:
+        """One caption for each PIL image. `settings` are those of `GenerationConfig`, for example `num_beams=3`.
+
+        `prompt` takes the place of the text between image and caption that the module was trained with. A picture
+        gets the caption it would get alone; a drawn one depends on `seed` and the picture's place in `images`.
+        """
+        config, rows = self._generation(settings), []
+        size = max(1, BATCH // config.num_beams)
+        with evaluating(self):
+            for start in range(0, len(images), size):
+                part = images[start : start + size]
+                keys = sequence_keys(config.seed, start, start + len(part))
+                prefix = self.prefix(self.processor(part), prompt)
+                rows += generate(self.decoder, prefix, config, stop_id=self.stop_id, keys=keys)
+        return [self._text(row) for row in rows]
+
+    def stream_caption(self, image, prompt: str = "", **settings) -> Iterator[str]:
+        """The caption of one PIL image, piece by piece, each as soon as its token is chosen."""
+        config, tokens, said = self._generation(settings), [], ""
+        with evaluating(self):
+            prefix = self.prefix(self.processor([image]), prompt)
+            for token in stream(self.decoder, prefix, config, stop_id=self.stop_id):
+                tokens.append(token)
+                text = self._text(tokens)
+                if not text.endswith("\ufffd"):  # a letter of several tokens is not whole yet
+                    yield text[len(said) :]
+                    said = text
+        yield self._text(tokens)[len(said) :]
+
+    def _generation(self, settings: dict) -> GenerationConfig:
+        return GenerationConfig(**({"max_new_tokens": self.max_new_tokens} | settings))
+
+    def _text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()

@@ -1,0 +1,197 @@
+"""A transformer decoder over what a vision tower sees, read by cross-attention or as a prefix.
+
+B sequences, P image positions, L text positions, D features of the decoder, E features of the tower, V vocabulary.
+"""
+
+import attrs
+import mlx.core as mx
+import mlx.nn as nn
+from attrs.validators import ge, in_, lt
+
+from mlxmm import functional as F
+from mlxmm.config import option
+
+READINGS = ("cross", "prefix")
+
+
+@attrs.frozen(kw_only=True)
+class DecoderConfig:
+    """Sizes of the decoder and how it reads the image."""
+
+    reading: str = option("cross", "cross: attend to the image in every layer; prefix: read it first", in_(READINGS))
+    hidden_size: int = option(96, "features of a position", ge(1))
+    num_hidden_layers: int = option(3, "blocks", ge(1))
+    num_attention_heads: int = option(4, "attention heads", ge(1))
+    intermediate_size: int = option(384, "features inside the MLP", ge(1))
+    max_position_embeddings: int = option(32, "longest caption with its start, in tokens", ge(2))
+    vocab_size: int = option(2_000, "tokens", ge(2))
+    dropout: float = option(0.0, "fraction of features dropped after each part", ge(0), lt(1))
+    tie_word_embeddings: bool = option(True, "predict tokens with the matrix that embeds them")
+
+    def __attrs_post_init__(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} does not divide into {self.num_attention_heads} heads")
+
+
+class LayerCache:
+    """What a layer remembers of the positions behind: `state` maps names to (B, heads, positions, D / heads)."""
+
+    def __init__(self):
+        self.state: dict[str, mx.array] = {}
+
+    def extend(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append positions; returns all there are."""
+        if self.state.get("keys") is not None:
+            keys = mx.concatenate([self.state["keys"], keys], axis=2)
+            values = mx.concatenate([self.state["values"], values], axis=2)
+        self.state |= {"keys": keys, "values": values}
+        return keys, values
+
+
+class Attention(nn.Module):
+    """Queries of one sequence over keys and values of the same or of another."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+        self.out_proj = nn.Linear(D, D)
+
+    def keys_and_values(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """(B, L, D) to two of (B, heads, L, D / heads)."""
+        return self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+
+    def __call__(self, x: mx.array, keys: mx.array, values: mx.array, mask=None) -> mx.array:
+        queries = self._heads(self.q_proj(x))
+        mixed = F.attention(queries, keys, values, scale=queries.shape[-1] ** -0.5, mask=mask)
+        return self.out_proj(mixed.transpose(0, 2, 1, 3).reshape(x.shape))
+
+    def _heads(self, x: mx.array) -> mx.array:
+        B, L, _ = x.shape
+        return x.reshape(B, L, self.num_heads, -1).transpose(0, 2, 1, 3)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention where the image is read so, and an MLP, each on normalised input (pre-norm)."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.self_norm, self.self_attention = nn.LayerNorm(D), Attention(config)
+        if config.reading == "cross":
+            self.cross_norm, self.cross_attention = nn.LayerNorm(D), Attention(config)
+        self.mlp_norm = nn.LayerNorm(D)
+        self.fc1, self.fc2 = nn.Linear(D, config.intermediate_size), nn.Linear(config.intermediate_size, D)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def __call__(self, x: mx.array, image: mx.array | None, mask, cache: LayerCache | None) -> mx.array:
+        x = x + self.dropout(self._self_attend(self.self_norm(x), mask, cache))
+        if "cross_attention" in self:
+            x = x + self.dropout(self._cross_attend(self.cross_norm(x), image, cache))
+        return x + self.dropout(self.fc2(F.gelu(self.fc1(self.mlp_norm(x)))))
+
+    def _self_attend(self, x: mx.array, mask, cache: LayerCache | None) -> mx.array:
+        keys, values = self.self_attention.keys_and_values(x)
+        if cache is not None:
+            keys, values = cache.extend(keys, values)
+        return self.self_attention(x, keys, values, mask)
+
+    def _cross_attend(self, x: mx.array, image: mx.array | None, cache: LayerCache | None) -> mx.array:
+        remembered = {} if cache is None else cache.state
+        if "image_keys" in remembered:
+            keys, values = remembered["image_keys"], remembered["image_values"]
+        else:
+            keys, values = self.cross_attention.keys_and_values(image)
+            remembered |= {"image_keys": keys, "image_values": values}
+        return self.cross_attention(x, keys, values)
+
+
+class Decoder(nn.Module):
+    """Tokens and an image to logits: every position sees the image, and the tokens up to its own."""
+
+    def __init__(self, config: DecoderConfig, image_width: int):
+        super().__init__()
+        self.config = config
+        D = config.hidden_size
+        self.image_projection, self.image_norm = nn.Linear(image_width, D), nn.LayerNorm(D)
+        self.token_embedding = nn.Embedding(config.vocab_size, D)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, D)
+        self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.LayerNorm(D)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """GPT-2's: embeddings of deviation 0.02 and 0.01, and branches whose sum keeps its variance."""
+        D, branches = self.config.hidden_size, 2 * len(self.layers)
+        self.token_embedding.weight = mx.random.normal((self.config.vocab_size, D), scale=0.02)
+        self.position_embedding.weight = mx.random.normal((self.config.max_position_embeddings, D), scale=0.01)
+        for layer in self.layers:
+            attentions = [part for name, part in layer.items() if name.endswith("attention")]
+            for last in (*(part.out_proj for part in attentions), layer.fc2):
+                last.weight = last.weight * branches**-0.5
+
+    def read(self, features: mx.array) -> mx.array:
+        """(B, P, E) features of a tower to (B, P, D) image positions."""
+        return self.image_norm(self.image_projection(features))
+
+    def hidden_states(self, image: mx.array, text: mx.array, caches: list[LayerCache] | None = None) -> mx.array:
+        """(B, P, D) image positions and (B, L, D) embedded tokens to normalised states (B, L, D).
+
+        With `caches`, later tokens follow by `continued`.
+        """
+        text = text + self.position_embedding(mx.arange(text.shape[1]))
+        if self.config.reading == "cross":
+            return self.norm(self._run(text, image, "causal", caches))
+        P, L = image.shape[1], text.shape[1]
+        return self.norm(self._run(mx.concatenate([image, text], axis=1), None, prefix_mask(P, L), caches)[:, P:])
+
+    def continued(self, text: mx.array, start: int, caches: list[LayerCache]) -> mx.array:
+        """(B, 1, D) of the embedded token at text position `start` to its normalised state (B, 1, D)."""
+        return self.norm(self._run(text + self.position_embedding(mx.array([start])), None, None, caches))
+
+    def head(self, states: mx.array) -> mx.array:
+        """(..., D) states to logits (..., V)."""
+        return self.lm_head(states) if "lm_head" in self else self.token_embedding.as_linear(states)
+
+    def __call__(self, image: mx.array, tokens: mx.array) -> mx.array:
+        """(B, P, D) image positions and (B, L) tokens to logits (B, L, V)."""
+        return self.head(self.hidden_states(image, self.token_embedding(tokens)))
+
+    def _run(self, x: mx.array, image: mx.array | None, mask, caches: list[LayerCache] | None) -> mx.array:
+        for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
+            x = layer(x, image, mask, cache)
+        return x
+
+
+class Continuation:
+    """The decoder as `mlxmm.generate` wants a network: the first call gives it P image positions, then tokens."""
+
+    def __init__(self, decoder: Decoder, num_image: int):
+        self.decoder, self.num_image = decoder, num_image
+
+    def make_cache(self) -> list[LayerCache]:
+        return [LayerCache() for _ in self.decoder.layers]
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """(B, L) tokens to (B, L, D)."""
+        return self.decoder.token_embedding(tokens)
+
+    def logits(self, embeddings: mx.array, cache: list[LayerCache]) -> mx.array:
+        """(B, P + L, D) at first, then (B, 1, D), to logits of what follows, (B, V)."""
+        if not cache[0].state:
+            image, text = embeddings[:, : self.num_image], embeddings[:, self.num_image :]
+            states = self.decoder.hidden_states(image, text, cache)
+        else:
+            behind = cache[0].state["keys"].shape[2]
+            is_prefix = self.decoder.config.reading == "prefix"
+            states = self.decoder.continued(embeddings, behind - self.num_image * is_prefix, cache)
+        return self.decoder.head(states[:, -1])
+
+
+def prefix_mask(num_image: int, num_text: int) -> mx.array:
+    """Who sees whom, (P + L, P + L) booleans: image rows see the image alone, text rows all before them."""
+    place = mx.arange(num_image + num_text)
+    return (place[None] < num_image) | ((place[None] <= place[:, None]) & (place[:, None] >= num_image))

@@ -1,0 +1,64 @@
+"""Say what is on pictures, token by token.
+
+python -m recipes.caption --module runs/align_qwen3/mine/checkpoints/best holiday.jpg FOLDER
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import attrs
+
+from mlxmm.config import UserError, option, positional, run_recipe
+from mlxmm.data.images import UndecodableImage, decode_image
+from mlxmm.generate import GenerationConfig
+from mlxmm.modules.qwen3_aligner import Qwen3Aligner
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+@attrs.frozen(kw_only=True)
+class Config:
+    """Which model, which pictures, and how to choose words."""
+
+    images: tuple[Path, ...] = positional((), "pictures, and folders of pictures")
+    module: str | None = option(None, "checkpoint or folder of a Qwen3Aligner, or its Hub id")
+    prompt: str = option("", "text between picture and caption; none: the one it was trained with")
+    generation: GenerationConfig = GenerationConfig()
+
+
+def main(config: Config) -> None:
+    if config.module is None:
+        raise UserError("--module is missing: name a checkpoint, for example runs/align_qwen3/mine/checkpoints/best")
+    paths = find_images(config.images)
+    captioner = Qwen3Aligner.from_pretrained(config.module)
+    for path in paths:
+        print(f"{path}: ", end="", flush=True)
+        try:
+            for piece in pieces(captioner, decode_image(str(path)), config):
+                print(piece, end="", flush=True)
+            print()
+        except UndecodableImage as error:
+            print(f"skipped, {error}")
+
+
+def pieces(captioner: Qwen3Aligner, image, config: Config) -> Iterator[str]:
+    """The caption of one picture as it comes; beam search has all of it at once."""
+    settings = attrs.asdict(config.generation)
+    if config.generation.num_beams > 1:
+        return iter(captioner.caption([image], config.prompt, **settings))
+    return captioner.stream_caption(image, config.prompt, **settings)
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The files among `paths`, and the pictures in its folders, by name. Raises `UserError` where there are none."""
+    if missing := [path for path in paths if not path.exists()]:
+        raise UserError(f"{missing[0]} is not there")
+    inside = lambda folder: sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    found = [file for path in paths for file in (inside(path) if path.is_dir() else [path])]
+    if not found:
+        raise UserError(f"no pictures: name files, or folders that hold {', '.join(SUFFIXES)}")
+    return found
+
+
+if __name__ == "__main__":
+    run_recipe(main, {"default": Config()})
