@@ -139,14 +139,14 @@ def test_beams_are_those_of_a_search_that_scores_every_candidate_from_scratch(ne
 
 def plain_beam_search(network, prefix, V, K, longest, length_penalty):
     beams, complete = [()], []
-    while len(complete) < K:
+    score = lambda c: log_probability(network, prefix, c) / len(c) ** length_penalty
+    while beams and (len(complete) < K or score(beams[0]) > score(complete[-1])):
         candidates = [(*beam, word) for beam in beams for word in range(V)]
         candidates = sorted(candidates, key=lambda c: -log_probability(network, prefix, c))[: 2 * K]
         is_end = lambda c: c[-1] == STOP or len(c) == longest
-        complete += [c for c in candidates[:K] if is_end(c)]
+        complete = sorted([*complete, *(c for c in candidates[:K] if is_end(c))], key=lambda c: -score(c))[:K]
         beams = [c for c in candidates if not is_end(c)][:K]
-    best = max(complete, key=lambda c: log_probability(network, prefix, c) / len(c) ** length_penalty)
-    return [word for word in best if word != STOP]
+    return [word for word in complete[0] if word != STOP]
 
 
 def log_probability(network, prefix, sequence):

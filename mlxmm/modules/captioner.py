@@ -6,6 +6,7 @@ B pictures, L positions, D features.
 from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from mlxmm.generate import Decodable, GenerationConfig, generate, sequence_keys, stream
 from mlxmm.module import Module, evaluating
@@ -31,6 +32,22 @@ class Captioner(Module):
     def prefix(self, images: mx.array, prompt: str = "") -> mx.array:
         """(B, H, W, 3) floats to what the decoder reads before a caption, (B, L, D)."""
         raise NotImplementedError
+
+    def encode(self, row: dict, caption: str) -> dict:
+        """An example: pixels (H, W, 3), tokens (T,) with their end, and a mask (T,) of what is no padding.
+
+        T is `max_new_tokens`; a longer caption is cut before its end, which it keeps.
+        """
+        length = self.max_new_tokens
+        ids = self.tokenizer(caption, add_special_tokens=False)["input_ids"][: length - 1] + [self.stop_id]
+        tokens = np.full(length, self.stop_id, dtype=np.int32)
+        tokens[: len(ids)] = ids
+        mask = (np.arange(length) < len(ids)).astype(np.float32)
+        return {"pixels": self.processor.pixels(row["image"]), "tokens": tokens, "mask": mask}
+
+    def complete_batch(self, batch: dict) -> dict:
+        """What only a whole batch of examples (NumPy arrays) can tell, added to it."""
+        return batch
 
     def caption(self, images: Sequence, prompt: str = "", **settings) -> list[str]:
         """One caption for each PIL image. `settings` are those of `GenerationConfig`, for example `num_beams=3`.

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import attrs
 import mlx.core as mx
-import numpy as np
 from attrs.validators import ge, gt, in_
 
 from mlxmm import checkpoint
@@ -121,15 +120,6 @@ class Qwen3Aligner(Captioner):
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         (folder / "preprocessor_config.json").write_text(json.dumps(self.processor.to_hub(), indent=2) + "\n")
         self.tokenizer.save_pretrained(str(folder))
-
-    def encode(self, row: dict, caption: str) -> dict:
-        """An example: pixels (H, W, 3), tokens (T,) with their end, and a mask (T,) of what is no padding."""
-        length = self.config.max_caption_tokens
-        ids = self.tokenizer(caption, add_special_tokens=False)["input_ids"][: length - 1] + [self._stop_id]
-        tokens = np.full(length, self._stop_id, dtype=np.int32)
-        tokens[: len(ids)] = ids
-        mask = (np.arange(length) < len(ids)).astype(np.float32)
-        return {"pixels": self.processor.pixels(row["image"]), "tokens": tokens, "mask": mask}
 
     def complete_batch(self, batch: dict) -> dict:
         """Where logits are dear, `batch` (of NumPy arrays) with the "positions" that get some."""
