@@ -1,6 +1,7 @@
 """Callbacks, one a file."""
 
 from callbacks.batch_size_finder import BatchSizeFinder
+from callbacks.cached_features import CachedFeatures
 from callbacks.device_stats_monitor import DeviceStatsMonitor
 from callbacks.early_stopping import EarlyStopping
 from callbacks.ema_weight_averaging import EMAWeightAveraging
@@ -21,6 +22,7 @@ from callbacks.tqdm_progress_bar import TQDMProgressBar
 
 __all__ = [
     "BatchSizeFinder",
+    "CachedFeatures",
     "DeviceStatsMonitor",
     "EMAWeightAveraging",
     "EarlyStopping",

@@ -124,25 +124,30 @@ class CaptionDecoder(Captioner):
         """The positions that the decoder has: the start token takes the first, the end needs none."""
         return self.config.decoder.max_position_embeddings
 
-    def read(self, images: mx.array) -> mx.array:
-        """(B, H, W, 3) floats to image positions (B, P, D)."""
+    def features(self, images: mx.array) -> mx.array:
         if self.config.mix_layers:
-            return self.network.read(self.mix(self.vision.all_patches(images)))
-        return self.network.read(self.vision.patches(images, self.config.layer))
+            return self.mix(self.vision.all_patches(images))
+        return self.vision.patches(images, self.config.layer)
 
-    def prefix(self, images: mx.array, prompt: str = "") -> mx.array:
-        """(B, H, W, 3) floats to (B, P + N, D): image positions, then the embedded start token and `prompt`."""
+    def feature_settings(self) -> dict:
+        if self.config.mix_layers:
+            raise UserError("a learned mix of layers changes with every update: its features cannot be kept")
+        return {"layer": self.config.layer, "processor": self.processor.to_hub(), "tower": self.vision_config}
+
+    def prefix(self, features: mx.array, prompt: str = "") -> mx.array:
+        """(B, P, E) features to (B, P + N, D): image positions, then the embedded start token and `prompt`."""
         ids = [self._start_id, *self.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
         embedded = self.network.token_embedding(mx.array([ids]))
-        return mx.concatenate([self.read(images), mx.broadcast_to(embedded, (len(images), *embedded.shape[1:]))], 1)
+        text = mx.broadcast_to(embedded, (len(features), *embedded.shape[1:]))
+        return mx.concatenate([self.network.read(features), text], axis=1)
 
     def training_step(self, batch):
-        image = self.read(self.processor.normalize(batch["pixels"]))
+        image = self.network.read(self.seen(batch))
         return self._measure(image, batch, smoothing=self.config.label_smoothing)
 
     def validation_step(self, batch):
         """The loss without smoothing, and as a control the loss with the images given to others' captions."""
-        image = self.read(self.processor.normalize(batch["pixels"]))
+        image = self.network.read(self.seen(batch))
         others = mx.roll(image, max(1, len(image) // 2), axis=0)
         return self._measure(image, batch) | {"loss_shuffled": self._measure(others, batch)["loss"]}
 
