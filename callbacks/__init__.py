@@ -1,6 +1,7 @@
 """Callbacks, one a file."""
 
 from callbacks.batch_size_finder import BatchSizeFinder
+from callbacks.cached_features import CachedFeatures
 from callbacks.device_stats_monitor import DeviceStatsMonitor
 from callbacks.early_stopping import EarlyStopping
 from callbacks.ema_weight_averaging import EMAWeightAveraging
@@ -24,6 +25,7 @@ from callbacks.zero_shot_evaluation import ZeroShotEvaluation
 
 __all__ = [
     "BatchSizeFinder",
+    "CachedFeatures",
     "DeviceStatsMonitor",
     "EMAWeightAveraging",
     "EarlyStopping",

@@ -213,10 +213,10 @@ def test_the_aligner_reads_the_patches_of_every_tower(name, num_patches, tmp_pat
     size = aligner.processor.image_size
     images = mx.random.normal((2, size, size, 3))
     projected = aligner.projector(tower.hidden_states(images, -2)[:, -num_patches:])
-    assert aligner.prefix(images).shape == (2, num_patches, 64)
-    assert mx.array_equal(aligner.prefix(images), projected)
+    assert aligner.prefix(aligner.features(images)).shape == (2, num_patches, 64)
+    assert mx.array_equal(aligner.prefix(aligner.features(images)), projected)
     (tmp_path / "checkpoint").mkdir()
     aligner.save_config(tmp_path / "checkpoint")
     mx.save_safetensors(str(tmp_path / "checkpoint/weights.safetensors"), dict(tree_flatten(aligner.parameters())))
     again = Qwen3Aligner.from_pretrained(tmp_path / "checkpoint")
-    assert mx.array_equal(again.prefix(images), projected) and again.config == attrs.evolve(parts)
+    assert mx.array_equal(again.prefix(again.features(images)), projected) and again.config == attrs.evolve(parts)

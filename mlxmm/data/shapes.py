@@ -169,6 +169,14 @@ class ShapesRows(Sequence):
             "id": f"{self.split}-{self.epoch}-{index}",
         }
 
+    def without_image(self, index: int) -> dict:
+        """The row without its picture."""
+        return {name: value for name, value in self[index].items() if name != "image"}
+
+    def fingerprint(self) -> bytes:
+        """What the pictures are a function of."""
+        return f"{self.grammar.config} {self.split} {self.seed} {self.num_rows} {self.epoch}".encode()
+
 
 @attrs.frozen
 class ShapesTexts(Sequence):
