@@ -42,6 +42,8 @@ class CachedFeatures(Callback):
         if tree_flatten(tower.trainable_parameters()):
             self._give_pictures_back(trainer.datamodule)
         elif self._modes is None:
+            if getattr(getattr(trainer.datamodule, "config", None), "random_crop", False):
+                raise UserError("random_crop shows other pixels in every epoch, which cannot be cached: turn one off")
             self._pictures = {split: trainer.datamodule.rows[split] for split in self.splits}
             for split, rows in self._pictures.items():
                 trainer.datamodule.rows[split] = FeatureRows(rows, self._features(module, rows, trainer.datamodule))

@@ -24,9 +24,10 @@ def drawn(monkeypatch):
     return count
 
 
-def fit(*callbacks, module=None, max_epochs=3, **settings):
+def fit(*callbacks, module=None, max_epochs=3, random_crop=False, **settings):
     module = module or make(**settings)
-    data = CaptionData(CaptionDataConfig(shapes=SHAPES, batch_size=16), 0, module.encode)
+    config = CaptionDataConfig(shapes=SHAPES, batch_size=16, random_crop=random_crop)
+    data = CaptionData(config, 0, module.encode)
     trainer = Trainer(max_epochs=max_epochs, logger=False, callbacks=callbacks, num_sanity_val_steps=0)
     trainer.fit(module, data)
     return module, data, trainer
@@ -83,6 +84,11 @@ def test_a_tower_that_is_opened_within_an_epoch_is_refused(tmp_path):
     schedule = FreezeSchedule({0: "network", 2: ("network", "vision")}, unit="step")
     with pytest.raises(UserError, match="vision was opened within an epoch"):
         fit(schedule, CachedFeatures(tmp_path))
+
+
+def test_random_crops_are_refused(tmp_path):
+    with pytest.raises(UserError, match="random_crop shows other pixels"):
+        fit(CachedFeatures(tmp_path), random_crop=True)
 
 
 def test_a_learned_mix_of_layers_is_refused(tmp_path):
