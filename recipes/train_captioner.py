@@ -71,7 +71,7 @@ def build(config: Config, data: CaptionData, run: Run) -> tuple[CaptionDecoder, 
 
 def train(config: Config, captioner: CaptionDecoder, data: CaptionData, run: Run) -> dict:
     """Train the decoder; returns the figures of the run's end."""
-    data.encode = captioner.encode
+    data.encode, data.complete_batch = captioner.encode, captioner.complete_batch
     callbacks = [
         ModelSummary(),
         LearningRateMonitor(),

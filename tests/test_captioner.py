@@ -86,6 +86,24 @@ def test_the_end_is_learned_and_padding_is_not():
     assert long["tokens"][-1] == module.stop_id and long["mask"].all()
 
 
+def test_batches_are_cut_to_buckets_and_measure_the_same():
+    seed_everything(3)
+    module = make()
+    module.config = attrs.evolve(module.config, decoder=attrs.evolve(SIZES, max_position_embeddings=40))
+    module.network = type(module.network)(attrs.evolve(module.config.decoder, vocab_size=300), 32)
+    lengths = set()
+    for caption in ("a red square", "a red square " * 4, "a red square " * 9):
+        batch = {
+            name: np.stack([array] * 2) for name, array in module.encode({"image": pictures()[0]}, caption).items()
+        }
+        cut = module.complete_batch(batch)
+        lengths.add(cut["tokens"].shape[1])
+        told = [module.training_step({name: mx.array(x) for name, x in each.items()}) for each in (batch, cut)]
+        assert told[0]["loss"].item() == pytest.approx(told[1]["loss"].item(), rel=1e-5)
+        assert told[0]["weight"].item() == told[1]["weight"].item() == batch["mask"].sum()
+    assert len(lengths) == 3 and all(length % 8 == 0 for length in lengths)
+
+
 def test_label_smoothing_is_cross_entropy_with_spread_targets():
     logits = mx.random.normal((2, 3, 5), key=mx.random.key(0))
     targets, mask = mx.array([[0, 1, 2], [4, 3, 0]]), mx.array([[1.0, 1, 0], [1, 1, 1]])

@@ -11,6 +11,7 @@ import numpy as np
 from mlxmm.generate import Decodable, GenerationConfig, generate, sequence_keys, stream
 from mlxmm.module import Module, evaluating
 
+BUCKET = 8  # tokens between one length of a batch and the next
 BATCH = 256  # sequences decoded at a time: pictures, times beams
 
 
@@ -63,8 +64,13 @@ class Captioner(Module):
         return {"pixels": self.processor.pixels(row["image"]), "tokens": tokens, "mask": mask}
 
     def complete_batch(self, batch: dict) -> dict:
-        """What only a whole batch of examples (NumPy arrays) can tell, added to it."""
-        return batch
+        """A batch of examples (NumPy arrays), cut where all of it is padding: to a multiple of `BUCKET` tokens.
+
+        A step is compiled once for each length that comes: there are as many as T has buckets.
+        """
+        longest = int(np.flatnonzero(batch["mask"].any(axis=0))[-1]) + 1
+        length = -(-longest // BUCKET) * BUCKET
+        return batch | {name: batch[name][:, :length] for name in ("tokens", "mask")}
 
     def caption(self, images: Sequence, prompt: str = "", **settings) -> list[str]:
         """One caption for each PIL image. `settings` are those of `GenerationConfig`, for example `num_beams=3`.

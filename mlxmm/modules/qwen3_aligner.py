@@ -122,7 +122,8 @@ class Qwen3Aligner(Captioner):
         self.tokenizer.save_pretrained(str(folder))
 
     def complete_batch(self, batch: dict) -> dict:
-        """Where logits are dear, `batch` (of NumPy arrays) with the "positions" that get some."""
+        """The captioner's; where logits are dear, with the "positions" that get some."""
+        batch = super().complete_batch(batch)
         return batch | {"positions": label_positions(batch["mask"])} if self._fuses_head else batch
 
     @property
