@@ -8,7 +8,7 @@ python -m recipes.train_clip --preset vit-b-32 --data.source pictures.parquet --
 import attrs
 import mlx.core as mx
 
-from callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, TQDMProgressBar
+from callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, SyntheticRefresh, TQDMProgressBar
 from mlxmm import Trainer, TrainerConfig
 from mlxmm.config import option, run_recipe
 from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
@@ -41,7 +41,7 @@ class Config(RunConfig):
     """CLIP from scratch."""
 
     data: CaptionDataConfig = CaptionDataConfig()
-    tower: TowerConfig = TowerConfig()
+    tower: TowerConfig = TowerConfig(trainer=TrainerConfig(max_steps=1_000))
 
 
 def paper_preset(
@@ -99,9 +99,11 @@ def train(config: TowerConfig, data: CaptionData, run: Run, seed: int) -> tuple[
     data.setup()
     clip = build(config, data, seed)
     data.encode = clip.encode
+    refresh = [SyntheticRefresh(data.fresh_rows)] if data.is_synthetic else []
     trainer = Trainer(
         attrs.evolve(config.trainer, seed=seed, default_root_dir=run.folder),
         callbacks=[
+            *refresh,
             ModelSummary(),
             LearningRateMonitor(),
             TQDMProgressBar("tower"),
