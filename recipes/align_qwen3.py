@@ -34,6 +34,7 @@ from mlxmm.files import whole_file, write_json
 from mlxmm.hub import check_upload, local_folder, upload
 from mlxmm.metrics import bleu, exact_match
 from mlxmm.modules import llava
+from mlxmm.modules.captioner import Captioner
 from mlxmm.modules.qwen3_aligner import Qwen3Aligner, Qwen3AlignerConfig
 from mlxmm.optimizers import OptimizerConfig
 from mlxmm.run import Run, RunConfig, cached, open_run, read_saved_config
@@ -101,18 +102,11 @@ def main(config: Config) -> None:
 
 def build(config: Config, data: CaptionData, run: Run) -> tuple[Qwen3Aligner, dict]:
     """The aligner of the parts that `config.module` names; those it does not name are trained on `data`."""
-    module, figures = config.module, {}
-    key = to_json(attrs.evolve(config.data, batch_size=64)) | {"seed": config.seed}
-    if module.vision is None:
-        folder = cached("tower", [key, to_json(config.tower)], lambda to: _train_tower(config, data, run, to))
-        module = attrs.evolve(module, vision=str(folder))
-        figures |= _read_figures(folder, "zero_shot/accuracy")
+    vision, figures = find_tower(config, data, run)
+    module = attrs.evolve(config.module, vision=vision)
     if module.lm is None:
-        folder = cached(
-            "language-model",
-            [key, to_json(config.language_model)],
-            lambda to: _train_lm(config, data, run, to),
-        )
+        key = [*_data_key(config), to_json(config.language_model)]
+        folder = cached("language-model", key, lambda to: _train_lm(config, data, run, to))
         module = attrs.evolve(module, lm=str(folder), prompt=module.prompt or START)
     if module.max_caption_tokens == 0:
         captions = [caption for _, caption in data.sample_texts()]
@@ -120,6 +114,15 @@ def build(config: Config, data: CaptionData, run: Run) -> tuple[Qwen3Aligner, di
         module = attrs.evolve(module, max_caption_tokens=length)
     mx.random.seed(config.seed)
     return Qwen3Aligner.from_parts(module), figures
+
+
+def find_tower(config, data: CaptionData, run: Run) -> tuple[str, dict]:
+    """The tower that `config.module` names, or one trained on `data`, now or in an earlier run, with its figures."""
+    if config.module.vision is not None:
+        return config.module.vision, {}
+    key = [*_data_key(config), to_json(config.tower)]
+    folder = cached("tower", key, lambda to: _train_tower(config, data, run, to))
+    return str(folder), _read_figures(folder, "zero_shot/accuracy")
 
 
 def align(config: Config, aligner: Qwen3Aligner, data: CaptionData, run: Run) -> dict:
@@ -142,12 +145,12 @@ def align(config: Config, aligner: Qwen3Aligner, data: CaptionData, run: Run) ->
     return dict(trainer.callback_metrics)
 
 
-def evaluate(config: Config, aligner: Qwen3Aligner, data: CaptionData, run: Run) -> dict:
+def evaluate(config, captioner: Captioner, data: CaptionData, run: Run) -> dict:
     """Caption every test part; the control gives each picture's caption to another picture."""
     figures = {}
     for part in data.test_parts:
         rows = [data.rows[part][i] for i in range(min(config.max_test, len(data.rows[part])))]
-        captions = aligner.caption([row["image"] for row in rows])
+        captions = captioner.caption([row["image"] for row in rows])
         references = [row["captions"] for row in rows]
         name = part.removeprefix("test")
         figures[f"test/exact_match{name}"] = exact_match(captions, references)
@@ -170,7 +173,11 @@ def push(config: Config, aligner: Qwen3Aligner, figures: dict, run: Run) -> None
     run.print(f"uploaded: {upload(folder, config.push_to, public=config.public)}")
 
 
-def _train_tower(config: Config, data: CaptionData, run: Run, folder: Path) -> None:
+def _data_key(config) -> list:
+    return [to_json(config.data), config.seed]
+
+
+def _train_tower(config, data: CaptionData, run: Run, folder: Path) -> None:
     clip, figures = train_clip.train(config.tower, data, run.part("tower"), config.seed)
     clip.save_pretrained(folder)
     write_json(folder / "figures.json", figures)

@@ -62,7 +62,7 @@ def pictures(count: int = 3) -> list[Image.Image]:
 
 
 def logits_of(aligner: Qwen3Aligner) -> np.ndarray:
-    prefix = aligner.prefix(aligner.processor(pictures()))
+    prefix = aligner.prefix(aligner.features(aligner.processor(pictures())))
     return np.array(head(aligner.language_model, hidden_states(aligner.language_model, prefix)))
 
 
@@ -205,9 +205,10 @@ def adapt(aligner: Qwen3Aligner, change: str) -> None:
 
     if change != "lora":
         nn.quantize(aligner.language_model, group_size=32, bits=4, class_predicate=lambda _, m: wide(m))
+        aligner.lm_config["quantization"] = {"group_size": 32, "bits": 4}
     if change != "quantised":
         for layer in aligner.language_model.model.layers:
-            for part, name in [(layer.self_attn, "q_proj"), (layer.mlp, "up_proj")]:
+            for part, name in [(layer.self_attn, "o_proj"), (layer.mlp, "up_proj")]:
                 part[name] = LoRALinear.from_base(part[name], r=2)
                 part[name].lora_b = mx.random.normal(part[name].lora_b.shape)
 
@@ -226,6 +227,7 @@ def test_lora_is_merged_and_quantised_layers_are_written_in_full(change, tmp_pat
     aligner.save_pretrained(tmp_path / "to")
     assert {name: list(array.shape) for name, array in arrays_of(tmp_path / "to").items()} == CASES["clip"]["arrays"]
     assert np.abs(logits_of(Qwen3Aligner.from_pretrained(tmp_path / "to")) - changed).max() < 1e-4
+    assert "quantization" not in (tmp_path / "to" / "config.json").read_text()
     assert [name for name, _ in aligner.named_modules()] == names and np.array_equal(logits_of(aligner), changed)
 
 

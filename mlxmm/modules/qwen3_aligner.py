@@ -9,7 +9,6 @@ from pathlib import Path
 
 import attrs
 import mlx.core as mx
-import numpy as np
 from attrs.validators import ge, gt, in_
 
 from mlxmm import checkpoint
@@ -147,17 +146,9 @@ class Qwen3Aligner(Captioner):
         (folder / "preprocessor_config.json").write_text(json.dumps(self.processor.to_hub(), indent=2) + "\n")
         self.tokenizer.save_pretrained(str(folder))
 
-    def encode(self, row: dict, caption: str) -> dict:
-        """An example: pixels (H, W, 3), tokens (T,) with their end, and a mask (T,) of what is no padding."""
-        length = self.config.max_caption_tokens
-        ids = self.tokenizer(caption, add_special_tokens=False)["input_ids"][: length - 1] + [self._stop_id]
-        tokens = np.full(length, self._stop_id, dtype=np.int32)
-        tokens[: len(ids)] = ids
-        mask = (np.arange(length) < len(ids)).astype(np.float32)
-        return {"pixels": self.processor.pixels(row["image"]), "tokens": tokens, "mask": mask}
-
     def complete_batch(self, batch: dict) -> dict:
-        """Where logits are dear, `batch` (of NumPy arrays) with the "positions" that get some."""
+        """The captioner's; where logits are dear, with the "positions" that get some."""
+        batch = super().complete_batch(batch)
         return batch | {"positions": label_positions(batch["mask"])} if self._fuses_head else batch
 
     @property
@@ -176,21 +167,27 @@ class Qwen3Aligner(Captioner):
     def _token_ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def prefix(self, images: mx.array, prompt: str = "") -> mx.array:
-        """(B, H, W, 3) floats to (B, P + N, D): patches without the class token, then `prompt` or the module's."""
+    def features(self, images: mx.array) -> mx.array:
+        return self.vision.patches(images, self.config.layer)
+
+    def feature_settings(self) -> dict:
+        return {"layer": self.config.layer, "processor": self.processor.to_hub(), "tower": self.vision_config}
+
+    def prefix(self, features: mx.array, prompt: str = "") -> mx.array:
+        """(B, P, E) features to (B, P + N, D): projected patches, then `prompt` or the module's own."""
         ids = self._token_ids(prompt) if prompt else self._prompt
-        projected = self.projector(self.vision.patches(images, self.config.layer))
+        projected = self.projector(features)
         if not ids:
             return projected
         between = embed(self.language_model, mx.array([ids]))
-        return mx.concatenate([projected, mx.broadcast_to(between, (len(images), *between.shape[1:]))], axis=1)
+        return mx.concatenate([projected, mx.broadcast_to(between, (len(features), *between.shape[1:]))], axis=1)
 
     def training_step(self, batch):
-        return self._measure(self.prefix(self.processor.normalize(batch["pixels"])), batch)
+        return self._measure(self.prefix(self.seen(batch)), batch)
 
     def validation_step(self, batch):
         """The loss, and as a control the loss with the batch's images given to others' captions."""
-        prefix = self.prefix(self.processor.normalize(batch["pixels"]))
+        prefix = self.prefix(self.seen(batch))
         others = mx.roll(prefix, max(1, len(prefix) // 2), axis=0)
         return self._measure(prefix, batch) | {"loss_shuffled": self._measure(others, batch)["loss"]}
 
