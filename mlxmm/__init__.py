@@ -10,6 +10,7 @@ from mlxmm.callback import Callback
 from mlxmm.data.datamodule import DataModule
 from mlxmm.loggers import JSONLLogger, TensorBoardLogger
 from mlxmm.module import Module
+from mlxmm.modules.caption_decoder import CaptionDecoder
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.modules.qwen3_aligner import Qwen3Aligner
 from mlxmm.modules.zero_shot import ZeroShotClassifier
@@ -19,6 +20,7 @@ from mlxmm.trainer_config import TrainerConfig
 
 __all__ = [
     "Callback",
+    "CaptionDecoder",
     "ContrastiveCLIP",
     "DataModule",
     "JSONLLogger",

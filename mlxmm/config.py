@@ -130,6 +130,6 @@ def _with_help():
 def _unboxed(box: str) -> str:
     """tyro's boxed explanation as one line, without its frame and its pointer to `--help`."""
     lines = [line.strip("│╭╮╰╯─ \n") for line in box.splitlines()[1:]]
-    parts = " ".join(line or "|" for line in lines).split("|")
+    parts = " ".join(line.strip("-") and line or "|" for line in lines).split("|")  # a rule is of - without Unicode
     parts = [" ".join(part.split()) for part in parts]
     return "; ".join(part for part in parts if part and "full helptext" not in part)

@@ -110,10 +110,16 @@ def _groups(arrays: list[mx.array]) -> Iterator[list[int]]:
 
 
 def all_gather(array: mx.array) -> mx.array:
-    """Concatenate (B, ...) arrays of all processes, in rank order, to (world_size * B, ...)."""
+    """Concatenate (B, ...) arrays of all processes, in rank order, to (world_size * B, ...).
+
+    The gradient is what the losses of all processes ask of this one's part (MLX's own: what this one's asks).
+    """
     if world_size() == 1:
         return array
-    return mx.distributed.all_gather(array)
+    gather = mx.custom_function(mx.distributed.all_gather)
+    own = slice(rank() * len(array), (rank() + 1) * len(array))
+    gather.vjp(lambda primal, cotangent, _: mx.distributed.all_sum(cotangent)[own])  # a ring has no sum_scatter
+    return gather(array)
 
 
 def all_gather_object(value) -> list:

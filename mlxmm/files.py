@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlxmm.config import UserError
+
 TEMPORARY = ".tmp-"  # begins the name of whatever is not whole yet
 
 
@@ -45,6 +47,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """As `whole_folder`, for what must replace nothing. Raises `UserError` where `path` holds something already."""
+    path = path.absolute()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} is there already, and not empty: name another folder")
+    with whole_folder(path) as temporary:
+        yield temporary
 
 
 def write_text(path: Path, text: str) -> None:

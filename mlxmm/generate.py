@@ -125,8 +125,9 @@ def _until(tokens: list[int], stop_id: int) -> list[int]:
 def beam_search(network: Decodable, prefix: mx.array, config: GenerationConfig, *, stop_id: int) -> list[list[int]]:
     """For each row of `prefix` (B, L, D) the continuation of highest log-probability / length ** length_penalty.
 
-    transformers' beam search with early_stopping=True: of the best K candidates those that end are complete, the
-    best K that do not end go on, and a row is done when it has K complete ones. With one beam it is greedy.
+    transformers' beam search: of the best K candidates those that end are complete, the best K that do not end go on,
+    and a row is done when it has K complete ones, none of which an open one would beat if it ended now
+    (early_stopping=False; with True, improbable short ones would end the search). With one beam it is greedy.
     A repetition penalty acts on logits, as without beams (in transformers, on log-probabilities).
     """
     beams, cache = Beams(len(prefix), config, stop_id), network.make_cache()
@@ -152,11 +153,12 @@ class Beams:
         self.tokens = np.zeros((num_rows * config.num_beams, 0), dtype=np.int64)  # (B * K, length)
         self.scores = np.full((num_rows, config.num_beams), -np.inf, dtype=np.float32)
         self.scores[:, 0] = 0  # all beams begin alike: one of them is enough
-        self.complete = [[] for _ in range(num_rows)]  # (score, tokens)
+        self.complete = [[] for _ in range(num_rows)]  # the K best (score, tokens), best first
+        self._finished = np.zeros(num_rows, dtype=bool)
 
     @property
     def done(self) -> bool:
-        return self.length == self.config.max_new_tokens or all(map(self._is_full, self.complete))
+        return self.length == self.config.max_new_tokens or bool(self._finished.all())
 
     def step(self, log_probabilities: mx.array) -> np.ndarray:
         """Lengthen the beams, given (B * K, V) of each next token: the rows (B * K,) that they continue."""
@@ -172,20 +174,23 @@ class Beams:
         self.scores = np.take_along_axis(scores, order, axis=1)
         rows, tokens = (np.take_along_axis(x, order, axis=1).reshape(-1) for x in (rows, tokens))
         self.tokens = np.concatenate([self.tokens[rows], tokens[:, None]], axis=1)
+        self._finished |= [self._is_finished(b) for b in range(B)]
         return rows
 
     def _collect(self, scores, rows, tokens, ends) -> None:
-        is_open = np.array([not self._is_full(complete) for complete in self.complete])
-        for b, k in np.argwhere(ends & np.isfinite(scores) & is_open[:, None]):
+        for b, k in np.argwhere(ends & np.isfinite(scores) & ~self._finished[:, None]):
             continuation = [*self.tokens[rows[b, k]].tolist(), int(tokens[b, k])]
             self.complete[b].append((scores[b, k] / self.length**self.config.length_penalty, continuation))
+            self.complete[b] = sorted(self.complete[b], key=lambda pair: -pair[0])[: self.config.num_beams]
 
-    def _is_full(self, complete: list) -> bool:
-        return len(complete) >= self.config.num_beams
+    def _is_finished(self, b: int) -> bool:
+        if len(self.complete[b]) < self.config.num_beams:
+            return False
+        return self.complete[b][-1][0] >= self.scores[b].max() / self.length**self.config.length_penalty
 
     def best(self) -> list[list[int]]:
         """The best complete continuation of each row, without its end."""
-        return [_until(max(complete, key=lambda pair: pair[0])[1], self.stop_id) for complete in self.complete]
+        return [_until(complete[0][1], self.stop_id) for complete in self.complete]
 
 
 def _largest(values: mx.array, count: int) -> tuple[np.ndarray, np.ndarray]:

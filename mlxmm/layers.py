@@ -8,6 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from mlxmm.patch_dropout import PatchDropout
+
 DROPOUTS = {nn.Dropout: 0, nn.Dropout2d: 2, nn.Dropout3d: 3}  # and how many axes are dropped as one
 
 
@@ -41,16 +43,10 @@ def recomputed_layers(module: nn.Module) -> Iterator[None]:
 def _recomputed(name: str, call: Callable) -> Callable:
     def run(self, *args, **kwargs):
         def inner(trained, others, key, *args, **kwargs):
-            # When it is computed again the layer may hold other arrays, or of another type (bf16-mixed): those of now
-            # come in by name, and the layer keeps its own. Neither frozen weights nor random bits have a gradient.
-            own = self.parameters()
-            self.update(tree_map(mx.stop_gradient, others))
-            self.update(trained)
-            try:
-                with dropout_from(self, mx.stop_gradient(key)):
-                    return call(self, *args, **kwargs)
-            finally:
-                self.update(own)
+            # Those of now come in by name. Neither frozen weights nor random bits have a gradient.
+            others, key = tree_map(mx.stop_gradient, (others, key))
+            with replaced_parameters(self, others, trained), dropout_from(self, key):
+                return call(self, *args, **kwargs)
 
         key = mx.random.randint(0, 2**31 - 1, (2,), dtype=mx.uint32)
         trained, args = _gradients_at_once((self.trainable_parameters(), args))
@@ -85,6 +81,22 @@ def _passed_on_vjp(primals, cotangents, _):
 
 
 @contextlib.contextmanager
+def replaced_parameters(module: nn.Module, everything: dict, parameters: dict) -> Iterator[None]:
+    """Until the end of the block, `module` has `everything`, and over it `parameters`.
+
+    For a second pass: by then the module may hold other arrays, or of another type (mixed precision has put the
+    float32 weights back), and it keeps its own.
+    """
+    own = module.parameters()
+    module.update(everything)
+    module.update(parameters)
+    try:
+        yield
+    finally:
+        module.update(own)
+
+
+@contextlib.contextmanager
 def dropout_from(module: nn.Module, key: mx.array) -> Iterator[None]:
     """Let every dropout under `module` draw from `key`, so that a second pass drops what the first one did.
 
@@ -94,6 +106,8 @@ def dropout_from(module: nn.Module, key: mx.array) -> Iterator[None]:
 
     def wrap(name, call):
         def run(self, x):
+            if isinstance(self, PatchDropout):
+                return call(self, x, next(keys))
             if not self.training or self._p_1 == 1:
                 return x
             together = next(axes for kind, axes in DROPOUTS.items() if isinstance(self, kind))
@@ -103,7 +117,7 @@ def dropout_from(module: nn.Module, key: mx.array) -> Iterator[None]:
 
         return run
 
-    drops = {name: part for name, part in module.named_modules() if isinstance(part, tuple(DROPOUTS))}
+    drops = {name: part for name, part in module.named_modules() if isinstance(part, (PatchDropout, *DROPOUTS))}
     with replaced_calls(drops, wrap):
         yield
 

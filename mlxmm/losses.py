@@ -32,9 +32,15 @@ def siglip_loss(logits: mx.array) -> mx.array:
     return mx.logaddexp(0, -signs * logits).sum() / len(logits)
 
 
-def token_loss(logits: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
-    """The mean cross-entropy of (B, L, V) `logits` over the targets (B, L) that `mask` (B, L) counts."""
+def token_loss(logits: mx.array, targets: mx.array, mask: mx.array, *, smoothing: float = 0.0) -> mx.array:
+    """The mean cross-entropy of (B, L, V) `logits` over the targets (B, L) that `mask` (B, L) counts.
+
+    With `smoothing` that part of each target is spread over all V tokens (arXiv 1512.00567, section 7).
+    """
     losses = F.cross_entropy(logits, targets)  # (B, L)
+    if smoothing:
+        picked = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
+        losses = losses + smoothing * (picked - logits.mean(-1))
     return (losses * mask).sum() / mx.maximum(mask.sum(), 1)
 
 

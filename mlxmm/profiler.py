@@ -4,6 +4,13 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlxmm.config import UserError
+
+CAPTURED = range(3, 6)  # updates: those before them compile
 
 
 class Profiler:
@@ -34,6 +41,43 @@ class Profiler:
             calls = self.counts[name]
             lines.append(f"{name:<12}{seconds:>10.3f}{seconds / total:>8.1%}{calls:>9,}{1e3 * seconds / calls:>12.3f}")
         return "\n".join(lines)
+
+
+class MetalProfiler(Profiler):
+    """Also captures a few updates for Xcode's Metal debugger, in `path` (.gputrace); wants MTL_CAPTURE_ENABLED=1.
+
+    Raises `UserError` where there is no Metal.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        if not mx.metal.is_available():
+            raise UserError("profiler=metal wants the GPU of a Mac; profiler=simple runs anywhere")
+        self._path, self._is_open = path, False
+
+    def phase(self, name: str):
+        if name == "step" and self.counts["step"] == CAPTURED.start:
+            mx.metal.start_capture(str(self._path))
+            self._is_open = True
+        if name == "step" and self.counts["step"] == CAPTURED.stop:
+            self._close()
+        return super().phase(name)
+
+    def table(self) -> str:
+        self._close()
+        return super().table()
+
+    def _close(self) -> None:
+        if self._is_open:
+            mx.metal.stop_capture()
+            self._is_open = False
+
+
+def make_profiler(kind: str | None, root: Path | None) -> "Profiler | NoProfiler":
+    """What a Trainer of that `profiler` setting measures with; traces go to `root`, or where the run was started."""
+    if kind == "metal":
+        return MetalProfiler((root or Path()) / "updates.gputrace")
+    return Profiler() if kind == "simple" else NoProfiler()
 
 
 class NoProfiler:

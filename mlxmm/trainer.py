@@ -20,7 +20,7 @@ from mlxmm.config import UserError, to_json
 from mlxmm.layers import assert_finite, recomputed_layers, watched_outputs
 from mlxmm.loggers import JSONLLogger, Logger, TensorBoardLogger
 from mlxmm.module import Modes, Module, evaluating, set_trainable, trainable_names
-from mlxmm.profiler import NoProfiler, Profiler
+from mlxmm.profiler import make_profiler
 from mlxmm.randomness import isolated_random_state, seed_everything, step_seed
 from mlxmm.signals import Interrupted, end_requests
 from mlxmm.train_step import (
@@ -54,7 +54,7 @@ class Trainer:
         distributed.check_strategy(self.config.strategy)
         self.callbacks = hooks.arrange(callbacks)
         self.loggers = [] if self.config.fast_dev_run else _make_loggers(logger, self.config.default_root_dir)
-        self.profiler = Profiler() if self.config.profiler else NoProfiler()
+        self.profiler = make_profiler(self.config.profiler, self.config.default_root_dir)
         self.accumulate_grad_batches = self.config.accumulate_grad_batches
         self.global_step = 0  # updates, and nothing else
         self.current_epoch = 0

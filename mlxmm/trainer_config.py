@@ -65,7 +65,11 @@ class TrainerConfig:
     max_compiled_variants: int = option(16, "batch shapes to keep compiled, of training and of validation", ge(1))
     detect_anomaly: bool = option(False, "name the first part that gives something not finite; slow")
     deterministic: bool = option(False, "compute the first update twice and stop if the two differ by a bit")
-    profiler: str | None = option(None, "simple: print where the time went", optional(in_(("simple",))))
+    profiler: str | None = option(
+        None,
+        "simple: print where the time went; metal: also capture a few updates for Xcode",
+        optional(in_(("simple", "metal"))),
+    )
     default_root_dir: Path | None = option(None, "where loggers and checkpoints write; none: nowhere")
     enable_checkpointing: bool = option(True, "let ModelCheckpoint write")
     enable_progress_bar: bool = option(True, "show TQDMProgressBar")

@@ -6,9 +6,11 @@ with --module.lora.rank 8 the adapters of all its layers.
         --data.source pictures.parquet
 
 Without flags it draws its own pictures and trains a small tower and a small Qwen3 first; both are kept in a cache.
+With `--push-to user/name` the trained captioner goes to the Hub, as a LLaVA that transformers loads.
 """
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -24,15 +26,17 @@ from callbacks import (
     SyntheticRefresh,
     TQDMProgressBar,
 )
-from mlxmm import Trainer, TrainerConfig
+from mlxmm import Trainer, TrainerConfig, distributed
 from mlxmm.config import UserError, option, run_recipe, to_json
 from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
 from mlxmm.data.sheet import contact_sheet
 from mlxmm.data.tokenizers import START, load_tokenizer, token_length
 from mlxmm.files import whole_file, write_json
-from mlxmm.hub import local_folder
+from mlxmm.hub import check_upload, local_folder, upload
 from mlxmm.metrics import bleu, exact_match
 from mlxmm.module import is_quantized
+from mlxmm.modules import llava
+from mlxmm.modules.captioner import Captioner
 from mlxmm.modules.qwen3_aligner import Qwen3Aligner, Qwen3AlignerConfig
 from mlxmm.networks.adapters import LoRAConfig
 from mlxmm.optimizers import OptimizerConfig
@@ -55,6 +59,8 @@ class Config(RunConfig):
     open_layers: int = option(2, "how many of its last layers")
     checkpoint_every: int = option(200, "updates between checkpoints")
     max_test: int = option(1_000, "most pictures of each test part to caption")
+    push_to: str | None = option(None, "repository of the Hub, user/name, for the captioner; made where there is none")
+    public: bool = option(False, "whether the repository that --push-to makes is public")
     tower: train_clip.TowerConfig = train_clip.TowerConfig()
     language_model: train_language_model.LanguageModelConfig = train_language_model.LanguageModelConfig()
 
@@ -81,10 +87,14 @@ PRESETS = {"default": Config(), "flickr30k": FLICKR30K, "flickr30k-lora": FLICKR
 
 def main(config: Config) -> None:
     start = time.perf_counter()
+    if config.push_to and distributed.rank() == 0:
+        check_upload(config.push_to)  # hours before it is needed
     run = open_run(config, "align_qwen3")
     data = CaptionData(config.data, config.seed)
     data.setup()
     aligner, figures = build(config, data, run)
+    if config.push_to:
+        llava.check(aligner)
     figures |= align(config, aligner, data, run)
     if run.is_global_zero:
         figures |= evaluate(config, aligner, data, run)
@@ -92,22 +102,17 @@ def main(config: Config) -> None:
     run.write_summary(figures | {"data/skipped": len(data.skipped), "data/skipped_rows": data.skipped})
     run.print("\n".join(f"{name:<36}{value:>10.4f}" for name, value in figures.items()))
     run.print(f"samples: {run.folder / 'samples.png'}\ncurves: tensorboard --logdir {run.folder}")
+    if config.push_to and run.is_global_zero:
+        push(config, aligner, figures, run)
 
 
 def build(config: Config, data: CaptionData, run: Run) -> tuple[Qwen3Aligner, dict]:
     """The aligner of the parts that `config.module` names; those it does not name are trained on `data`."""
-    module, figures = config.module, {}
-    key = to_json(attrs.evolve(config.data, batch_size=64)) | {"seed": config.seed}
-    if module.vision is None:
-        folder = cached("tower", [key, to_json(config.tower)], lambda to: _train_tower(config, data, run, to))
-        module = attrs.evolve(module, vision=str(folder))
-        figures |= _read_figures(folder, "zero_shot/accuracy")
+    vision, figures = find_tower(config, data, run)
+    module = attrs.evolve(config.module, vision=vision)
     if module.lm is None:
-        folder = cached(
-            "language-model",
-            [key, to_json(config.language_model)],
-            lambda to: _train_lm(config, data, run, to),
-        )
+        key = [*_data_key(config), to_json(config.language_model)]
+        folder = cached("language-model", key, lambda to: _train_lm(config, data, run, to))
         module = attrs.evolve(module, lm=str(folder), prompt=module.prompt or START)
     if module.max_caption_tokens == 0:
         captions = [caption for _, caption in data.sample_texts()]
@@ -115,6 +120,15 @@ def build(config: Config, data: CaptionData, run: Run) -> tuple[Qwen3Aligner, di
         module = attrs.evolve(module, max_caption_tokens=length)
     mx.random.seed(config.seed)
     return Qwen3Aligner.from_parts(module), figures
+
+
+def find_tower(config, data: CaptionData, run: Run) -> tuple[str, dict]:
+    """The tower that `config.module` names, or one trained on `data`, now or in an earlier run, with its figures."""
+    if config.module.vision is not None:
+        return config.module.vision, {}
+    key = [*_data_key(config), to_json(config.tower)]
+    folder = cached("tower", key, lambda to: _train_tower(config, data, run, to))
+    return str(folder), _read_figures(folder, "zero_shot/accuracy")
 
 
 def align(config: Config, aligner: Qwen3Aligner, data: CaptionData, run: Run) -> dict:
@@ -146,12 +160,12 @@ def opened(config: Config, aligner: Qwen3Aligner) -> str:
     return f"language_model.model.layers[-{config.open_layers}:]"
 
 
-def evaluate(config: Config, aligner: Qwen3Aligner, data: CaptionData, run: Run) -> dict:
+def evaluate(config, captioner: Captioner, data: CaptionData, run: Run) -> dict:
     """Caption every test part; the control gives each picture's caption to another picture."""
     figures = {}
     for part in data.test_parts:
         rows = [data.rows[part][i] for i in range(min(config.max_test, len(data.rows[part])))]
-        captions = aligner.caption([row["image"] for row in rows])
+        captions = captioner.caption([row["image"] for row in rows])
         references = [row["captions"] for row in rows]
         name = part.removeprefix("test")
         figures[f"test/exact_match{name}"] = exact_match(captions, references)
@@ -165,7 +179,20 @@ def evaluate(config: Config, aligner: Qwen3Aligner, data: CaptionData, run: Run)
     return figures
 
 
-def _train_tower(config: Config, data: CaptionData, run: Run, folder: Path) -> None:
+def push(config: Config, aligner: Qwen3Aligner, figures: dict, run: Run) -> None:
+    """Write the captioner with its `figures` into the run's folder, and upload that."""
+    folder = run.folder / "export"
+    if folder.exists():  # of this run, before it was resumed
+        shutil.rmtree(folder)
+    aligner.save_pretrained(folder, figures)
+    run.print(f"uploaded: {upload(folder, config.push_to, public=config.public)}")
+
+
+def _data_key(config) -> list:
+    return [to_json(config.data), config.seed]
+
+
+def _train_tower(config, data: CaptionData, run: Run, folder: Path) -> None:
     clip, figures = train_clip.train(config.tower, data, run.part("tower"), config.seed)
     clip.save_pretrained(folder)
     write_json(folder / "figures.json", figures)

@@ -11,7 +11,8 @@ import attrs
 from mlxmm.config import UserError, option, positional, run_recipe
 from mlxmm.data.images import UndecodableImage, decode_image
 from mlxmm.generate import GenerationConfig
-from mlxmm.modules.qwen3_aligner import Qwen3Aligner
+from mlxmm.modules.captioner import Captioner
+from mlxmm.modules.loading import load_captioner
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -21,7 +22,7 @@ class Config:
     """Which model, which pictures, and how to choose words."""
 
     images: tuple[Path, ...] = positional((), "pictures, and folders of pictures")
-    module: str | None = option(None, "checkpoint or folder of a Qwen3Aligner, or its Hub id")
+    module: str | None = option(None, "checkpoint or folder of a Qwen3Aligner or CaptionDecoder, or its Hub id")
     prompt: str = option("", "text between picture and caption; none: the one it was trained with")
     generation: GenerationConfig = GenerationConfig()
 
@@ -30,7 +31,7 @@ def main(config: Config) -> None:
     if config.module is None:
         raise UserError("--module is missing: name a checkpoint, for example runs/align_qwen3/mine/checkpoints/best")
     paths = find_images(config.images)
-    captioner = Qwen3Aligner.from_pretrained(config.module)
+    captioner = load_captioner(config.module)
     for path in paths:
         print(f"{path}: ", end="", flush=True)
         try:
@@ -41,7 +42,7 @@ def main(config: Config) -> None:
             print(f"skipped, {error}")
 
 
-def pieces(captioner: Qwen3Aligner, image, config: Config) -> Iterator[str]:
+def pieces(captioner: Captioner, image, config: Config) -> Iterator[str]:
     """The caption of one picture as it comes; beam search has all of it at once."""
     settings = attrs.asdict(config.generation)
     if config.generation.num_beams > 1:

@@ -18,8 +18,9 @@ from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
 from mlxmm.data.loader import Loader
 from mlxmm.files import write_text
 from mlxmm.generate import GenerationConfig
+from mlxmm.modules.captioner import Captioner
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
-from mlxmm.modules.qwen3_aligner import Qwen3Aligner
+from mlxmm.modules.loading import load_captioner
 from mlxmm.run import RunConfig, open_run
 
 BATCH = 64  # pictures or texts that go through CLIP at a time
@@ -29,7 +30,7 @@ BATCH = 64  # pictures or texts that go through CLIP at a time
 class Config(RunConfig):
     """Which model, which pictures, and how to choose words."""
 
-    module: str | None = option(None, "checkpoint or folder of a Qwen3Aligner, or its Hub id")
+    module: str | None = option(None, "checkpoint or folder of a Qwen3Aligner or CaptionDecoder, or its Hub id")
     clip: str | None = option(None, "CLIP folder or Hub id for CLIPScore and RefCLIPScore; none: without them")
     split: str = option("test", "part of the data to judge on")
     data: CaptionDataConfig = CaptionDataConfig()
@@ -52,7 +53,7 @@ class Pictures(Sequence):
 def main(config: Config) -> None:
     if config.module is None:
         raise UserError("--module is missing: name a checkpoint, for example runs/align_qwen3/mine/checkpoints/best")
-    captioner = Qwen3Aligner.from_pretrained(config.module)
+    captioner = load_captioner(config.module)
     clip = None if config.clip is None else ContrastiveCLIP.from_pretrained(config.clip)
     data = CaptionData(config.data, config.seed)
     data.setup()
@@ -149,7 +150,7 @@ def _joined(parts) -> mx.array:
     return mx.concatenate(done)
 
 
-def perplexities(captioner: Qwen3Aligner, rows: Sequence, batch_size: int) -> dict[str, float]:
+def perplexities(captioner: Captioner, rows: Sequence, batch_size: int) -> dict[str, float]:
     """Of the first reference of each picture, and of the same text after another picture."""
     loader = Loader(
         rows=rows,

@@ -8,21 +8,21 @@ python -m recipes.train_clip --preset vit-b-32 --data.source pictures.parquet --
 import attrs
 import mlx.core as mx
 
-from callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, TQDMProgressBar
+from callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, SyntheticRefresh, TQDMProgressBar
 from mlxmm import Trainer, TrainerConfig
 from mlxmm.config import option, run_recipe
 from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
 from mlxmm.data.images import ImageProcessor
-from mlxmm.data.shapes import single_objects
 from mlxmm.data.tokenizers import token_length, train_tokenizer
 from mlxmm.modules.contrastive_clip import CLIPConfig, ContrastiveCLIP
-from mlxmm.modules.zero_shot import ZeroShotClassifier
 from mlxmm.networks.towers import TextConfig, VisionConfig
 from mlxmm.optimizers import OptimizerConfig
 from mlxmm.run import Run, RunConfig, open_run, read_saved_config
+from recipes.evaluate_clip import judge_shapes, retrieval_figures, table
 
 # Pictures on light ground: zero about where the ground is.
 LIGHT_MEAN, UNIT_STD = (0.88, 0.88, 0.88), (1.0, 1.0, 1.0)
+HOW_TRAINED = ("chunk_size", "patch_dropout", "locked", "optimizer")  # settings of a pretrained CLIP too
 
 
 @attrs.frozen(kw_only=True)
@@ -41,7 +41,7 @@ class Config(RunConfig):
     """CLIP from scratch."""
 
     data: CaptionDataConfig = CaptionDataConfig()
-    tower: TowerConfig = TowerConfig()
+    tower: TowerConfig = TowerConfig(trainer=TrainerConfig(max_steps=1_000))
 
 
 def paper_preset(
@@ -90,7 +90,7 @@ def main(config: Config) -> None:
     if run.is_global_zero:
         clip.save_pretrained(run.folder / "model")
     run.write_summary(figures)
-    run.print("\n".join(f"{name:<24}{value:.4f}" for name, value in figures.items()))
+    run.print(table(figures))
     run.print(f"model: {run.folder / 'model'}\ncurves: tensorboard --logdir {run.folder}")
 
 
@@ -99,9 +99,11 @@ def train(config: TowerConfig, data: CaptionData, run: Run, seed: int) -> tuple[
     data.setup()
     clip = build(config, data, seed)
     data.encode = clip.encode
+    refresh = [SyntheticRefresh(data.fresh_rows)] if data.is_synthetic else []
     trainer = Trainer(
         attrs.evolve(config.trainer, seed=seed, default_root_dir=run.folder),
         callbacks=[
+            *refresh,
             ModelSummary(),
             LearningRateMonitor(),
             TQDMProgressBar("tower"),
@@ -111,7 +113,7 @@ def train(config: TowerConfig, data: CaptionData, run: Run, seed: int) -> tuple[
     trainer.fit(clip, data, ckpt_path=run.ckpt_path)
     figures = dict(trainer.callback_metrics)
     if data.is_synthetic and run.is_global_zero:
-        figures["zero_shot/accuracy"] = zero_shot_accuracy(clip, data, seed)
+        figures |= judge_shapes(clip, data, seed) | retrieval_figures(clip, data.rows["test"])
     return clip, figures
 
 
@@ -122,7 +124,7 @@ def build(config: TowerConfig, data: CaptionData, seed: int) -> ContrastiveCLIP:
     if config.pretrained is not None:
         clip = ContrastiveCLIP.from_pretrained(config.pretrained)
         clip.resize_images(size)
-        clip.config = attrs.evolve(clip.config, optimizer=config.module.optimizer)
+        clip.config = attrs.evolve(clip.config, **{name: getattr(config.module, name) for name in HOW_TRAINED})
         return clip
     captions = [caption for _, caption in data.sample_texts()]
     tokenizer = train_tokenizer(captions, config.vocab_size, adds_start_and_end=True)
@@ -137,14 +139,6 @@ def build(config: TowerConfig, data: CaptionData, seed: int) -> ContrastiveCLIP:
         processor = attrs.evolve(processor, mean=LIGHT_MEAN, std=UNIT_STD)
     mx.random.seed(seed)
     return ContrastiveCLIP(attrs.evolve(config.module, text=text), tokenizer, processor)
-
-
-def zero_shot_accuracy(clip: ContrastiveCLIP, data: CaptionData, seed: int, num_each: int = 10) -> float:
-    """Over new pictures of single objects, each to be told from all others by its name alone."""
-    images, things = zip(*single_objects(data.grammar, seed, num_each))
-    names = [str(thing) for thing in data.grammar.seen_things()]
-    classifier = ZeroShotClassifier.build(clip, names, templates=["{}"])
-    return classifier.accuracy(images, [names.index(str(thing)) for thing in things])
 
 
 if __name__ == "__main__":

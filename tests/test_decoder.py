@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxmm.config import UserError
 from mlxmm.networks.decoder import Continuation, Decoder, DecoderConfig, prefix_mask
 
 P, L, E, V = 5, 4, 12, 11
@@ -63,6 +64,18 @@ def test_decoding_with_a_cache_gives_the_logits_of_reading_all_at_once(reading, 
         step = continuation.logits(new, cache)
         np.testing.assert_allclose(np.array(step), np.array(whole[:, i]), atol=2e-5)
         new = continuation.embed(tokens[:, i + 1 : i + 2])
+
+
+@pytest.mark.parametrize("reading", ["cross", "prefix"])
+def test_a_text_longer_than_the_decoder_has_positions_for_is_one_clear_line(reading):
+    decoder, (features, tokens) = make(reading), inputs()
+    continuation = Continuation(decoder, P)
+    cache, new = continuation.make_cache(), mx.concatenate([decoder.read(features), continuation.embed(tokens)], axis=1)
+    continuation.logits(new, cache)
+    with pytest.raises(UserError, match="max_position_embeddings=4"):
+        continuation.logits(continuation.embed(tokens[:, :1]), cache)
+    with pytest.raises(UserError, match="5 tokens with the start"):
+        decoder(decoder.read(features), mx.concatenate([tokens, tokens[:, :1]], axis=1))
 
 
 def test_a_head_of_its_own_is_one_more_matrix():

@@ -139,14 +139,14 @@ def test_beams_are_those_of_a_search_that_scores_every_candidate_from_scratch(ne
 
 def plain_beam_search(network, prefix, V, K, longest, length_penalty):
     beams, complete = [()], []
-    while len(complete) < K:
+    score = lambda c: log_probability(network, prefix, c) / len(c) ** length_penalty
+    while beams and (len(complete) < K or score(beams[0]) > score(complete[-1])):
         candidates = [(*beam, word) for beam in beams for word in range(V)]
         candidates = sorted(candidates, key=lambda c: -log_probability(network, prefix, c))[: 2 * K]
         is_end = lambda c: c[-1] == STOP or len(c) == longest
-        complete += [c for c in candidates[:K] if is_end(c)]
+        complete = sorted([*complete, *(c for c in candidates[:K] if is_end(c))], key=lambda c: -score(c))[:K]
         beams = [c for c in candidates if not is_end(c)][:K]
-    best = max(complete, key=lambda c: log_probability(network, prefix, c) / len(c) ** length_penalty)
-    return [word for word in best if word != STOP]
+    return [word for word in complete[0] if word != STOP]
 
 
 def log_probability(network, prefix, sequence):
@@ -332,7 +332,7 @@ def test_captioning_leaves_training_modes_as_they_were():
 def test_labels_are_not_shifted_each_token_is_foretold_by_what_comes_before_it():
     aligner = make_aligner(prompt="it")
     batch = mapped(aligner.encode({"image": pictures(1)[0]}, "two small blue squares"))
-    prefix, tokens = aligner.prefix(aligner.processor.normalize(batch["pixels"])), batch["tokens"][0].tolist()
+    prefix, tokens = aligner.prefix(aligner.seen(batch)), batch["tokens"][0].tolist()
     for i in range(4):
         only = batch | {"mask": (mx.arange(len(tokens)) == i)[None].astype(mx.float32)}
         expected = log_probability(aligner.decoder, prefix[0], tokens[: i + 1])
@@ -389,7 +389,11 @@ def test_every_projector_trains_and_captions(kind):
     batch = mapped(aligner.encode({"image": pictures(1)[0]}, "a red circle"))
     loss, grads = nn.value_and_grad(aligner, lambda: aligner.training_step(batch)["loss"])()
     assert mx.isfinite(loss) and all(mx.abs(layer["weight"]).sum() > 0 for layer in grads["projector"]["layers"])
-    assert aligner.prefix(mx.zeros((2, 16, 16, 3))).shape == (2, 4 if kind == "pixel_shuffle" else 16, D)
+    assert aligner.prefix(aligner.features(mx.zeros((2, 16, 16, 3)))).shape == (
+        2,
+        4 if kind == "pixel_shuffle" else 16,
+        D,
+    )
     assert len(aligner.caption(pictures(2))) == 2
 
 

@@ -27,6 +27,7 @@ DOORS = {  # each outside package is imported by one file, or by one folder
     "huggingface_hub": "mlxmm/hub.py",
     "mlx_lm": "mlxmm/networks/language_model.py",
     "transformers": "mlxmm/data/tokenizers.py",
+    "sklearn": "mlxmm/linear_probe.py",
     "tqdm": "callbacks/tqdm_progress_bar.py",
 }
 SOURCES = [p for part in ("mlxmm", "callbacks", "recipes") for p in (ROOT / part).rglob("*.py")]

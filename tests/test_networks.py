@@ -115,7 +115,10 @@ def test_a_preset_is_what_the_paper_says(name):
 
 
 def test_a_run_can_go_on_from_a_clip_at_another_image_size():
-    config = TowerConfig(pretrained=str(FIXTURES / "clip-gelu-patch8"), module=CLIPConfig(vision=VisionConfig()))
+    how_trained = {"chunk_size": 4, "patch_dropout": 0.5, "locked": "vision"}
+    config = TowerConfig(
+        pretrained=str(FIXTURES / "clip-gelu-patch8"), module=CLIPConfig(vision=VisionConfig(), **how_trained)
+    )
     before = ContrastiveCLIP.from_pretrained(config.pretrained)
     images = mx.random.normal((2, 32, 32, 3))
     module = build(config, CaptionData(CaptionDataConfig(shapes=ShapesConfig()), 0), 0)
@@ -123,6 +126,7 @@ def test_a_run_can_go_on_from_a_clip_at_another_image_size():
     assert len(module.vision.embeddings.position_embedding.weight) == 1 + 16
     assert mx.allclose(module.encode_image(images), before.encode_image(images), atol=1e-5)
     assert module.config.optimizer == config.module.optimizer
+    assert {name: getattr(module.config, name) for name in how_trained} == how_trained
 
 
 def test_the_loss_of_siglip_is_the_mean_over_images_of_the_sum_over_texts():
@@ -209,10 +213,10 @@ def test_the_aligner_reads_the_patches_of_every_tower(name, num_patches, tmp_pat
     size = aligner.processor.image_size
     images = mx.random.normal((2, size, size, 3))
     projected = aligner.projector(tower.hidden_states(images, -2)[:, -num_patches:])
-    assert aligner.prefix(images).shape == (2, num_patches, 64)
-    assert mx.array_equal(aligner.prefix(images), projected)
+    assert aligner.prefix(aligner.features(images)).shape == (2, num_patches, 64)
+    assert mx.array_equal(aligner.prefix(aligner.features(images)), projected)
     (tmp_path / "checkpoint").mkdir()
     aligner.save_config(tmp_path / "checkpoint")
     mx.save_safetensors(str(tmp_path / "checkpoint/weights.safetensors"), dict(tree_flatten(aligner.parameters())))
     again = Qwen3Aligner.from_pretrained(tmp_path / "checkpoint")
-    assert mx.array_equal(again.prefix(images), projected) and again.config == attrs.evolve(parts)
+    assert mx.array_equal(again.prefix(again.features(images)), projected) and again.config == attrs.evolve(parts)

@@ -6,16 +6,18 @@ import os
 import signal
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import DistinctBatches, TinyRegression
 from mlx.utils import tree_flatten
 
-from callbacks import FreezeSchedule, ModelCheckpoint
+from callbacks import FreezeSchedule, LearningRateMonitor, ModelCheckpoint
 from mlxmm import Callback, JSONLLogger
 from mlxmm.config import UserError
 from mlxmm.module import set_trainable
 from mlxmm.optimizers import AdamW, OptimizerConfig, grouped
+from mlxmm.randomness import step_seed
 from mlxmm.signals import Interrupted
 
 
@@ -268,3 +270,68 @@ def test_best_is_never_what_is_not_a_number(make_trainer, tmp_path):
     assert checkpoint.best_model_score == 7.0
     assert (tmp_path / "c/best").resolve().name == "step=3" and (tmp_path / "c/last").resolve().name == "step=5"
     assert sorted(p.name for p in (tmp_path / "c").glob("step=*")) == ["step=3", "step=5"]
+
+
+def test_max_steps_counts_updates_however_many_batches_they_take(make_trainer):
+    trainer = make_trainer(max_steps=7, accumulate_grad_batches=10)
+    trainer.fit(TinyRegression(), train_dataloaders=DistinctBatches(num_batches=25))
+    assert (trainer.global_step, trainer.current_epoch, trainer.batch_idx) == (7, 2, 10)
+
+
+class Unweighted(TinyRegression):
+    def training_step(self, batch):
+        return {"loss": super().training_step(batch)["loss"]}
+
+
+def test_fit_gives_the_losses_of_a_bare_compiled_loop_to_the_last_bit(make_trainer):
+    told = []
+
+    class Note(Callback):
+        def on_train_batch_end(self, trainer, module, metrics, batches):
+            told.append(metrics["loss"].item())
+
+    data = DistinctBatches()
+    make_trainer(max_steps=12, callbacks=[Note()], gradient_clip_val=None).fit(Unweighted(), train_dataloaders=data)
+
+    module, bare = Unweighted(), []
+    optimizer = module.configure_optimizers()
+    optimizer.init(module.trainable_parameters())
+    state = [module.state, optimizer.state, mx.random.state]
+    loss_and_grad = nn.value_and_grad(module, lambda batch: module.training_step(batch)["loss"])
+
+    def update(batch):
+        loss, grads = loss_and_grad(batch)
+        optimizer.update(module, grads)
+        return loss
+
+    step = mx.compile(update, inputs=state, outputs=state)
+    for i in range(12):
+        batch = list(data.epoch(i // 6))[i % 6]
+        mx.random.seed(step_seed(0, 0, i))
+        loss = step({name: mx.array(array) for name, array in batch.items()})
+        mx.eval(loss, state[:2])
+        bare.append(loss.item())
+    assert bare == told and len(told) == 12
+
+
+def test_a_part_that_stays_in_evaluation_mode_is_still_so_after_every_stage(make_trainer):
+    class HalfFrozen(TinyRegression):
+        def predict_step(self, batch):
+            return self.head(self.backbone(batch["x"]))
+
+    module, data = HalfFrozen(), DistinctBatches(2)
+    module.dropout.eval()
+    trainer = make_trainer(max_steps=3, val_check_interval=1)
+    trainer.fit(module, train_dataloaders=data, val_dataloaders=data)
+    for stage in ("validate", "test", "predict"):
+        getattr(trainer, stage)(module, dataloaders=data)
+        assert not module.dropout.training and module.backbone.training and module.training
+
+
+def test_metrics_leave_the_device_once_in_log_every_n_steps(make_trainer, tmp_path):
+    logger = JSONLLogger(tmp_path / "log")
+    trainer = make_trainer(max_steps=120, log_every_n_steps=50, logger=logger, callbacks=[LearningRateMonitor()])
+    trainer.fit(TinyRegression(), train_dataloaders=DistinctBatches())
+    rows = [json.loads(line) for line in (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "train/loss" in row] == [50, 100]
+    assert [row["step"] for row in rows if "lr" in row] == [50, 100] and len(rows) == 4

@@ -8,6 +8,7 @@ from attrs.validators import ge
 
 from mlxmm import distributed
 from mlxmm.config import option
+from mlxmm.data.images import random_square
 from mlxmm.data.loader import Loader
 from mlxmm.data.rows import Columns, open_rows
 from mlxmm.data.shapes import ShapesConfig, ShapesGrammar, ShapesTexts
@@ -52,6 +53,7 @@ class CaptionDataConfig:
     split_column: str | None = option(None, "column that says train, val or test; none: the source's own splits")
     batch_size: int = option(64, "pictures in a batch of each process", ge(1))
     num_threads: int = option(1, "threads that decode pictures ahead", ge(1))
+    random_crop: bool = option(False, "train on a random square of each picture, not on its middle")
     shapes: ShapesConfig = ShapesConfig()
 
 
@@ -136,7 +138,10 @@ class CaptionData(DataModule):
         )
 
     def _draw(self, row: dict, rng: np.random.Generator) -> dict:
-        return self.encode(row, row["captions"][int(rng.integers(len(row["captions"])))])
+        caption = row["captions"][int(rng.integers(len(row["captions"])))]
+        if self.config.random_crop:
+            row = row | {"image": random_square(row["image"], rng)}
+        return self.encode(row, caption)
 
     def _first(self, row: dict, rng: np.random.Generator) -> dict:
         return self.encode(row, row["captions"][0])

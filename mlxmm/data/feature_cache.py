@@ -89,6 +89,20 @@ def _checksum(features: np.ndarray, block: int) -> int:
 
 
 @attrs.frozen
+class FeatureRows(Sequence):
+    """`rows` with their features (P, E) in place of their pictures, which are not touched."""
+
+    rows: Sequence
+    features: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> dict:
+        return {"features": self.features[place]} | self.rows.without_image(place)
+
+
+@attrs.frozen
 class _Chosen(Sequence):
     rows: Sequence
     places: Sequence[int]

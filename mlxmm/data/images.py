@@ -71,6 +71,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def random_square(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The largest square of `image`, anywhere along its longer edge: all that CLIP changes about pictures that it
+    trains on (section 2.3)."""
+    side = min(image.size)
+    left, top = (int(rng.integers(edge - side + 1)) for edge in image.size)
+    return image.crop((left, top, left + side, top + side))
+
+
 def _middle(image: Image.Image, length: int) -> Image.Image:
     """`image` without what lies more than `length` / 2 pixels from its centre, along either edge."""
     (left, right), (top, bottom) = (

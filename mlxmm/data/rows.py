@@ -4,6 +4,7 @@ A row is `{"image": PIL, "captions": [str], "id": str}`.
 """
 
 import glob
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,15 +45,38 @@ class CaptionRows(Sequence):
         row = self.table[index]
         return {
             "image": decode_image(row[self.columns.image]),
-            "captions": _captions(row[self.columns.caption], index),
+            "captions": _captions(self._words(row[self.columns.caption]), index),
             "id": self.name(place),
         }
+
+    def without_image(self, place: int) -> dict:
+        """The row without its picture, which is not decoded."""
+        index = int(self.indices[place])
+        captions = self.table.select_columns([self.columns.caption])[index][self.columns.caption]
+        return {"captions": _captions(captions, index), "id": self.name(place)}
+
+    def fingerprint(self) -> bytes:
+        """A checksum of the pictures, in their order: of their bytes, or of the files that they are in."""
+        digest = hashlib.sha256()
+        pictures = self.table.select_columns([self.columns.image])
+        for index in self.indices:
+            image = pictures[int(index)][self.columns.image]
+            if image["bytes"] is not None:
+                digest.update(hashlib.sha256(image["bytes"]).digest())
+            else:
+                stat = Path(image["path"]).stat()
+                digest.update(f"{image['path']}:{stat.st_size}:{stat.st_mtime_ns}\n".encode())
+        return digest.digest()
 
     def captions(self) -> list[str]:
         """Every caption, without touching a picture."""
         column = self.table.select_columns([self.columns.caption]).select(self.indices)
         rows = column[self.columns.caption]
-        return [text for index, row in zip(self.indices, rows) for text in _captions(row, int(index))]
+        return [text for index, row in zip(self.indices, rows) for text in _captions(self._words(row), int(index))]
+
+    def _words(self, value):
+        """A caption column may hold numbers of classes, which `datasets` has names for."""
+        return self.table.features[self.columns.caption].int2str(value) if isinstance(value, int) else value
 
     def name(self, place: int) -> str:
         """What a person finds the row by: its file where it has one, its number where not."""

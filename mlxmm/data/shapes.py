@@ -169,6 +169,14 @@ class ShapesRows(Sequence):
             "id": f"{self.split}-{self.epoch}-{index}",
         }
 
+    def without_image(self, index: int) -> dict:
+        """The row without its picture."""
+        return {name: value for name, value in self[index].items() if name != "image"}
+
+    def fingerprint(self) -> bytes:
+        """What the pictures are a function of."""
+        return f"{self.grammar.config} {self.split} {self.seed} {self.num_rows} {self.epoch}".encode()
+
 
 @attrs.frozen
 class ShapesTexts(Sequence):
@@ -217,6 +225,11 @@ def single_objects(grammar: ShapesGrammar, seed: int, num_each: int) -> Iterator
     for thing in grammar.seen_things():
         for _ in range(num_each):
             yield draw(Scene((thing,), is_column=True), grammar.config.image_size, rng), thing
+
+
+def names_several(caption: str) -> bool:
+    """Whether a canonical caption is of more than one object."""
+    return any(f" {place} " in caption for place in ("above", "left of"))
 
 
 def draw(scene: Scene, image_size: int, rng: np.random.Generator) -> Image.Image:

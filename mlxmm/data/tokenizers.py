@@ -1,11 +1,13 @@
 """Tokenizers: those of the Hub, and small ones trained on captions. All are transformers' fast tokenizers."""
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 
 from mlxmm.config import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+IMAGES = ("<image>", "<|image_pad|>")  # LLaVA's token in the place of an image, and the one that Qwen's tokenizers have
 
 
 def load_tokenizer(folder: Path):
@@ -50,6 +52,15 @@ def end_token(tokenizer) -> int:
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end token: captions could not learn to end")
     return tokenizer.eos_token_id
+
+
+def with_image_token(tokenizer):
+    """A copy of `tokenizer` with a token in the place of an image, and that token: one of `IMAGES` that it has
+    already, or a new one behind all others."""
+    tokenizer = copy.deepcopy(tokenizer)
+    image = next((token for token in IMAGES if token in tokenizer.get_added_vocab()), IMAGES[0])
+    tokenizer.add_tokens([image], special_tokens=True)
+    return tokenizer, image
 
 
 def token_length(tokenizer, texts: Iterable[str]) -> int:

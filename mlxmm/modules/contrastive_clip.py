@@ -11,20 +11,23 @@ from pathlib import Path
 import attrs
 import mlx.core as mx
 import numpy as np
-from attrs.validators import ge, in_
+from attrs.validators import ge, in_, lt, optional
 from mlx.utils import tree_flatten
 
-from mlxmm import checkpoint
+from mlxmm import checkpoint, distributed
 from mlxmm.config import UserError, option
 from mlxmm.data.images import ImageProcessor
 from mlxmm.data.tokenizers import load_tokenizer
+from mlxmm.gradcache import chunked_calls
 from mlxmm.hub import local_folder, read_config, read_weights
 from mlxmm.losses import clip_loss, siglip_loss
 from mlxmm.module import Module
 from mlxmm.networks import clip, siglip
 from mlxmm.networks.towers import TextConfig, VisionConfig, known
 from mlxmm.optimizers import OptimizerConfig
+from mlxmm.patch_dropout import PatchDropout
 
+TOWERS = ("vision", "text")
 MAX_LOG_SCALE = math.log(100)  # the paper's bound on the temperature, section 2.5
 KINDS = {"clip": clip, "siglip": siglip}
 NETWORKS = {"clip": clip.CLIP, "siglip": siglip.Siglip}
@@ -40,6 +43,9 @@ class CLIPConfig:
     text: TextConfig = TextConfig()
     projection_dim: int = option(96, "features of the shared space; of a siglip, those of its vision tower", ge(1))
     initialization: str = option("small", "small: for narrow towers; openai: CLIP's own", in_(("small", "openai")))
+    chunk_size: int = option(0, "pairs of a batch in memory at a time, with the same gradient; 0: all", ge(0))
+    patch_dropout: float = option(0.0, "fraction of a picture's patches left out in training", ge(0), lt(1))
+    locked: str | None = option(None, "tower that is not trained: vision, text or none", optional(in_(TOWERS)))
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=4e-3, warmup_steps=30, final_fraction=0.02, weight_decay=0.05
     )
@@ -152,11 +158,36 @@ class ContrastiveCLIP(Module):
         """Logits (B images, B texts), scaled."""
         return self.network(images, tokens)
 
+    def setup(self, stage):
+        """Freeze the locked tower (LiT, arXiv 2111.07991), but no projection behind it; put in the patch dropout."""
+        if stage == "fit" and self.config.locked:
+            self.network[f"{self.config.locked}_model"].freeze()
+        if stage == "fit" and self.config.patch_dropout:
+            embeddings = self.vision.embeddings
+            embeddings.patch_dropout = PatchDropout(self.config.patch_dropout, int("class_embedding" in embeddings))
+
     def training_step(self, batch):
-        """CLIP's loss or SigLIP's. Its negatives are those of one batch: accumulating batches does not add any."""
-        logits = self(self.processor.normalize(batch["pixels"]), batch["tokens"])
+        """CLIP's loss or SigLIP's. Its negatives are those of one batch: accumulating batches does not add any.
+
+        In training they are those of all processes; in evaluation, where the last batches may differ, of each alone.
+        """
+        images, texts = self._features(batch["pixels"], batch["tokens"])
+        if self.training:
+            both = distributed.all_gather(mx.concatenate([images, texts], axis=1))
+            images, texts = mx.split(both, 2, axis=1)
+        logits = self.network.logits(images, texts)
         hits = (logits.argmax(1) == mx.arange(len(logits))).mean()
-        return {"loss": LOSSES[self.config.model_type](logits), "accuracy": hits, "weight": mx.array(len(logits))}
+        loss = LOSSES[self.config.model_type](logits)
+        return {"loss": loss, "accuracy": hits, "weight": mx.array(len(batch["pixels"]))}
+
+    def _features(self, pixels: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
+        """(B, H, W, 3) uint8 and (B, L) tokens to (B, E) each, unit length."""
+        normalize, size = self.processor.normalize, self.config.chunk_size
+        if not size:
+            return self.encode_image(normalize(pixels)), self.encode_text(tokens)
+        towers = {"vision": self.network.vision_model, "text": self.network.text_model}
+        with chunked_calls(towers, size, prepare={"vision": normalize}):
+            return self.encode_image(pixels), self.encode_text(tokens)
 
     def after_update(self):
         if self.config.model_type == "clip":

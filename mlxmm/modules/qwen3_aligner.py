@@ -9,15 +9,16 @@ from pathlib import Path
 
 import attrs
 import mlx.core as mx
-import numpy as np
 from attrs.validators import ge, gt, in_
 
 from mlxmm import checkpoint
 from mlxmm.config import UserError, from_json, option, to_json
 from mlxmm.data.images import ImageProcessor
 from mlxmm.data.tokenizers import end_token, load_tokenizer
-from mlxmm.hub import local_folder, read_config
+from mlxmm.files import new_folder
+from mlxmm.hub import local_folder, read_config, read_weights
 from mlxmm.module import match_parameters, set_trainable
+from mlxmm.modules import llava
 from mlxmm.modules.captioner import Captioner
 from mlxmm.modules.token_measures import fuses_head, label_positions, token_measures
 from mlxmm.networks.adapters import LoRAConfig, adapter_names, add_adapters
@@ -28,6 +29,7 @@ from mlxmm.networks.language_model import (
     hidden_states,
     load_language_model,
     quantize_as,
+    save_language_model,
 )
 from mlxmm.networks.projector import PROJECTORS, Projector, squares
 from mlxmm.networks.towers import VisionTower
@@ -100,10 +102,13 @@ class Qwen3Aligner(Captioner):
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, revision: str | None = None) -> "Qwen3Aligner":
-        """Read a checkpoint of ours."""
+        """Read a checkpoint of ours, or a folder that `save_pretrained` wrote."""
         folder = local_folder(path_or_id, revision)
         values = read_config(folder)
-        if values.get("model_type") != "mlxmm_qwen3_aligner":
+        is_llava = values.get("model_type") == "llava"
+        if is_llava:
+            values = llava.own_values(values, folder)
+        elif values.get("model_type") != "mlxmm_qwen3_aligner":
             raise UserError(f"{folder} is no Qwen3Aligner: its config.json says {values.get('model_type')!r}")
         module = cls(
             from_json(Qwen3AlignerConfig, values["aligner"]),
@@ -114,10 +119,29 @@ class Qwen3Aligner(Captioner):
             values["language_model"],
             load_tokenizer(folder),
         )
+        if is_llava:
+            checkpoint.load_arrays(folder, llava.own_weights(read_weights(folder), module), module)
+            return module
         weights = mx.load(str(folder / checkpoint.WEIGHTS))
         quantize_as(module, weights)
         checkpoint.load_arrays(folder / checkpoint.WEIGHTS, weights, module)
         return module
+
+    def save_pretrained(self, folder: str | Path, figures: dict | None = None) -> None:
+        """Write a new folder that `transformers.LlavaForConditionalGeneration` loads, with the same captions.
+
+        `figures` come into its model card. LoRA layers are merged. Raises `UserError` where `folder` holds
+        something already, or where a part of this module is none that LLaVA has.
+        """
+        llava.check(self)
+        with new_folder(Path(folder)) as temporary:
+            llava.write(temporary, self, figures or {})
+
+    def save_language_model(self, folder: str | Path) -> None:
+        """Write the language model alone into a new folder, as `mlx_lm.load` and transformers read it."""
+        with new_folder(Path(folder)) as temporary:
+            save_language_model(temporary, self.language_model, self.lm_config)
+            self.tokenizer.save_pretrained(str(temporary))
 
     def save_config(self, folder: Path) -> None:
         values = {
@@ -133,17 +157,9 @@ class Qwen3Aligner(Captioner):
     def parameter_groups(self) -> dict[str, list[str]]:
         return {"lora": [f"language_model.{name}" for name in adapter_names(self.language_model)]}
 
-    def encode(self, row: dict, caption: str) -> dict:
-        """An example: pixels (H, W, 3), tokens (T,) with their end, and a mask (T,) of what is no padding."""
-        length = self.config.max_caption_tokens
-        ids = self.tokenizer(caption, add_special_tokens=False)["input_ids"][: length - 1] + [self._stop_id]
-        tokens = np.full(length, self._stop_id, dtype=np.int32)
-        tokens[: len(ids)] = ids
-        mask = (np.arange(length) < len(ids)).astype(np.float32)
-        return {"pixels": self.processor.pixels(row["image"]), "tokens": tokens, "mask": mask}
-
     def complete_batch(self, batch: dict) -> dict:
-        """Where logits are dear, `batch` (of NumPy arrays) with the "positions" that get some."""
+        """The captioner's; where logits are dear, with the "positions" that get some."""
+        batch = super().complete_batch(batch)
         return batch | {"positions": label_positions(batch["mask"])} if self._fuses_head else batch
 
     @property
@@ -162,21 +178,27 @@ class Qwen3Aligner(Captioner):
     def _token_ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def prefix(self, images: mx.array, prompt: str = "") -> mx.array:
-        """(B, H, W, 3) floats to (B, P + N, D): patches without the class token, then `prompt` or the module's."""
+    def features(self, images: mx.array) -> mx.array:
+        return self.vision.patches(images, self.config.layer)
+
+    def feature_settings(self) -> dict:
+        return {"layer": self.config.layer, "processor": self.processor.to_hub(), "tower": self.vision_config}
+
+    def prefix(self, features: mx.array, prompt: str = "") -> mx.array:
+        """(B, P, E) features to (B, P + N, D): projected patches, then `prompt` or the module's own."""
         ids = self._token_ids(prompt) if prompt else self._prompt
-        projected = self.projector(self.vision.patches(images, self.config.layer))
+        projected = self.projector(features)
         if not ids:
             return projected
         between = embed(self.language_model, mx.array([ids]))
-        return mx.concatenate([projected, mx.broadcast_to(between, (len(images), *between.shape[1:]))], axis=1)
+        return mx.concatenate([projected, mx.broadcast_to(between, (len(features), *between.shape[1:]))], axis=1)
 
     def training_step(self, batch):
-        return self._measure(self.prefix(self.processor.normalize(batch["pixels"])), batch)
+        return self._measure(self.prefix(self.seen(batch)), batch)
 
     def validation_step(self, batch):
         """The loss, and as a control the loss with the batch's images given to others' captions."""
-        prefix = self.prefix(self.processor.normalize(batch["pixels"]))
+        prefix = self.prefix(self.seen(batch))
         others = mx.roll(prefix, max(1, len(prefix) // 2), axis=0)
         return self._measure(prefix, batch) | {"loss_shuffled": self._measure(others, batch)["loss"]}
 

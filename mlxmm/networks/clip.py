@@ -90,7 +90,11 @@ class CLIP(nn.Module):
 
     def __call__(self, images: mx.array, tokens: mx.array) -> mx.array:
         """Logits (B images, B texts): cosines over the learned temperature, in float32."""
-        return mx.exp(self.logit_scale.astype(mx.float32)) * self.encode_image(images) @ self.encode_text(tokens).T
+        return self.logits(self.encode_image(images), self.encode_text(tokens))
+
+    def logits(self, images: mx.array, texts: mx.array) -> mx.array:
+        """The same of features, (B, E) each."""
+        return mx.exp(self.logit_scale.astype(mx.float32)) * images @ texts.T
 
 
 def vision_tower(values: dict) -> CLIPVisionTower:

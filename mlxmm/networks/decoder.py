@@ -9,7 +9,7 @@ import mlx.nn as nn
 from attrs.validators import ge, in_, lt
 
 from mlxmm import functional as F
-from mlxmm.config import option
+from mlxmm.config import UserError, option
 
 READINGS = ("cross", "prefix")
 
@@ -142,6 +142,7 @@ class Decoder(nn.Module):
 
         With `caches`, later tokens follow by `continued`.
         """
+        self._check_length(text.shape[1])
         text = text + self.position_embedding(mx.arange(text.shape[1]))
         if self.config.reading == "cross":
             return self.norm(self._run(text, image, "causal", caches))
@@ -150,6 +151,7 @@ class Decoder(nn.Module):
 
     def continued(self, text: mx.array, start: int, caches: list[LayerCache]) -> mx.array:
         """(B, 1, D) of the embedded token at text position `start` to its normalised state (B, 1, D)."""
+        self._check_length(start + 1)
         return self.norm(self._run(text + self.position_embedding(mx.array([start])), None, None, caches))
 
     def head(self, states: mx.array) -> mx.array:
@@ -159,6 +161,10 @@ class Decoder(nn.Module):
     def __call__(self, image: mx.array, tokens: mx.array) -> mx.array:
         """(B, P, D) image positions and (B, L) tokens to logits (B, L, V)."""
         return self.head(self.hidden_states(image, self.token_embedding(tokens)))
+
+    def _check_length(self, length: int) -> None:
+        if length > (most := self.config.max_position_embeddings):
+            raise UserError(f"{length} tokens with the start are more than max_position_embeddings={most}")
 
     def _run(self, x: mx.array, image: mx.array | None, mask, caches: list[LayerCache] | None) -> mx.array:
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):

@@ -101,10 +101,33 @@ def quantize_as(module: nn.Module, weights: dict[str, mx.array]) -> None:
 
 
 def save_language_model(folder: Path, model: nn.Module, config: dict) -> None:
-    """Write `config.json` and `model.safetensors`, which mlx-lm and transformers load."""
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    """Write `config.json` and `model.safetensors`, which mlx-lm and transformers load; LoRA layers are merged."""
+    (folder / "config.json").write_text(json.dumps(dense_config(config), indent=2) + "\n")
+    mx.save_safetensors(str(folder / "model.safetensors"), dense_weights(model), metadata={"format": "mlx"})
+
+
+def dense_weights(model: nn.Module) -> dict[str, mx.array]:
+    """The arrays of `model` as if it had neither LoRA nor quantised layers; `model` stays as it is."""
     weights = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    for name, part in sorted(model.named_modules()):  # a LoRA layer comes before the layer inside it
+        if hasattr(part, "fuse") or f"{name}.scales" in weights:
+            weights = {key: array for key, array in weights.items() if not key.startswith(f"{name}.")}
+            weights |= {f"{name}.{key}": array for key, array in _dense(part).items()}
+    return weights
+
+
+def dense_config(config: dict) -> dict:
+    """The `config.json` of a network with `dense_weights`."""
+    return {name: value for name, value in config.items() if name not in ("quantization", "quantization_config")}
+
+
+def _dense(part: nn.Module) -> dict[str, mx.array]:
+    """The arrays of the plain layer that computes what a LoRA layer of mlx-lm, or a quantised one, does."""
+    if hasattr(part, "fuse"):
+        return dict(part.fuse(dequantize=True).parameters())
+    form = {"group_size": part.group_size, "bits": part.bits, "mode": part.mode}
+    weight = mx.dequantize(part.weight, part.scales, part.get("biases"), **form)
+    return {"weight": weight} | ({"bias": part.bias} if "bias" in part else {})
 
 
 def embed(model: nn.Module, tokens: mx.array) -> mx.array:

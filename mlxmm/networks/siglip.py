@@ -96,8 +96,12 @@ class Siglip(nn.Module):
 
     def __call__(self, images: mx.array, tokens: mx.array) -> mx.array:
         """Logits (B images, B texts), in float32: of each pair by itself, whether it matches."""
-        cosines = self.encode_image(images) @ self.encode_text(tokens).T
-        return mx.exp(self.logit_scale.astype(mx.float32)) * cosines + self.logit_bias.astype(mx.float32)
+        return self.logits(self.encode_image(images), self.encode_text(tokens))
+
+    def logits(self, images: mx.array, texts: mx.array) -> mx.array:
+        """The same of features, (B, E) each."""
+        scale, bias = (x.astype(mx.float32) for x in (self.logit_scale, self.logit_bias))
+        return scale.exp() * (images @ texts.T) + bias
 
 
 def vision_tower(values: dict) -> SiglipVisionTower:

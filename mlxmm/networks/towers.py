@@ -63,13 +63,27 @@ class Tower(nn.Module):
             raise UserError(f"layer {layer} of a tower with hidden states 0 to {depth}")
         return self.encoder(self.embed(inputs), self.mask, num_layers=layer % (depth + 1))
 
+    def all_hidden_states(self, inputs: mx.array) -> list[mx.array]:
+        """Every state that `hidden_states` knows, from 0 to the last, in one pass."""
+        states = [self.embed(inputs)]
+        for block in self.encoder.layers:
+            states.append(block(states[-1], self.mask))
+        return states
+
 
 class VisionTower(Tower):
     """A tower of patches, behind a class token where the embeddings have one."""
 
     def patches(self, images: mx.array, layer: int = -1) -> mx.array:
         """(B, H, W, 3) to (B, P, D): the hidden states of `layer` without the class token."""
-        return self.hidden_states(images, layer)[:, int("class_embedding" in self.embeddings) :]
+        return self._without_class(self.hidden_states(images, layer))
+
+    def all_patches(self, images: mx.array) -> list[mx.array]:
+        """What `patches` gives for every layer, from 0 to the last, in one pass."""
+        return [self._without_class(states) for states in self.all_hidden_states(images)]
+
+    def _without_class(self, states: mx.array) -> mx.array:
+        return states[:, int("class_embedding" in self.embeddings) :]
 
 
 class VisionEmbeddings(nn.Module):
@@ -91,7 +105,8 @@ class VisionEmbeddings(nn.Module):
         x = x.reshape(B, rows * columns, D)
         if "class_embedding" in self:
             x = mx.concatenate([mx.broadcast_to(self.class_embedding, (B, 1, D)), x], axis=1)
-        return x + self.positions(rows, columns)
+        x = x + self.positions(rows, columns)
+        return self.patch_dropout(x) if "patch_dropout" in self else x
 
     def positions(self, rows: int, columns: int) -> mx.array:
         """The position embeddings, (L, D), of a picture of `rows` times `columns` patches."""

@@ -33,7 +33,7 @@ def load_vision_tower(folder: Path) -> tuple[VisionTower, dict]:
         weights = _under(f"network.{PREFIX}", mx.load(str(folder / checkpoint.WEIGHTS)))
     else:
         weights = read_weights(folder)
-        weights = _kind(values).from_hub(_under(PREFIX, weights) or weights)
+        weights = from_hub(_under(PREFIX, weights) or weights, values)
     checkpoint.load_arrays(folder, weights, tower)
     return tower, values
 
@@ -43,8 +43,17 @@ def save_vision_tower(folder: Path, tower: VisionTower, values: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     values = values | {"architectures": [ARCHITECTURES[values["model_type"]]]}
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    weights = _kind(values).to_hub(dict(tree_flatten(tower.parameters())))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+    mx.save_safetensors(str(folder / "model.safetensors"), to_hub(tower, values), metadata={"format": "pt"})
+
+
+def to_hub(tower: VisionTower, values: dict) -> dict[str, mx.array]:
+    """The arrays of a tower as transformers has them; `values` are its configuration."""
+    return _kind(values).to_hub(dict(tree_flatten(tower.parameters())))
+
+
+def from_hub(weights: dict[str, mx.array], values: dict) -> dict[str, mx.array]:
+    """The inverse of `to_hub`: arrays as a tower of the configuration `values` has them."""
+    return _kind(values).from_hub(weights)
 
 
 def vision_values(values: dict, folder: Path) -> dict:

@@ -1,0 +1,23 @@
+"""RetrievalEvaluation: pictures found by their captions, and captions by their pictures, after each validation."""
+
+from collections.abc import Sequence
+
+import attrs
+
+from mlxmm.callback import Callback
+from mlxmm.modules.features import retrieve
+
+
+@attrs.define(eq=False)
+class RetrievalEvaluation(Callback):
+    """Logs `retrieval/image_to_text/recall_at_1` and so on over `rows`, `{"image": PIL, "captions": [str]}`.
+
+    All captions of all pictures are held against each other; chance stands beside each figure. Give a second one
+    another `name`.
+    """
+
+    rows: Sequence
+    name: str = "retrieval"
+
+    def on_validation_end(self, trainer, module, metrics):
+        trainer.log({f"{self.name}/{name}": value for name, value in retrieve(module, self.rows).items()})

@@ -1,0 +1,28 @@
+"""ZeroShotEvaluation: how well class names alone tell pictures apart, after each validation."""
+
+from collections.abc import Sequence
+
+import attrs
+
+from mlxmm.callback import Callback
+from mlxmm.data.templates import PHOTO
+from mlxmm.modules.zero_shot import ZeroShotClassifier
+
+
+@attrs.define(eq=False)
+class ZeroShotEvaluation(Callback):
+    """Logs `zero_shot/top1` and `top5` over `images` (PIL), whose class names are `labels`, and chance beside them.
+
+    The classes are `class_names`; without, the different labels. Give a second one another `name`.
+    """
+
+    images: Sequence
+    labels: Sequence[str]
+    class_names: Sequence[str] | None = None
+    templates: Sequence[str] = PHOTO
+    name: str = "zero_shot"
+
+    def on_validation_end(self, trainer, module, metrics):
+        names = self.class_names or list(dict.fromkeys(self.labels))
+        figures = ZeroShotClassifier.build(module, names, self.templates).top_k(self.images, self.labels)
+        trainer.log({f"{self.name}/{name}": value for name, value in figures.items()})

@@ -1,0 +1,165 @@
+"""CaptionDecoder: a decoder, trained from scratch, over the hidden states of a frozen vision tower.
+
+B images, H x W pixels, P patches, E features of the tower, T caption tokens with their end, V vocabulary.
+"""
+
+import json
+from pathlib import Path
+
+import attrs
+import mlx.core as mx
+import mlx.nn as nn
+from attrs.validators import ge, lt
+from mlx.utils import tree_flatten
+
+from mlxmm import checkpoint
+from mlxmm.config import UserError, from_json, option, to_json
+from mlxmm.data.images import ImageProcessor
+from mlxmm.data.tokenizers import end_token, load_tokenizer
+from mlxmm.hub import local_folder, read_config
+from mlxmm.losses import token_accuracy, token_loss
+from mlxmm.modules.captioner import Captioner
+from mlxmm.networks.decoder import Continuation, Decoder, DecoderConfig
+from mlxmm.networks.towers import VisionTower
+from mlxmm.networks.vision import build_vision_tower, load_vision_tower
+from mlxmm.optimizers import OptimizerConfig
+
+MODEL_TYPE = "mlxmm_caption_decoder"
+
+
+@attrs.frozen(kw_only=True)
+class CaptionDecoderConfig:
+    """What is read, by what, and how it is trained."""
+
+    vision: str | None = option(None, "CLIP, SigLIP or ViT folder or Hub id; none: a small CLIP is trained first")
+    layer: int = option(1, "hidden states of the tower to read, counted as transformers does")
+    mix_layers: bool = option(False, "read a learned mix of all hidden states instead")
+    decoder: DecoderConfig = DecoderConfig()
+    label_smoothing: float = option(0.0, "part of each target that is spread over all tokens", ge(0), lt(1))
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=3e-3, warmup_steps=50, final_fraction=0.02, weight_decay=0.05
+    )
+
+
+class LayerMix(nn.Module):
+    """A learned mean of layers (ELMo, arXiv 1802.05365, equation 1), each normalised first."""
+
+    def __init__(self, num_states: int, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, affine=False)
+        self.weight, self.gain = mx.zeros(num_states), mx.array(1.0)
+
+    def __call__(self, states: list[mx.array]) -> mx.array:
+        """Of (B, P, E) each, to (B, P, E)."""
+        shares = mx.softmax(self.weight)
+        return self.gain * sum(share * self.norm(state) for share, state in zip(shares, states))
+
+
+class CaptionDecoder(Captioner):
+    """A frozen vision tower and a decoder that reads it. The loss is on the caption and its end."""
+
+    def __init__(
+        self,
+        config: CaptionDecoderConfig,
+        vision: VisionTower,
+        vision_config: dict,
+        processor: ImageProcessor,
+        tokenizer,
+    ):
+        super().__init__()
+        decoder = attrs.evolve(config.decoder, vocab_size=len(tokenizer))
+        self.config = attrs.evolve(config, decoder=decoder)
+        self.processor, self.tokenizer, self.vision_config = processor, tokenizer, vision_config
+        self.vision, width = vision, vision.config.hidden_size
+        if config.mix_layers:
+            self.mix = LayerMix(1 + vision.config.num_hidden_layers, width)
+        self.network = Decoder(decoder, width)
+        self._stop_id = end_token(tokenizer)
+        self._start_id = self._stop_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self.vision.freeze()
+
+    @classmethod
+    def from_parts(cls, config: CaptionDecoderConfig, tokenizer) -> "CaptionDecoder":
+        """Read the tower from `config.vision`; the decoder is new, for the tokens of `tokenizer`."""
+        folder = local_folder(config.vision)
+        vision, vision_config = load_vision_tower(folder)
+        return cls(config, vision, vision_config, ImageProcessor.from_pretrained(folder), tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | Path, revision: str | None = None) -> "CaptionDecoder":
+        """Read a checkpoint, or what `save_pretrained` wrote."""
+        folder = local_folder(path_or_id, revision)
+        values = read_config(folder)
+        if values.get("model_type") != MODEL_TYPE:
+            raise UserError(f"{folder} is no CaptionDecoder: its config.json says {values.get('model_type')!r}")
+        config, vision = from_json(CaptionDecoderConfig, values["captioner"]), build_vision_tower(values["vision"])
+        processor = ImageProcessor.from_pretrained(folder)
+        module = cls(config, vision, values["vision"], processor, load_tokenizer(folder))
+        checkpoint.load_weights(folder / checkpoint.WEIGHTS, module)
+        return module
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write all that `from_pretrained` reads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save_config(folder)
+        mx.save_safetensors(str(folder / checkpoint.WEIGHTS), dict(tree_flatten(self.parameters())))
+
+    def save_config(self, folder: Path) -> None:
+        values = {"model_type": MODEL_TYPE, "captioner": to_json(self.config), "vision": self.vision_config}
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        (folder / "preprocessor_config.json").write_text(json.dumps(self.processor.to_hub(), indent=2) + "\n")
+        self.tokenizer.save_pretrained(str(folder))
+
+    @property
+    def decoder(self) -> Continuation:
+        return Continuation(self.network, self.vision.config.num_patches)
+
+    @property
+    def stop_id(self) -> int:
+        return self._stop_id
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The positions that the decoder has: the start token takes the first, the end needs none."""
+        return self.config.decoder.max_position_embeddings
+
+    def features(self, images: mx.array) -> mx.array:
+        if self.config.mix_layers:
+            return self.mix(self.vision.all_patches(images))
+        return self.vision.patches(images, self.config.layer)
+
+    def feature_settings(self) -> dict:
+        if self.config.mix_layers:
+            raise UserError("a learned mix of layers changes with every update: its features cannot be kept")
+        return {"layer": self.config.layer, "processor": self.processor.to_hub(), "tower": self.vision_config}
+
+    def prefix(self, features: mx.array, prompt: str = "") -> mx.array:
+        """(B, P, E) features to (B, P + N, D): image positions, then the embedded start token and `prompt`."""
+        ids = [self._start_id, *self.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        embedded = self.network.token_embedding(mx.array([ids]))
+        text = mx.broadcast_to(embedded, (len(features), *embedded.shape[1:]))
+        return mx.concatenate([self.network.read(features), text], axis=1)
+
+    def training_step(self, batch):
+        image = self.network.read(self.seen(batch))
+        return self._measure(image, batch, smoothing=self.config.label_smoothing)
+
+    def validation_step(self, batch):
+        """The loss without smoothing, and as a control the loss with the images given to others' captions."""
+        image = self.network.read(self.seen(batch))
+        others = mx.roll(image, max(1, len(image) // 2), axis=0)
+        return self._measure(image, batch) | {"loss_shuffled": self._measure(others, batch)["loss"]}
+
+    def _measure(self, image: mx.array, batch: dict, smoothing: float = 0.0) -> dict:
+        tokens, mask = batch["tokens"], batch["mask"]
+        start = mx.full((len(tokens), 1), self._start_id, dtype=tokens.dtype)
+        logits = self.network(image, mx.concatenate([start, tokens[:, :-1]], axis=1))
+        return {
+            "loss": token_loss(logits, tokens, mask, smoothing=smoothing),
+            "accuracy": token_accuracy(logits, tokens, mask),
+            "weight": mask.sum(),
+        }
+
+    def configure_optimizers(self):
+        return self.config.optimizer.build(self.trainer.estimated_stepping_batches)

@@ -1,0 +1,90 @@
+"""Train a caption decoder from scratch over a frozen vision tower; tiny by default.
+
+    python -m recipes.train_captioner
+    python -m recipes.train_captioner --module.decoder.reading prefix
+    python -m recipes.train_captioner --module.vision openai/clip-vit-base-patch32 --module.layer -2 \\
+        --data.source pictures.parquet
+
+Without flags it draws its own pictures and trains a small tower first, which is kept in a cache.
+"""
+
+import time
+
+import attrs
+import mlx.core as mx
+
+from callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, SampleCaptions, TQDMProgressBar
+from callbacks.synthetic_refresh import SyntheticRefresh
+from mlxmm import Trainer, TrainerConfig
+from mlxmm.config import option, run_recipe
+from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
+from mlxmm.data.tokenizers import load_tokenizer, token_length, train_tokenizer
+from mlxmm.hub import local_folder
+from mlxmm.modules.caption_decoder import CaptionDecoder, CaptionDecoderConfig
+from mlxmm.run import Run, RunConfig, open_run, read_saved_config
+from recipes import train_clip
+from recipes.align_qwen3 import evaluate, find_tower
+
+
+@attrs.frozen(kw_only=True)
+class Config(RunConfig):
+    """Tower and decoder; data; how long."""
+
+    data: CaptionDataConfig = CaptionDataConfig()
+    module: CaptionDecoderConfig = CaptionDecoderConfig()
+    trainer: TrainerConfig = TrainerConfig(max_steps=1_400, val_check_interval=350)
+    tokenizer: str | None = option(None, "folder or Hub id of a tokenizer; none: one is trained on the captions")
+    vocab_size: int = option(2_000, "most tokens of a tokenizer that is trained")
+    checkpoint_every: int = option(200, "updates between checkpoints")
+    max_test: int = option(1_000, "most pictures of each test part to caption")
+    tower: train_clip.TowerConfig = train_clip.TowerConfig()
+
+
+def main(config: Config) -> None:
+    start = time.perf_counter()
+    run = open_run(config, "train_captioner")
+    data = CaptionData(config.data, config.seed)
+    data.setup()
+    captioner, figures = build(config, data, run)
+    figures |= train(config, captioner, data, run)
+    if run.is_global_zero:
+        figures |= evaluate(config, captioner, data, run)
+    figures["seconds"] = time.perf_counter() - start
+    run.write_summary(figures | {"data/skipped": len(data.skipped), "data/skipped_rows": data.skipped})
+    run.print("\n".join(f"{name:<36}{value:>10.4f}" for name, value in figures.items()))
+    run.print(f"samples: {run.folder / 'samples.png'}\ncurves: tensorboard --logdir {run.folder}")
+
+
+def build(config: Config, data: CaptionData, run: Run) -> tuple[CaptionDecoder, dict]:
+    """The tower that `config.module` names, or one trained on `data`, under a decoder with fresh weights."""
+    vision, figures = find_tower(config, data, run)
+    captions = [caption for _, caption in data.sample_texts()]
+    if config.tokenizer is None:
+        tokenizer = train_tokenizer(captions, config.vocab_size)
+    else:
+        tokenizer = load_tokenizer(local_folder(config.tokenizer))
+    length = token_length(tokenizer, captions) + 1  # the end
+    decoder = attrs.evolve(config.module.decoder, max_position_embeddings=length)
+    mx.random.seed(config.seed)
+    return CaptionDecoder.from_parts(attrs.evolve(config.module, vision=vision, decoder=decoder), tokenizer), figures
+
+
+def train(config: Config, captioner: CaptionDecoder, data: CaptionData, run: Run) -> dict:
+    """Train the decoder; returns the figures of the run's end."""
+    data.encode, data.complete_batch = captioner.encode, captioner.complete_batch
+    callbacks = [
+        ModelSummary(),
+        LearningRateMonitor(),
+        TQDMProgressBar("captioner"),
+        SampleCaptions(data.rows["val"]),
+        ModelCheckpoint(every_n_train_steps=config.checkpoint_every, monitor="val/loss"),
+    ]
+    if data.is_synthetic:
+        callbacks.insert(0, SyntheticRefresh(data.fresh_rows))
+    trainer = Trainer(attrs.evolve(config.trainer, seed=config.seed, default_root_dir=run.folder), callbacks=callbacks)
+    trainer.fit(captioner, data, ckpt_path=run.ckpt_path)
+    return dict(trainer.callback_metrics)
+
+
+if __name__ == "__main__":
+    run_recipe(main, {"default": Config()}, read_saved_config(Config, "train_captioner"))

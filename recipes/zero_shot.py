@@ -1,0 +1,75 @@
+"""Say which of a few classes each picture shows, from their names alone.
+
+python -m recipes.zero_shot --classes "cat,dog" cat.jpeg dog.jpeg
+python -m recipes.zero_shot --module runs/train_clip/mine/model --classes names.txt --templates imagenet-80 *.jpeg
+
+The classifier of a list of names is built once and kept in ~/.cache/mlxmm, or $MLXMM_CACHE.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+import numpy as np
+from attrs.validators import ge, in_
+
+from mlxmm.config import UserError, option, positional, run_recipe
+from mlxmm.data.images import UndecodableImage, decode_image
+from mlxmm.data.templates import TEMPLATES
+from mlxmm.modules.contrastive_clip import ContrastiveCLIP
+from mlxmm.modules.zero_shot import ZeroShotClassifier
+
+
+@attrs.frozen(kw_only=True)
+class Config:
+    """Pictures, classes and a CLIP."""
+
+    images: tuple[Path, ...] = positional((), "pictures to classify")
+    classes: str = option("", "class names with commas between them, or a file with one on each line")
+    module: str = option("openai/clip-vit-base-patch32", "CLIP or SigLIP: folder or Hub id")
+    templates: str = option("photo", f"what names are put into: {', '.join(TEMPLATES)}", in_(tuple(TEMPLATES)))
+    top: int = option(3, "classes to print of each picture", ge(1))
+
+
+def main(config: Config) -> None:
+    names = read_classes(config.classes)
+    if not config.images:
+        raise UserError("name at least one picture to classify")
+    images = list(opened(config.images))
+    clip = ContrastiveCLIP.from_pretrained(config.module)
+    classifier = ZeroShotClassifier.from_cache(clip, names, TEMPLATES[config.templates])
+    print(table(config.images, np.array(classifier.predict(images)), names, config.top))
+
+
+def read_classes(classes: str) -> list[str]:
+    """Class names from a file with one on each line, or from a list with commas."""
+    if not classes:
+        raise UserError("--classes wants class names with commas between them, or a file with one on each line")
+    if Path(classes).is_file():
+        return [line.strip() for line in Path(classes).read_text().splitlines()]
+    if classes.endswith(".txt"):
+        raise UserError(f"--classes {classes}: there is no such file")
+    return [name.strip() for name in classes.split(",")]
+
+
+def opened(paths: tuple[Path, ...]) -> Iterator:
+    """The pictures; raises `UserError` that names the file that is none."""
+    for path in paths:
+        try:
+            yield decode_image(path)
+        except UndecodableImage as error:
+            raise UserError(f"{path}: {error}") from None
+
+
+def table(paths: tuple[Path, ...], probabilities: np.ndarray, names: list[str], top: int) -> str:
+    """A line for each picture: its likeliest classes and their probabilities, (B, C)."""
+    width = max(map(len, map(str, paths))) + 2
+    lines = []
+    for path, row in zip(paths, probabilities):
+        likeliest = np.argsort(-row, kind="stable")[:top]
+        lines.append(f"{path!s:<{width}}" + "   ".join(f"{names[i]} {row[i]:.4f}" for i in likeliest))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_recipe(main, {"default": Config()})

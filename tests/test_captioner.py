@@ -1,0 +1,125 @@
+"""CaptionDecoder: what it learns, what it reads, and that it comes back from its folder the same."""
+
+import attrs
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from PIL import Image
+from small_modules import CAPTIONS, VISION, small_batch, tokenizer
+
+from mlxmm import CaptionDecoder, Trainer, seed_everything
+from mlxmm.config import UserError
+from mlxmm.data.images import ImageProcessor
+from mlxmm.data.loader import Loader
+from mlxmm.losses import token_loss
+from mlxmm.modules.caption_decoder import CaptionDecoderConfig, LayerMix
+from mlxmm.networks.clip import CLIPVisionTower
+from mlxmm.networks.decoder import DecoderConfig
+from mlxmm.optimizers import OptimizerConfig
+
+SIZES = DecoderConfig(hidden_size=32, num_hidden_layers=2, intermediate_size=64, max_position_embeddings=8)
+KINDS = [("cross", {}), ("prefix", {"label_smoothing": 0.1}), ("cross", {"mix_layers": True})]
+
+
+def make(reading: str = "cross", dropout: float = 0.0, **settings) -> CaptionDecoder:
+    seed_everything(3)
+    decoder = attrs.evolve(SIZES, reading=reading, dropout=dropout)
+    settings = {"optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=2), "layer": -1} | settings
+    config = CaptionDecoderConfig(decoder=decoder, **settings)
+    tower = CLIPVisionTower(VISION)
+    vision_config = {"model_type": "clip_vision_model"} | attrs.asdict(VISION)
+    return CaptionDecoder(config, tower, vision_config, ImageProcessor.square(16), tokenizer(False))
+
+
+def pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in CAPTIONS]
+
+
+def fit(module, max_steps: int = 150) -> None:
+    rows = [{"image": image, "captions": [text]} for image, text in zip(pictures(), CAPTIONS)]
+    data = Loader(rows=rows, encode=lambda row, rng: module.encode(row, row["captions"][0]), batch_size=4)
+    Trainer(max_steps=max_steps, logger=False, enable_model_summary=False).fit(module, train_dataloaders=data)
+
+
+@pytest.mark.parametrize(("reading", "settings"), KINDS, ids=["cross", "prefix, smoothed", "cross, a mix of layers"])
+def test_it_learns_to_say_what_is_on_four_pictures_and_the_tower_stays(reading, settings):
+    module = make(reading, **settings)
+    before = {name: np.array(array) for name, array in tree_flatten(module.vision.parameters())}
+    assert module.caption(pictures()) != CAPTIONS
+    fit(module)
+    assert module.caption(pictures()) == CAPTIONS
+    assert module.caption(pictures()[::-1], num_beams=2) == CAPTIONS[::-1]
+    assert all(np.array_equal(before[name], array) for name, array in tree_flatten(module.vision.parameters()))
+
+
+@pytest.mark.parametrize("reading", ["cross", "prefix"])
+def test_it_comes_back_from_its_folder_the_same(reading, tmp_path):
+    module = make(reading, mix_layers=True)
+    fit(module, 5)
+    module.save_pretrained(tmp_path / "m")
+    again = CaptionDecoder.from_pretrained(tmp_path / "m")
+    batch = {name: mx.array(array) for name, array in small_batch(module).items()}
+    assert mx.array_equal(module.validation_step(batch)["loss"], again.validation_step(batch)["loss"])
+    assert again.caption(pictures()) == module.caption(pictures())
+
+
+def test_the_control_gives_each_caption_another_picture():
+    module = make()
+    batch = {name: mx.array(array) for name, array in small_batch(module).items()}
+    rolled = batch | {"pixels": mx.roll(batch["pixels"], 2, axis=0)}
+    told = module.validation_step(batch)
+    assert told["loss_shuffled"].item() == pytest.approx(module.validation_step(rolled)["loss"].item(), rel=1e-5)
+    assert told["loss_shuffled"].item() != pytest.approx(told["loss"].item(), rel=1e-5)
+
+
+def test_the_end_is_learned_and_padding_is_not():
+    module = make()
+    example = module.encode({"image": pictures()[0]}, "a blue circle")
+    length = int(example["mask"].sum())
+    assert example["tokens"][length - 1] == module.stop_id and not example["mask"][length:].any()
+    batch = {name: mx.array(array[None]) for name, array in example.items()}
+    changed = batch | {"tokens": mx.where(mx.array(example["mask"]) > 0, batch["tokens"], 7)}
+    assert module.training_step(batch)["loss"].item() == module.training_step(changed)["loss"].item()
+    long = module.encode({"image": pictures()[0]}, "a red square " * 9)
+    assert long["tokens"][-1] == module.stop_id and long["mask"].all()
+
+
+def test_batches_are_cut_to_buckets_and_measure_the_same():
+    seed_everything(3)
+    module = make()
+    module.config = attrs.evolve(module.config, decoder=attrs.evolve(SIZES, max_position_embeddings=40))
+    module.network = type(module.network)(attrs.evolve(module.config.decoder, vocab_size=300), 32)
+    lengths = set()
+    for caption in ("a red square", "a red square " * 4, "a red square " * 9):
+        batch = {
+            name: np.stack([array] * 2) for name, array in module.encode({"image": pictures()[0]}, caption).items()
+        }
+        cut = module.complete_batch(batch)
+        lengths.add(cut["tokens"].shape[1])
+        told = [module.training_step({name: mx.array(x) for name, x in each.items()}) for each in (batch, cut)]
+        assert told[0]["loss"].item() == pytest.approx(told[1]["loss"].item(), rel=1e-5)
+        assert told[0]["weight"].item() == told[1]["weight"].item() == batch["mask"].sum()
+    assert len(lengths) == 3 and all(length % 8 == 0 for length in lengths)
+
+
+def test_label_smoothing_is_cross_entropy_with_spread_targets():
+    logits = mx.random.normal((2, 3, 5), key=mx.random.key(0))
+    targets, mask = mx.array([[0, 1, 2], [4, 3, 0]]), mx.array([[1.0, 1, 0], [1, 1, 1]])
+    spread = 0.9 * mx.eye(5)[targets] + 0.1 / 5
+    losses = -(spread * (logits - mx.logsumexp(logits, axis=-1, keepdims=True))).sum(-1)
+    expected = (losses * mask).sum() / mask.sum()
+    assert token_loss(logits, targets, mask, smoothing=0.1).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_mix_starts_as_the_mean_of_normalised_layers():
+    states = [mx.random.normal((2, 3, 8), key=mx.random.key(i)) * (i + 1) for i in range(3)]
+    normal = [(x - x.mean(-1, keepdims=True)) / mx.sqrt(x.var(-1, keepdims=True) + 1e-5) for x in states]
+    np.testing.assert_allclose(np.array(LayerMix(3, 8)(states)), np.array(sum(normal) / 3), atol=1e-5)
+
+
+def test_a_folder_of_something_else_is_one_clear_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(UserError, match="is no CaptionDecoder: its config.json says 'clip'"):
+        CaptionDecoder.from_pretrained(tmp_path)
