@@ -73,7 +73,7 @@ FLICKR30K = Config(
         vision="openai/clip-vit-base-patch32",
         lm="Qwen/Qwen3-0.6B-Base",
         layer=-2,
-        projector_width=2_048,
+        projector_width=1_024,
         max_caption_tokens=32,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=200, weight_decay=0.0),
     ),
