@@ -178,7 +178,7 @@ def lightning_runs(width: int, depth: int, batches: list[dict]):
                 callbacks=[watch, TorchCheckpoint(folder), TorchMonitor()],
                 enable_model_summary=False,
             )
-            trainer.fit(TorchMLP(), data)
+            trainer.fit(TorchMLP(), torch.utils.data.DataLoader(data, batch_size=None))
         return watch.times
 
     return torch_bare, torch_fitted
