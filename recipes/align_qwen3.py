@@ -98,10 +98,7 @@ def main(config: Config) -> None:
     figures |= align(config, aligner, data, run)
     if run.is_global_zero:
         figures |= evaluate(config, aligner, data, run)
-    figures["seconds"] = time.perf_counter() - start
-    run.write_summary(figures | {"data/skipped": len(data.skipped), "data/skipped_rows": data.skipped})
-    run.print("\n".join(f"{name:<36}{value:>10.4f}" for name, value in figures.items()))
-    run.print(f"samples: {run.folder / 'samples.png'}\ncurves: tensorboard --logdir {run.folder}")
+    report(figures | {"seconds": time.perf_counter() - start}, data, run)
     if config.push_to and run.is_global_zero:
         push(config, aligner, figures, run)
 
@@ -177,6 +174,13 @@ def evaluate(config, captioner: Captioner, data: CaptionData, run: Run) -> dict:
             with whole_file(run.folder / "samples.png") as path:
                 contact_sheet(rows[:SHEET_ROWS], captions[:SHEET_ROWS]).save(path)
     return figures
+
+
+def report(figures: dict, data: CaptionData, run: Run) -> None:
+    """Write summary.json, and print the figures and where to look."""
+    run.write_summary(figures | {"data/skipped": len(data.skipped), "data/skipped_rows": data.skipped})
+    run.print("\n".join(f"{name:<36}{value:>10.4f}" for name, value in figures.items()))
+    run.print(f"samples: {run.folder / 'samples.png'}\ncurves: tensorboard --logdir {run.folder}")
 
 
 def push(config: Config, aligner: Qwen3Aligner, figures: dict, run: Run) -> None:

@@ -23,7 +23,7 @@ from mlxmm.hub import local_folder
 from mlxmm.modules.caption_decoder import CaptionDecoder, CaptionDecoderConfig
 from mlxmm.run import Run, RunConfig, open_run, read_saved_config
 from recipes import train_clip
-from recipes.align_qwen3 import evaluate, find_tower
+from recipes.align_qwen3 import evaluate, find_tower, report
 
 
 @attrs.frozen(kw_only=True)
@@ -49,10 +49,7 @@ def main(config: Config) -> None:
     figures |= train(config, captioner, data, run)
     if run.is_global_zero:
         figures |= evaluate(config, captioner, data, run)
-    figures["seconds"] = time.perf_counter() - start
-    run.write_summary(figures | {"data/skipped": len(data.skipped), "data/skipped_rows": data.skipped})
-    run.print("\n".join(f"{name:<36}{value:>10.4f}" for name, value in figures.items()))
-    run.print(f"samples: {run.folder / 'samples.png'}\ncurves: tensorboard --logdir {run.folder}")
+    report(figures | {"seconds": time.perf_counter() - start}, data, run)
 
 
 def build(config: Config, data: CaptionData, run: Run) -> tuple[CaptionDecoder, dict]:

@@ -119,6 +119,17 @@ def test_a_mix_starts_as_the_mean_of_normalised_layers():
     np.testing.assert_allclose(np.array(LayerMix(3, 8)(states)), np.array(sum(normal) / 3), atol=1e-5)
 
 
+@pytest.mark.parametrize("reading", ["cross", "prefix"])
+def test_captions_end_where_the_decoder_has_no_more_positions(reading):
+    module = make(reading)
+    module._stop_id = 1  # one that an untrained decoder hardly says
+    together = module.caption(pictures(), max_new_tokens=99)  # would raise at the ninth position
+    assert together[0] == "".join(module.stream_caption(pictures()[0], max_new_tokens=99)) != ""
+    assert module.caption(pictures()[:1], prompt="a red")[0]
+    with pytest.raises(UserError, match="max_position_embeddings=8"):
+        module.caption(pictures()[:1], prompt="a red square " * 9)
+
+
 def test_a_folder_of_something_else_is_one_clear_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(UserError, match="is no CaptionDecoder: its config.json says 'clip'"):

@@ -147,6 +147,20 @@ def test_pictures_are_captioned_by_file_and_folder(finished, cache, tmp_path):
     assert "nowhere.png is not there" in run("caption", "--module", module, "nowhere.png", cache=cache).stderr
 
 
+def test_a_captioner_is_trained_over_the_same_tower_and_captions_pictures(finished, cache, tmp_path):
+    flags = [*TINY[: TINY.index("--language-model.trainer.max-steps")], "--checkpoint-every", 3]
+    sizes = ["--trainer.max-steps", 6, "--trainer.val-check-interval", 3, "--module.decoder.reading", "prefix"]
+    towers = set(cache.glob("tower-*"))
+    done = run("train_captioner", *flags, *sizes, "--run-dir", tmp_path / "c", cache=cache)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "c" / "summary.json").read_text())
+    assert {"test/exact_match", "test/exact_match_shuffled", "val/loss_shuffled", "zero_shot/accuracy"} <= set(summary)
+    assert set(cache.glob("tower-*")) == towers  # that of align_qwen3 serves
+    finished_image = tmp_path / "c" / "samples.png"
+    said = run("caption", "--module", tmp_path / "c/checkpoints/last", finished_image, cache=cache)
+    assert said.returncode == 0 and "samples.png" in said.stdout
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -16,6 +16,7 @@ from mlxmm import checkpoint
 from mlxmm.config import UserError, from_json, option, to_json
 from mlxmm.data.images import ImageProcessor
 from mlxmm.data.tokenizers import end_token, load_tokenizer
+from mlxmm.generate import GenerationConfig
 from mlxmm.hub import local_folder, read_config
 from mlxmm.losses import token_accuracy, token_loss
 from mlxmm.modules.captioner import Captioner
@@ -124,6 +125,14 @@ class CaptionDecoder(Captioner):
         """The positions that the decoder has: the start token takes the first, the end needs none."""
         return self.config.decoder.max_position_embeddings
 
+    def _generation(self, settings: dict, prompt: str) -> GenerationConfig:
+        config, before = super()._generation(settings, prompt), self._start(prompt)
+        room = self.config.decoder.max_position_embeddings + 1 - len(before)
+        return attrs.evolve(config, max_new_tokens=max(1, min(config.max_new_tokens, room)))
+
+    def _start(self, prompt: str) -> list[int]:
+        return [self._start_id, *self.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+
     def features(self, images: mx.array) -> mx.array:
         if self.config.mix_layers:
             return self.mix(self.vision.all_patches(images))
@@ -136,8 +145,7 @@ class CaptionDecoder(Captioner):
 
     def prefix(self, features: mx.array, prompt: str = "") -> mx.array:
         """(B, P, E) features to (B, P + N, D): image positions, then the embedded start token and `prompt`."""
-        ids = [self._start_id, *self.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
-        embedded = self.network.token_embedding(mx.array([ids]))
+        embedded = self.network.token_embedding(mx.array([self._start(prompt)]))
         text = mx.broadcast_to(embedded, (len(features), *embedded.shape[1:]))
         return mx.concatenate([self.network.read(features), text], axis=1)
 

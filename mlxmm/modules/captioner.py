@@ -78,7 +78,7 @@ class Captioner(Module):
         `prompt` takes the place of the text between image and caption that the module was trained with. A picture
         gets the caption it would get alone; a drawn one depends on `seed` and the picture's place in `images`.
         """
-        config, rows = self._generation(settings), []
+        config, rows = self._generation(settings, prompt), []
         size = max(1, BATCH // config.num_beams)
         with evaluating(self):
             for start in range(0, len(images), size):
@@ -90,7 +90,7 @@ class Captioner(Module):
 
     def stream_caption(self, image, prompt: str = "", **settings) -> Iterator[str]:
         """The caption of one PIL image, piece by piece, each as soon as its token is chosen."""
-        config, tokens, said = self._generation(settings), [], ""
+        config, tokens, said = self._generation(settings, prompt), [], ""
         with evaluating(self):
             prefix = self.prefix(self.features(self.processor([image])), prompt)
             for token in stream(self.decoder, prefix, config, stop_id=self.stop_id):
@@ -101,7 +101,7 @@ class Captioner(Module):
                     said = text
         yield self._text(tokens)[len(said) :]
 
-    def _generation(self, settings: dict) -> GenerationConfig:
+    def _generation(self, settings: dict, prompt: str) -> GenerationConfig:
         return GenerationConfig(**({"max_new_tokens": self.max_new_tokens} | settings))
 
     def _text(self, tokens: list[int]) -> str:
