@@ -107,7 +107,7 @@ def train(config: TowerConfig, data: CaptionData, run: Run, seed: int) -> tuple[
             ModelSummary(),
             LearningRateMonitor(),
             TQDMProgressBar("tower"),
-            ModelCheckpoint(every_n_train_steps=200),
+            ModelCheckpoint(every_n_train_steps=200, monitor="val/loss"),
         ],
     )
     trainer.fit(clip, data, ckpt_path=run.ckpt_path)
