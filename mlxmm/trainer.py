@@ -7,7 +7,7 @@ an update from (seed, rank, global_step). So a resumed run is the run that was n
 import contextlib
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import attrs
@@ -17,20 +17,14 @@ from mlxmm import batches, checkpoint, distributed, hooks
 from mlxmm.callback import Callback
 from mlxmm.compiled import Compiler, can_compile
 from mlxmm.config import UserError, to_json
+from mlxmm.evaluation import Evaluator
 from mlxmm.layers import assert_finite, recomputed_layers, watched_outputs
 from mlxmm.loggers import JSONLLogger, Logger, TensorBoardLogger
-from mlxmm.module import Modes, Module, evaluating, set_trainable, trainable_names
+from mlxmm.module import Modes, Module, set_trainable, trainable_names
 from mlxmm.profiler import make_profiler
-from mlxmm.randomness import isolated_random_state, seed_everything, step_seed
+from mlxmm.randomness import seed_everything, step_seed
 from mlxmm.signals import Interrupted, end_requests
-from mlxmm.train_step import (
-    add_sums,
-    average_sums,
-    build_eval_step,
-    build_train_step,
-    checked_twice,
-    fill_empty_sums,
-)
+from mlxmm.train_step import build_train_step, checked_twice
 from mlxmm.trainer_config import TrainerConfig, duration
 
 
@@ -101,12 +95,12 @@ class Trainer:
     def test(self, module: Module, datamodule=None, *, dataloaders=None) -> dict[str, float]:
         """The means of `test_step` over the test data, as "test/…"."""
         with self._stage("test", module, datamodule or batches.Loaders(test=dataloaders)):
-            return self._evaluate("test", self.datamodule.test_dataloader(), self.config.limit_test_batches)
+            return self._evaluator.measure("test", self.datamodule.test_dataloader(), self.config.limit_test_batches)
 
     def predict(self, module: Module, datamodule=None, *, dataloaders=None) -> list:
         """What `predict_step` returns for each batch."""
         with self._stage("predict", module, datamodule or batches.Loaders(predict=dataloaders)):
-            return self._predict(self.datamodule.predict_dataloader())
+            return self._evaluator.predict(self.datamodule.predict_dataloader(), self.config.limit_predict_batches)
 
     def configure_optimizer(self, state: dict[str, mx.array] | None = None) -> None:
         """Ask the module for its optimizer, which takes its schedules from the data as they are now; `state` is what
@@ -248,58 +242,14 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         if self.config.overfit_batches:
-            return self._evaluate("validation", self._train_loader(), self.config.overfit_batches)
-        return self._evaluate("validation", self.datamodule.val_dataloader(), self.config.limit_val_batches)
-
-    def _evaluate(self, stage: str, loader, limit: int | float) -> dict[str, float]:
-        """The weighted means of `<stage>_step` over the data of all processes; {} where there are none."""
-        if loader is None or distributed.all_max(batches.count(loader, limit) != 0) == [0]:
-            return {}
-        prefix = {"validation": "val"}.get(stage, stage)
-        with self.profiler.phase(stage), evaluating(self.module):
-            step, total = self._eval_step(f"{stage}_step"), None
-            self._call(f"on_{stage}_start")
-            self._call(f"on_{stage}_epoch_start")
-            for batch_idx, batch in enumerate(batches.epoch(loader, 0, limit=limit)):
-                self._call(f"on_{stage}_batch_start", batch, batch_idx)
-                total = add_sums(total, step(batch))
-                mx.eval(total)
-                self._call(f"on_{stage}_batch_end", batch, batch_idx)
-            total = fill_empty_sums(total)
-            means = {} if total is None else average_sums(total)[0]
-            metrics = {f"{prefix}/{name}": float(value) for name, value in means.items()}
-            self._call(f"on_{stage}_epoch_end")
-            self.log(metrics)
-            self._call(f"on_{stage}_end", metrics)
-        return metrics
-
-    def _predict(self, loader) -> list:
-        limit, results = self.config.limit_predict_batches, []
-        if loader is None or batches.count(loader, limit) == 0:
-            return results
-        with self.profiler.phase("predict"), evaluating(self.module):
-            self._call("on_predict_start")
-            self._call("on_predict_epoch_start")
-            for batch_idx, batch in enumerate(batches.epoch(loader, 0, limit=limit)):
-                self._call("on_predict_batch_start", batch, batch_idx)
-                results.append(self.module.predict_step(batch))
-                mx.eval(results[-1])
-                self._call("on_predict_batch_end", results[-1], batch, batch_idx)
-            self._call("on_predict_epoch_end")
-            self._call("on_predict_end")
-        return results
+            return self._evaluator.measure("validation", self._train_loader(), self.config.overfit_batches)
+        loader, limit = self.datamodule.val_dataloader(), self.config.limit_val_batches
+        return self._evaluator.measure("validation", loader, limit)
 
     def _sanity_check(self) -> None:
-        """Try a few validation batches, so that an error in them comes now and not after an hour."""
         loader, limit = self.datamodule.val_dataloader(), self.config.num_sanity_val_steps
-        if loader is None or limit == 0 or self.global_step > 0 or self.config.limit_val_batches == 0:
-            return
-        with isolated_random_state(), evaluating(self.module):
-            self._call("on_sanity_check_start")
-            step = self._eval_step("validation_step")
-            for batch in batches.epoch(loader, 0, limit=limit):
-                mx.eval(step(batch))
-            self._call("on_sanity_check_end")
+        if loader is not None and limit > 0 and self.global_step == 0 and self.config.limit_val_batches != 0:
+            self._evaluator.rehearse(loader, limit)
 
     # ------------------------------------------------------------------ before and after
 
@@ -309,7 +259,7 @@ class Trainer:
         self.should_stop = self._told_of_minimum = False
         self.state, self._started = "running", time.perf_counter()
         self.compiler = Compiler(self._compiles(), self.config.max_compiled_variants)
-        self._eval_steps: dict[str, Callable] = {}
+        self._evaluator = Evaluator(self, self._call)
         try:
             with distributed.watched():
                 self.callbacks = hooks.arrange(self.callbacks, module.configure_callbacks())
@@ -389,12 +339,6 @@ class Trainer:
         if self.config.detect_anomaly:
             assert_finite(grads, f"at step {self.global_step}, the gradient")
         self._call("on_before_optimizer_step", grads)
-
-    def _eval_step(self, name: str) -> Callable:
-        if name not in self._eval_steps:
-            step = getattr(self.module, name)
-            self._eval_steps[name] = build_eval_step(self.module, step, self.config, self.compiler)
-        return self._eval_steps[name]
 
     def _compiles(self) -> bool:
         return self.config.compile and not self.config.detect_anomaly and can_compile()
