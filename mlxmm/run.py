@@ -66,6 +66,12 @@ def open_run(config: RunConfig, recipe: str) -> Run:
     return Run(*distributed.shared_paths(lambda: _open(config, recipe)))
 
 
+def check_free(config: RunConfig) -> None:
+    """Raise `UserError` where the folder of a new run exists: before data are opened, which may take a while."""
+    if config.resume is None and config.run_dir is not None and config.run_dir.exists():
+        raise UserError(f"{config.run_dir} exists: name another --run-dir, or add --resume last")
+
+
 def _open_part(folder: Path) -> tuple[Path, Path | None]:
     folder.mkdir(exist_ok=True)
     return _reopened(folder, checkpoint.latest(folder / "checkpoints"))

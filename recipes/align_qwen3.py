@@ -40,7 +40,7 @@ from mlxmm.modules.captioner import Captioner
 from mlxmm.modules.qwen3_aligner import Qwen3Aligner, Qwen3AlignerConfig
 from mlxmm.networks.adapters import LoRAConfig
 from mlxmm.optimizers import OptimizerConfig
-from mlxmm.run import Run, RunConfig, cached, open_run, read_saved_config
+from mlxmm.run import Run, RunConfig, cached, check_free, open_run, read_saved_config
 from recipes import train_clip, train_language_model
 
 SHEET_ROWS = 24
@@ -89,9 +89,10 @@ def main(config: Config) -> None:
     start = time.perf_counter()
     if config.push_to and distributed.rank() == 0:
         check_upload(config.push_to)  # hours before it is needed
-    run = open_run(config, "align_qwen3")
+    check_free(config)
     data = CaptionData(config.data, config.seed)
     data.setup()
+    run = open_run(config, "align_qwen3")
     aligner, figures = build(config, data, run)
     if config.push_to:
         llava.check(aligner)

@@ -21,7 +21,7 @@ from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
 from mlxmm.data.tokenizers import load_tokenizer, token_length, train_tokenizer
 from mlxmm.hub import local_folder
 from mlxmm.modules.caption_decoder import CaptionDecoder, CaptionDecoderConfig
-from mlxmm.run import Run, RunConfig, open_run, read_saved_config
+from mlxmm.run import Run, RunConfig, check_free, open_run, read_saved_config
 from recipes import train_clip
 from recipes.align_qwen3 import evaluate, find_tower, report
 
@@ -42,9 +42,10 @@ class Config(RunConfig):
 
 def main(config: Config) -> None:
     start = time.perf_counter()
-    run = open_run(config, "train_captioner")
+    check_free(config)
     data = CaptionData(config.data, config.seed)
     data.setup()
+    run = open_run(config, "train_captioner")
     captioner, figures = build(config, data, run)
     figures |= train(config, captioner, data, run)
     if run.is_global_zero:

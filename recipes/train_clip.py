@@ -17,7 +17,7 @@ from mlxmm.data.tokenizers import token_length, train_tokenizer
 from mlxmm.modules.contrastive_clip import CLIPConfig, ContrastiveCLIP
 from mlxmm.networks.towers import TextConfig, VisionConfig
 from mlxmm.optimizers import OptimizerConfig
-from mlxmm.run import Run, RunConfig, open_run, read_saved_config
+from mlxmm.run import Run, RunConfig, check_free, open_run, read_saved_config
 from recipes.evaluate_clip import judge_shapes, retrieval_figures, table
 
 # Pictures on light ground: zero about where the ground is.
@@ -84,8 +84,10 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
-    run = open_run(config, "train_clip")
+    check_free(config)
     data = CaptionData(config.data, config.seed)
+    data.setup()
+    run = open_run(config, "train_clip")
     clip, figures = train(config.tower, data, run, config.seed)
     if run.is_global_zero:
         clip.save_pretrained(run.folder / "model")
