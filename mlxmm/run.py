@@ -68,8 +68,12 @@ def open_run(config: RunConfig, recipe: str) -> Run:
 
 def check_free(config: RunConfig) -> None:
     """Raise `UserError` where the folder of a new run exists: before data are opened, which may take a while."""
-    if config.resume is None and config.run_dir is not None and config.run_dir.exists():
-        raise UserError(f"{config.run_dir} exists: name another --run-dir, or add --resume last")
+
+    def check() -> None:
+        if config.resume is None and config.run_dir is not None and config.run_dir.exists():
+            raise UserError(f"{config.run_dir} exists: name another --run-dir, or add --resume last")
+
+    distributed.from_rank_zero(check)  # which makes the folder, while others may still be on their way here
 
 
 def _open_part(folder: Path) -> tuple[Path, Path | None]:
