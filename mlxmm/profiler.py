@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,17 +20,8 @@ class Profiler:
         self.counts: dict[str, int] = defaultdict(int)
         self._inside = [0.0]  # for each open phase, the time that phases inside it took
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        self._inside.append(0.0)
-        try:
-            yield
-        finally:
-            elapsed = time.perf_counter() - start
-            self.seconds[name] += elapsed - self._inside.pop()
-            self.counts[name] += 1
-            self._inside[-1] += elapsed
+    def phase(self, name: str) -> "Phase":
+        return Phase(self, name)
 
     def table(self) -> str:
         """A line for each phase, the longest first: seconds, share, calls, milliseconds a call."""
@@ -41,6 +31,25 @@ class Profiler:
             calls = self.counts[name]
             lines.append(f"{name:<12}{seconds:>10.3f}{seconds / total:>8.1%}{calls:>9,}{1e3 * seconds / calls:>12.3f}")
         return "\n".join(lines)
+
+
+class Phase:
+    """The time between entering and leaving: a class costs less than half of what a generator does."""
+
+    __slots__ = ("_name", "_profiler", "_start")
+
+    def __init__(self, profiler: Profiler, name: str):
+        self._profiler, self._name = profiler, name
+
+    def __enter__(self) -> None:
+        self._profiler._inside.append(0.0)
+        self._start = time.perf_counter()
+
+    def __exit__(self, *exception) -> None:
+        profiler, elapsed = self._profiler, time.perf_counter() - self._start
+        profiler.seconds[self._name] += elapsed - profiler._inside.pop()
+        profiler.counts[self._name] += 1
+        profiler._inside[-1] += elapsed
 
 
 class MetalProfiler(Profiler):

@@ -24,23 +24,59 @@ def build_train_step(module, optimizer, config, compiler: Compiler, on_gradients
     after any of them is changed or replaced. With `on_gradients(grads)` the update is a second compiled
     function, so that Python sees real gradients in between.
     """
+    compiled = partial(compiler, state=[module.state, optimizer.state, mx.random.state])
+    gradients, accumulate = _gradient_functions(module, config)
+    update = _update_function(module, optimizer, config)
+    whole, finish = compiled(lambda batch: update(*gradients(batch))), compiled(lambda total: update(*_average(total)))
+    gradients_alone, accumulate_alone = compiled(gradients), compiled(accumulate)
+    average_alone, update_alone = compiled(_average), compiled(update)
 
+    def train_step(batches):
+        if len(batches) == 1 and on_gradients is None:
+            return whole(batches[0])
+        if len(batches) == 1:
+            metrics, grads = gradients_alone(batches[0])
+        else:
+            total = None
+            for batch in batches:
+                mx.eval(total)  # finish, and free, one micro-batch before starting the next
+                total = accumulate_alone(batch, total)
+            if on_gradients is None:
+                return finish(total)
+            metrics, grads = average_alone(total)
+        on_gradients(grads)
+        return update_alone(metrics, grads)
+
+    return train_step
+
+
+def _gradient_functions(module, config) -> tuple[Callable, Callable]:
+    """`gradients(batch) -> (means, grads)` of a lone micro-batch, and `accumulate(batch, total)` of one among more."""
     step = autocast(module, module.training_step, config.precision)
 
     def weighted_loss(batch):
         sums = weighted_sums(step(batch))
         return sums["loss"], sums
 
-    loss_and_grad = nn.value_and_grad(module, weighted_loss)
+    def mean_loss(batch):
+        (means,) = average_sums(weighted_sums(step(batch)))
+        return means["loss"], means
 
     def accumulate(batch, total):
-        (_, sums), grads = loss_and_grad(batch)
-        new = {"sums": sums, "grads": grads}
-        return add_sums(total, new)
+        (_, sums), grads = nn.value_and_grad(module, weighted_loss)(batch)
+        return add_sums(total, {"sums": sums, "grads": grads})
 
-    def average(total):
-        means, grads = average_sums(total["sums"], total["grads"])
+    def gradients(batch):
+        if distributed.world_size() > 1:
+            return _average(accumulate(batch, None))
+        (_, means), grads = nn.value_and_grad(module, mean_loss)(batch)  # spares a division of every gradient
         return means, grads
+
+    return gradients, accumulate
+
+
+def _update_function(module, optimizer, config) -> Callable:
+    """`update(metrics, grads) -> metrics`: clip, update, and the gradients' norm among the metrics."""
 
     def update(metrics, grads):
         metrics["grad_norm"] = norm = global_norm(grads)
@@ -50,25 +86,12 @@ def build_train_step(module, optimizer, config, compiler: Compiler, on_gradients
         module.after_update()
         return metrics
 
-    compiled = partial(compiler, state=[module.state, optimizer.state, mx.random.state])
-    accumulate_alone, average_alone, update_alone = compiled(accumulate), compiled(average), compiled(update)
-    finish = compiled(lambda total: update(*average(total)))
-    whole = compiled(lambda batch: update(*average(accumulate(batch, None))))
+    return update
 
-    def train_step(batches):
-        if len(batches) == 1 and on_gradients is None:
-            return whole(batches[0])
-        total = None
-        for batch in batches:
-            mx.eval(total)  # finish, and free, one micro-batch before starting the next
-            total = accumulate_alone(batch, total)
-        if on_gradients is None:
-            return finish(total)
-        metrics, grads = average_alone(total)
-        on_gradients(grads)
-        return update_alone(metrics, grads)
 
-    return train_step
+def _average(total: dict):
+    means, grads = average_sums(total["sums"], total["grads"])
+    return means, grads
 
 
 def build_eval_step(module, step: Callable, config, compiler: Compiler) -> Callable:

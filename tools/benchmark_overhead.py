@@ -2,8 +2,9 @@
 
     python tools/benchmark_overhead.py
 
-Prints, for a module whose step is nearly free and for one of about 20 ms, the time a step of each (the mean over a run,
-the median over interleaved runs), and whether the losses are equal to the last bit. Where torch and lightning are
+The two take turns, step by step, so that both feel whatever else the machine does. Prints, for a module whose step
+is nearly free and for one of about 20 ms, the time of a bare step and what `fit` adds to it (means over a run; their
+median, least and most over runs), and whether the losses are equal to the last bit. Where torch and lightning are
 installed, the same for Lightning against a bare torch loop.
 """
 
@@ -11,6 +12,7 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import itertools
 import statistics
 import tempfile
 import time
@@ -29,6 +31,7 @@ from mlxmm.train_step import clip, global_norm
 
 LOG_EVERY = 50
 DROPPED = 10  # first steps: compiling, and caches that fill
+SIZES = {"nearly free": (8, 1, 4), "about 20 ms": (512, 4, 96)}  # width, depth, rows of a batch
 
 
 class MLP(Module):
@@ -55,12 +58,13 @@ def make_batches(width: int, rows: int, count: int) -> list[dict]:
     return [{name: rng.normal(size=(rows, width)).astype(np.float32) for name in "xy"} for _ in range(count)]
 
 
-def bare(module: MLP, batches: list[dict]) -> tuple[list[float], list[float]]:
-    """(seconds of each step, losses) of the loop that someone would write by hand."""
+def bare_step(module: MLP):
+    """`step(batch) -> loss` of the loop that someone would write by hand, which reads the loss now and then."""
     optimizer = module.configure_optimizers()
     optimizer.init(module.trainable_parameters())
     state = [module.state, optimizer.state, mx.random.state]
     loss_and_grad = nn.value_and_grad(module, lambda batch: module.training_step(batch)["loss"])
+    numbers = itertools.count()
 
     def update(batch):
         loss, grads = loss_and_grad(batch)
@@ -68,50 +72,64 @@ def bare(module: MLP, batches: list[dict]) -> tuple[list[float], list[float]]:
         optimizer.update(module, clip(grads, norm, 1.0, "norm"))
         return loss, norm
 
-    step = mx.compile(update, inputs=state, outputs=state)
-    times, losses = [], []
-    for i, batch in enumerate(batches):
-        start = time.perf_counter()
-        mx.random.seed(step_seed(0, 0, i))
-        loss, norm = step({name: mx.array(array) for name, array in batch.items()})
+    compiled = mx.compile(update, inputs=state, outputs=state)
+
+    def step(batch):
+        number = next(numbers)
+        mx.random.seed(step_seed(0, 0, number))
+        loss, norm = compiled({name: mx.array(array) for name, array in batch.items()})
         mx.eval(loss, norm, state[:2])
-        if (i + 1) % LOG_EVERY == 0:
+        if (number + 1) % LOG_EVERY == 0:
             loss.item()
-        times.append(time.perf_counter() - start)
-        losses.append(loss)
-    return times, [loss.item() for loss in losses]
+        return loss
+
+    return step
 
 
-class Stopwatch(Callback):
-    """The time of each turn of the loop, from the end of one update to the end of the next."""
+class Stopwatch:
+    """Times each turn of a loop, and after it the same step of a bare loop: both feel what else the machine does."""
 
-    def __init__(self):
-        self.times, self.losses = [], []
+    def __init__(self, step, batches: list[dict]):
+        self.fit_times, self.bare_times, self.fit_losses, self.bare_losses = [], [], [], []
+        self._step, self._batches = step, iter(batches)
         self._last = time.perf_counter()
 
+    def lap(self, loss) -> None:
+        batch, middle = next(self._batches), time.perf_counter()
+        self.bare_losses.append(self._step(batch))
+        end = time.perf_counter()
+        self.fit_times.append(middle - self._last)
+        self.bare_times.append(end - middle)
+        self.fit_losses.append(loss)
+        self._last = time.perf_counter()
+
+
+class Laps(Callback):
+    """Has a `Stopwatch` see the end of each update."""
+
+    def __init__(self, watch: Stopwatch):
+        self.watch = watch
+
     def on_train_batch_end(self, trainer, module, metrics, batches):
-        now = time.perf_counter()
-        self.times.append(now - self._last)
-        self.losses.append(metrics["loss"])
-        self._last = now
+        self.watch.lap(metrics["loss"])
 
 
-def fitted(module: MLP, batches: list[dict]) -> tuple[list[float], list[float]]:
-    """(seconds of each step, losses) of `Trainer.fit` with everything that people switch on."""
-    watch = Stopwatch()
+def run_mlxmm(width: int, depth: int, batches: list[dict]) -> Stopwatch:
+    """`Trainer.fit` with everything that people switch on."""
+    watch = Stopwatch(bare_step(MLP(width, depth)), batches)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         trainer = Trainer(
             max_steps=len(batches),
             default_root_dir=folder,
             log_every_n_steps=LOG_EVERY,
-            callbacks=[watch, ModelCheckpoint(), LearningRateMonitor(), ThroughputMonitor(), TQDMProgressBar()],
+            callbacks=[ModelCheckpoint(), LearningRateMonitor(), ThroughputMonitor(), TQDMProgressBar(), Laps(watch)],
         )
-        trainer.fit(module, train_dataloaders=batches)
-    return watch.times, [loss.item() for loss in watch.losses]
+        trainer.fit(MLP(width, depth), train_dataloaders=batches)
+    return watch
 
 
-def lightning_runs(width: int, depth: int, batches: list[dict]):
-    """The same pair for torch: a bare loop, and Lightning's Trainer with its own callbacks and logger."""
+def run_lightning(width: int, depth: int, batches: list[dict]) -> Stopwatch:
+    """The same for torch: Lightning's Trainer with its own callbacks and loggers, against a bare torch loop."""
     import lightning
     import torch
     from lightning.pytorch.callbacks import LearningRateMonitor as TorchMonitor
@@ -139,88 +157,72 @@ def lightning_runs(width: int, depth: int, batches: list[dict]):
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1_000)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def torch_bare():
-        module, times = TorchMLP(), []
+    def torch_step():
+        module = TorchMLP()
         made = module.configure_optimizers()
         optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
-        for batch in data:
-            start = time.perf_counter()
+
+        def step(batch):
             optimizer.zero_grad()
-            module.training_step(batch).backward()
+            loss = module.training_step(batch)
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            times.append(time.perf_counter() - start)
-        return times
+            return loss.detach()
 
-    class TorchStopwatch(lightning.Callback):
-        def __init__(self):
-            self.times, self._last = [], time.perf_counter()
+        return step
 
-        def on_train_batch_end(self, *args):
-            now = time.perf_counter()
-            self.times.append(now - self._last)
-            self._last = now
+    class TorchLaps(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, *rest):
+            watch.lap(outputs["loss"])
 
-    def torch_fitted():
-        watch = TorchStopwatch()
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            loggers = [CSVLogger(folder)]
-            with contextlib.suppress(ModuleNotFoundError):
-                loggers.append(TensorBoardLogger(folder))
-            trainer = lightning.Trainer(
-                max_steps=len(data),
-                accelerator="cpu",
-                gradient_clip_val=1.0,
-                log_every_n_steps=LOG_EVERY,
-                default_root_dir=folder,
-                logger=loggers,
-                callbacks=[watch, TorchCheckpoint(folder), TorchMonitor()],
-                enable_model_summary=False,
-            )
-            trainer.fit(TorchMLP(), torch.utils.data.DataLoader(data, batch_size=None))
-        return watch.times
-
-    return torch_bare, torch_fitted
-
-
-def timed(run, make, batches: list[dict]) -> list[float]:
-    return run(make(), batches)[0]
+    watch = Stopwatch(torch_step(), data)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        loggers = [CSVLogger(folder)]
+        with contextlib.suppress(ModuleNotFoundError):
+            loggers.append(TensorBoardLogger(folder))
+        trainer = lightning.Trainer(
+            max_steps=len(data),
+            accelerator="cpu",
+            gradient_clip_val=1.0,
+            log_every_n_steps=LOG_EVERY,
+            default_root_dir=folder,
+            logger=loggers,
+            callbacks=[TorchCheckpoint(folder), TorchMonitor(), TorchLaps()],
+            enable_model_summary=False,
+        )
+        trainer.fit(TorchMLP(), torch.utils.data.DataLoader(data, batch_size=None))
+    return watch
 
 
 def mean_us(times: list[float]) -> float:
     return 1e6 * statistics.fmean(times[DROPPED:])
 
 
-def compare(name: str, runs: dict, repeats: int) -> None:
-    """Run each `repeats` times, in turn, and print the medians of their means."""
-    medians: dict[str, list[float]] = {kind: [] for kind in runs}
-    for _ in range(repeats):
-        for kind, run in runs.items():
-            medians[kind].append(mean_us(run()))
-    (_, base), (_, ours) = ((kind, statistics.median(values)) for kind, values in medians.items())
-    spread = max(max(v) - min(v) for v in medians.values())
-    print(f"{name:<34}{base:>12.1f}{ours:>12.1f}{ours - base:>12.1f}{(ours - base) / base:>10.1%}{spread:>12.1f}")
+def compare(name: str, run, repeats: int) -> None:
+    """Print the median run's mean of a bare step, and what `fit` adds: median and spread over the runs."""
+    watches = [run() for _ in range(repeats)]
+    bare = statistics.median(mean_us(watch.bare_times) for watch in watches)
+    added = sorted(mean_us(watch.fit_times) - mean_us(watch.bare_times) for watch in watches)
+    cost = statistics.median(added)
+    print(f"{name:<26}{bare:>12.1f}{cost:>12.1f}{cost / bare:>10.1%}{added[0]:>12.1f}{added[-1]:>12.1f}", end="")
+    same = all(a.item() == b.item() for w in watches for a, b in zip(w.fit_losses, w.bare_losses))
+    print(f"   losses {'equal to the last bit' if same else 'differ'}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=400)
     arguments = parser.parse_args()
-    sizes = {"nearly free": (8, 1, 4, arguments.steps), "about 20 ms": (512, 4, 96, arguments.steps)}
-    print(f"{'us a step, mean of a run':<34}{'bare loop':>12}{'fit':>12}{'difference':>12}{'':>10}{'spread':>12}")
-    for name, (width, depth, rows, steps) in sizes.items():
-        batches = make_batches(width, rows, steps)
-        make = partial(MLP, width, depth)
-        losses = [run(make(), batches)[1] for run in (bare, fitted)]
-        runs = {"bare": partial(timed, bare, make, batches), "fit": partial(timed, fitted, make, batches)}
-        compare(f"mlxmm, {name}", runs, arguments.repeats)
-        print(f"{'':<4}losses {'equal to the last bit' if losses[0] == losses[1] else 'DIFFERENT'}")
+    print(f"{'us a step':<26}{'bare loop':>12}{'fit adds':>12}{'':>10}{'least':>12}{'most':>12}")
+    for name, (width, depth, rows) in SIZES.items():
+        batches = make_batches(width, rows, arguments.steps)
+        compare(f"mlxmm, {name}", partial(run_mlxmm, width, depth, batches), arguments.repeats)
         if all(importlib.util.find_spec(package) for package in ("torch", "lightning")):
             warnings.simplefilter("ignore")
-            torch_bare, torch_fitted = lightning_runs(width, depth, batches)
-            compare(f"Lightning, {name}", {"bare": torch_bare, "fit": torch_fitted}, max(3, arguments.repeats // 2))
+            compare(f"Lightning, {name}", partial(run_lightning, width, depth, batches), arguments.repeats)
 
 
 if __name__ == "__main__":
