@@ -6,7 +6,7 @@ CAPTIONER = """\
 {metadata}
 # Captions of pictures
 
-A vision tower, a projector of two layers and a Qwen3 that reads what the projector makes of the picture, as a LLaVA.
+A vision tower, a projector and a Qwen3 that reads what the projector makes of the picture, as a LLaVA.
 Trained on MLX by mlxmm's `Qwen3Aligner`{parts}.
 
 ```python

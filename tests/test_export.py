@@ -39,6 +39,7 @@ TINY = """
     --tower.trainer.max-steps 2 --language-model.trainer.max-steps 2
     --trainer.max-steps 2 --trainer.val-check-interval 2 --open-step 1 --checkpoint-every 2
 """.split()
+SETTINGS = [{}, {"projector_width": 5}, {"projector": "linear"}, {"vocab_size": 286}, {"image_size": 20}]
 QUOTES = 'it\'s a "\\" 🦔\n{{'  # which no template may take for its own
 
 
@@ -61,8 +62,8 @@ def pictures(count: int = 3) -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 256, (*sizes[i % 3], 3), dtype=np.uint8)) for i in range(count)]
 
 
-def logits_of(aligner: Qwen3Aligner) -> np.ndarray:
-    prefix = aligner.prefix(aligner.features(aligner.processor(pictures())))
+def logits_of(aligner: Qwen3Aligner, images: list | None = None) -> np.ndarray:
+    prefix = aligner.prefix(aligner.features(aligner.processor(images or pictures())))
     return np.array(head(aligner.language_model, hidden_states(aligner.language_model, prefix)))
 
 
@@ -74,9 +75,10 @@ def arrays_of(folder: Path) -> dict[str, mx.array]:
     return mx.load(str(folder / "model.safetensors"))
 
 
+@pytest.mark.parametrize("projector", ["mlp", "linear"])
 @pytest.mark.parametrize("case", CASES)
-def test_arrays_are_those_that_transformers_saves(case, tmp_path):
-    aligner_of(case).save_pretrained(tmp_path / "to")
+def test_arrays_are_those_that_transformers_saves(case, projector, tmp_path):
+    aligner_of(case, projector=projector).save_pretrained(tmp_path / "to")
     assert {name: list(array.shape) for name, array in arrays_of(tmp_path / "to").items()} == CASES[case]["arrays"]
 
 
@@ -97,7 +99,7 @@ def test_settings_are_those_that_transformers_writes(case, tmp_path):
     assert read_json(tmp_path / "to" / "generation_config.json") == generation
 
 
-@pytest.mark.parametrize("settings", [{}, {"projector_width": 5}, {"vocab_size": 286}, {"image_size": 20}])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_a_folder_written_is_read_as_the_same_captioner(case, settings, tmp_path):
     aligner = aligner_of(case, **settings)
@@ -112,6 +114,16 @@ def test_a_folder_written_is_read_as_the_same_captioner(case, settings, tmp_path
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
     one, two = arrays_of(tmp_path / "one"), arrays_of(tmp_path / "two")
     assert set(one) == set(two) and all(mx.array_equal(one[name], two[name]) for name in one)
+
+
+def test_a_linear_projector_is_written_with_the_identity_behind_it(tmp_path):
+    aligner = aligner_of("clip", projector="linear")
+    aligner.save_pretrained(tmp_path / "to")
+    weights, (layer,) = arrays_of(tmp_path / "to"), aligner.projector.layers
+    written = [weights[f"multi_modal_projector.linear_{i}.{kind}"] for i in (1, 2) for kind in ("weight", "bias")]
+    for array, expected in zip(written, [layer.weight, layer.bias, mx.eye(16), mx.zeros(16)]):
+        assert mx.array_equal(array, expected)
+    assert read_json(tmp_path / "to" / "config.json")["projector_hidden_act"] == "linear"
 
 
 @pytest.mark.parametrize("case", ["clip", "clip-untied"])
@@ -157,9 +169,12 @@ def test_the_chat_template_is_image_then_prompt(prompt, tmp_path):
 
 
 REFUSED = [
-    ({"projector": "linear"}, {}, "no projector linear: mlp can be exported"),
-    ({"projector": "pixel_shuffle"}, {}, "no projector pixel_shuffle: mlp can be exported"),
-    ({"projector_width": 17}, {}, "16 features: one of projector_width=17 cannot be exported"),
+    (
+        {"projector": "pixel_shuffle"},
+        {},
+        "no projector pixel_shuffle: --module.projector mlp or linear can be exported",
+    ),
+    ({"projector_width": 17}, {}, "projector_width=17 cannot be exported, --module.projector-width 16 or less can"),
     ({}, {"vision_config": {"model_type": "vit"}}, "no vit tower: a CLIP or SigLIP can be exported"),
     ({}, {"lm_config": {"model_type": "llama"}}, "a Qwen3 can be exported; this language model is a llama"),
 ]
@@ -407,7 +422,7 @@ def theirs(folder: Path, images: list, prompt: str) -> tuple[np.ndarray, list[st
 
 
 @live
-@pytest.mark.parametrize("settings", [{}, {"projector_width": 5}, {"vocab_size": 286}, {"image_size": 20}])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("layer", [0, 1, 3, -1, -2, -4])
 @pytest.mark.parametrize("case", CASES)
 def test_live_logits_and_captions_are_those_of_transformers(case, layer, settings, tmp_path):
@@ -420,17 +435,23 @@ def test_live_logits_and_captions_are_those_of_transformers(case, layer, setting
 
 
 @live
-def test_live_a_run_trained_a_little_captions_50_pictures_as_transformers_does(tmp_path, cache):
+@pytest.mark.parametrize("projector", ["mlp", "linear"])
+def test_live_a_run_trained_a_little_captions_50_pictures_as_transformers_does(projector, tmp_path, cache):
     from mlxmm.data.shapes import ShapesConfig, ShapesGrammar
 
     steps = "--tower.trainer.max-steps 40 --language-model.trainer.max-steps 60 --trainer.max-steps 80 --open-step 40"
     flags = "--module.projector-width 64 --data.batch-size 16 --data.shapes.num-train 640 --data.shapes.num-test 8"
-    done = align(*steps.split(), *flags.split(), "--run-dir", tmp_path / "run", cache=cache)
+    flags = [*steps.split(), *flags.split(), "--module.projector", projector]
+    done = align(*flags, "--run-dir", tmp_path / "run", cache=cache)
     assert done.returncode == 0, done.stderr
     aligner = Qwen3Aligner.from_pretrained(tmp_path / "run" / "checkpoints" / "last")
     aligner.save_pretrained(tmp_path / "to")
     rows = ShapesGrammar(ShapesConfig(), 0).rows(0)["test"]
     images = [rows[i]["image"].resize((32 + i, 50 - i % 7)) for i in range(50)]
     logits, captions = theirs(tmp_path / "to", images, aligner.config.prompt)
-    assert captions == aligner.caption(images) and len(set(captions)) > 5
+    ours, said = logits_of(aligner, images), aligner.caption(images)
+    print(f"{projector}: logits differ by {np.abs(logits[..., : ours.shape[-1]] - ours).max():.1e} at most,", end=" ")
+    print(f"{sum(a == b for a, b in zip(captions, said))} of {len(said)} captions are the same")
+    assert np.abs(logits[..., : ours.shape[-1]] - ours).max() < 1e-3
+    assert captions == said and len(set(captions)) > 5
     assert Qwen3Aligner.from_pretrained(tmp_path / "to").caption(images) == captions

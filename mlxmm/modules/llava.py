@@ -1,7 +1,8 @@
 """Qwen3Aligner as others run it: the folder of a LLaVA that transformers loads, written and read.
 
-LLaVA (arXiv 2310.03744) as `LlavaForConditionalGeneration` has it: a CLIP or SigLIP tower, two layers with GELU between
-them as wide as the language model, and a Qwen3. V vocabulary, D features of the tower, W of the projector, H of the
+LLaVA (arXiv 2310.03744) as `LlavaForConditionalGeneration` has it: a CLIP or SigLIP tower, two layers as wide as the
+language model with an activation between them, and a Qwen3. Our `mlp` is that with GELU; `linear` is the first layer,
+with no activation and the identity behind it. V vocabulary, D features of the tower, W of the projector, H of the
 language model.
 """
 
@@ -18,7 +19,9 @@ from mlxmm.networks import vision
 from mlxmm.networks.language_model import dense_config, dense_weights
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
-KEPT = ("layer", "projector_width", "prompt", "max_caption_tokens")  # of Qwen3AlignerConfig: what captioning needs
+ACTIVATIONS = {"mlp": "gelu", "linear": "linear"}  # by projector, between its layers; linear is none
+# Of Qwen3AlignerConfig, what captioning needs.
+KEPT = ("layer", "projector", "projector_width", "prompt", "max_caption_tokens")
 OURS = "mlxmm"  # the key in config.json of what LLaVA has no setting for; transformers keeps it and does not look
 LINEAR = {
     "projector.layers.0": "multi_modal_projector.linear_1",
@@ -40,9 +43,9 @@ def check(aligner) -> None:
     config, kind, width = aligner.config, _tower_kind(aligner), _text_width(aligner)
     if kind not in TOWERS:
         raise UserError(f"LLaVA has no {kind} tower: a CLIP or SigLIP can be exported, by --module.vision")
-    if config.projector != "mlp":
-        raise UserError(f"LLaVA has no projector {config.projector}: mlp can be exported, by --module.projector mlp")
-    if config.projector_width > width:
+    if config.projector not in ACTIVATIONS:
+        raise UserError(f"LLaVA has no projector {config.projector}: --module.projector mlp or linear can be exported")
+    if config.projector == "mlp" and config.projector_width > width:
         raise UserError(
             f"LLaVA's projector is as wide as its language model, which has {width} features: one of "
             f"projector_width={config.projector_width} cannot be exported, --module.projector-width {width} or less can"
@@ -90,8 +93,10 @@ def own_weights(weights: dict[str, mx.array], aligner) -> dict[str, mx.array]:
     arrays |= {name: a for name, a in weights.items() if name.startswith("language_model.")}
     V, W = aligner.lm_config["vocab_size"], aligner.config.projector_width
     arrays |= {name: arrays[name][:V] for name in TABLES if name in arrays}
-    for ours, theirs in LINEAR.items():
+    for (ours, theirs), _ in zip(LINEAR.items(), aligner.projector.layers):
         arrays |= {f"{ours}.{kind}": weights[f"{theirs}.{kind}"] for kind in ("weight", "bias")}
+    if aligner.config.projector == "linear":
+        return arrays
     first, second = LINEAR
     cut = {name: arrays[name][:W] for name in (f"{first}.weight", f"{first}.bias")}
     return arrays | cut | {f"{second}.weight": arrays[f"{second}.weight"][:, :W]}
@@ -115,9 +120,13 @@ def _weights(aligner, num_tokens: int) -> dict[str, mx.array]:
 
 def _projector(aligner) -> dict[str, mx.array]:
     """Both layers, H features between them: those beyond W are zero before and after GELU, and count for nothing."""
+    one, two = LINEAR.values()
+    if aligner.config.projector == "linear":
+        (layer,), width = aligner.projector.layers, _text_width(aligner)
+        identity = {f"{two}.weight": mx.eye(width), f"{two}.bias": mx.zeros(width)}
+        return {f"{one}.weight": layer.weight, f"{one}.bias": layer.bias} | identity
     missing = _text_width(aligner) - aligner.config.projector_width
     first, second = aligner.projector.layers
-    one, two = LINEAR.values()
     return {
         f"{one}.weight": mx.pad(first.weight, [(0, missing), (0, 0)]),
         f"{one}.bias": mx.pad(first.bias, [(0, missing)]),
@@ -142,7 +151,7 @@ def _config(aligner, weights: dict[str, mx.array], image_id: int) -> dict:
         "image_seq_length": (size // aligner.vision.config.patch_size) ** 2,
         "vision_feature_layer": _layer(aligner),
         "vision_feature_select_strategy": _strategy(aligner),
-        "projector_hidden_act": "gelu",
+        "projector_hidden_act": ACTIVATIONS[aligner.config.projector],
         "multimodal_projector_bias": True,
         "tie_word_embeddings": is_tied,
         OURS: kept | {"vocab_size": aligner.lm_config["vocab_size"]},
