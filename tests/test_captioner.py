@@ -4,14 +4,16 @@ import attrs
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from PIL import Image
-from small_modules import CAPTIONS, VISION, small_batch, tokenizer
+from small_modules import CAPTIONS, VISION, small_aligner, small_batch, tokenizer
+from test_generate import plain_beam_search
 
 from mlxmm import CaptionDecoder, Trainer, seed_everything
 from mlxmm.config import UserError
 from mlxmm.data.images import ImageProcessor
 from mlxmm.data.loader import Loader
+from mlxmm.generate import GenerationConfig, beam_search, generate, sequence_keys
 from mlxmm.losses import token_loss
 from mlxmm.modules.caption_decoder import CaptionDecoderConfig, LayerMix
 from mlxmm.networks.clip import CLIPVisionTower
@@ -128,6 +130,81 @@ def test_captions_end_where_the_decoder_has_no_more_positions(reading):
     assert module.caption(pictures()[:1], prompt="a red")[0]
     with pytest.raises(UserError, match="max_position_embeddings=8"):
         module.caption(pictures()[:1], prompt="a red square " * 9)
+
+
+KINDS_OF_CAPTIONERS = ["cross", "prefix", "aligner"]
+
+
+def lively(kind: str):
+    """A captioner of this kind with large random weights: what it says depends on the picture, and ends at its own
+    time."""
+    module = small_aligner() if kind == "aligner" else make(kind)
+    mx.random.seed(11)
+    module.update(tree_map(lambda x: x + 0.3 * mx.random.normal(x.shape), module.parameters()))
+    module._stop_id = {"cross": 54, "prefix": 263, "aligner": 159}[kind]
+    return module
+
+
+def prefix_of(module) -> mx.array:
+    return module.prefix(module.features(module.processor(pictures())))
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_CAPTIONERS)
+@pytest.mark.parametrize("way", [{}, {"num_beams": 3}, {"temperature": 1.0, "seed": 4}], ids=str)
+def test_a_batch_is_captioned_as_its_pictures_one_by_one(kind, way):
+    module = lively(kind)
+    prefix, config = prefix_of(module), GenerationConfig(max_new_tokens=8, **way)
+    keys = sequence_keys(config.seed, 0, 4)
+    together = generate(module.decoder, prefix, config, stop_id=module.stop_id, keys=keys)
+    for i in range(4):
+        alone = generate(module.decoder, prefix[i : i + 1], config, stop_id=module.stop_id, keys=keys[i : i + 1])
+        assert alone == together[i : i + 1]
+    assert len(set(map(tuple, together))) > 1
+    assert way or len(set(map(len, together))) > 1  # one ends before another
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_CAPTIONERS)
+def test_one_beam_is_greedy(kind):
+    module, config = lively(kind), GenerationConfig(max_new_tokens=8)
+    greedy = generate(module.decoder, prefix_of(module), config, stop_id=module.stop_id)
+    assert beam_search(module.decoder, prefix_of(module), config, stop_id=module.stop_id) == greedy
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_CAPTIONERS)
+def test_beams_are_those_of_a_search_that_reads_all_anew_at_every_step(kind):
+    module, config = lively(kind), GenerationConfig(max_new_tokens=8, num_beams=3)
+    found = generate(module.decoder, prefix_of(module), config, stop_id=module.stop_id)
+    assert found == [plain_beam_search(module.decoder, row, module.stop_id, 3, 8) for row in prefix_of(module)]
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_CAPTIONERS)
+def test_the_cache_equals_recomputing(kind):
+    module, config = lively(kind), GenerationConfig(max_new_tokens=8)
+    prefix, decoder = prefix_of(module), module.decoder
+    said = np.array(generate(decoder, prefix, config, stop_id=-1))
+    for i in range(8):
+        read = mx.concatenate([prefix, decoder.embed(mx.array(said[:, :i]))], axis=1) if i else prefix
+        assert np.array_equal(np.array(decoder.logits(read, decoder.make_cache()).argmax(-1)), said[:, i])
+
+
+@pytest.mark.parametrize("reading", ["cross", "prefix"])
+def test_labels_are_not_shifted_each_token_is_foretold_by_what_comes_before_it(reading):
+    module = lively(reading)
+    batch = {name: mx.array(x[None]) for name, x in module.encode({"image": pictures()[0]}, "a small red").items()}
+    prefix, tokens = module.prefix(module.seen(batch)), batch["tokens"]
+    for i in range(3):
+        read = mx.concatenate([prefix, module.decoder.embed(tokens[:, :i])], axis=1) if i else prefix
+        logits = module.decoder.logits(read, module.decoder.make_cache())[0]
+        only = batch | {"mask": (mx.arange(tokens.shape[1]) == i)[None].astype(mx.float32)}
+        expected = (mx.logsumexp(logits) - logits[tokens[0, i]]).item()
+        assert module.validation_step(only)["loss"].item() == pytest.approx(expected, abs=2e-3)
+
+
+def test_the_optimizer_holds_the_decoder_and_nothing_of_the_tower():
+    module = make()
+    fit(module, 1)
+    moments = {name for name, _ in tree_flatten(module.trainer.optimizer.state) if name.endswith((".m", ".v"))}
+    assert moments and all(name.startswith("network.") for name in moments)
 
 
 def test_a_folder_of_something_else_is_one_clear_line(tmp_path):

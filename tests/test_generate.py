@@ -131,32 +131,35 @@ def exhaustive_search(network, prefix, V, longest, length_penalty):
 
 @pytest.mark.parametrize("length_penalty", [0.0, 2.0])
 def test_beams_are_those_of_a_search_that_scores_every_candidate_from_scratch(network, prefix, length_penalty):
-    K, longest = 3, 5
+    K, longest = 3, 9  # shorter ones hide a cache whose rows are not those of their beams
     config = GenerationConfig(max_new_tokens=longest, num_beams=K, length_penalty=length_penalty)
-    found = generate(network, prefix[:3], config, stop_id=STOP)
-    assert found == [plain_beam_search(network, row, 12, K, longest, length_penalty) for row in prefix[:3]]
+    found = generate(network, prefix, config, stop_id=STOP)
+    assert found == [plain_beam_search(network, row, STOP, K, longest, length_penalty) for row in prefix]
 
 
-def plain_beam_search(network, prefix, V, K, longest, length_penalty):
-    beams, complete = [()], []
-    score = lambda c: log_probability(network, prefix, c) / len(c) ** length_penalty
+def plain_beam_search(network, prefix, stop_id, K, longest, length_penalty=1.0):
+    totals, beams, complete = {(): 0.0}, [()], []
+    score = lambda c: totals[c] / len(c) ** length_penalty
     while beams and (len(complete) < K or score(beams[0]) > score(complete[-1])):
-        candidates = [(*beam, word) for beam in beams for word in range(V)]
-        candidates = sorted(candidates, key=lambda c: -log_probability(network, prefix, c))[: 2 * K]
-        is_end = lambda c: c[-1] == STOP or len(c) == longest
+        following = {beam: next_log_probabilities(network, prefix, beam) for beam in beams}
+        new = {(*beam, word): totals[beam] + x for beam in beams for word, x in enumerate(following[beam])}
+        candidates, totals = sorted(new, key=lambda c: -new[c])[: 2 * K], totals | new
+        is_end = lambda c: c[-1] == stop_id or len(c) == longest
         complete = sorted([*complete, *(c for c in candidates[:K] if is_end(c))], key=lambda c: -score(c))[:K]
         beams = [c for c in candidates if not is_end(c)][:K]
-    return [word for word in complete[0] if word != STOP]
+    return [word for word in complete[0] if word != stop_id]
 
 
 def log_probability(network, prefix, sequence):
     """Of `sequence` after `prefix` (L, D), each token from all before it, without a cache."""
-    total = 0.0
-    for i, word in enumerate(sequence):
-        parts = [prefix[None]] + ([network.embed(mx.array([sequence[:i]]))] if i else [])
-        logits = network.logits(mx.concatenate(parts, axis=1), network.make_cache())[0]
-        total += (logits[word] - mx.logsumexp(logits)).item()
-    return total
+    return sum(next_log_probabilities(network, prefix, sequence[:i])[word] for i, word in enumerate(sequence))
+
+
+def next_log_probabilities(network, prefix, sequence) -> list[float]:
+    """Of each token after `prefix` (L, D) and `sequence`."""
+    parts = [prefix[None]] + ([network.embed(mx.array([sequence]))] if len(sequence) else [])
+    logits = network.logits(mx.concatenate(parts, axis=1), network.make_cache())[0]
+    return (logits - mx.logsumexp(logits)).tolist()
 
 
 def test_a_length_penalty_makes_captions_longer(network, prefix):

@@ -23,7 +23,7 @@ class DecoderConfig:
     num_hidden_layers: int = option(3, "blocks", ge(1))
     num_attention_heads: int = option(4, "attention heads", ge(1))
     intermediate_size: int = option(384, "features inside the MLP", ge(1))
-    max_position_embeddings: int = option(32, "longest caption with its start, in tokens", ge(2))
+    max_position_embeddings: int = option(128, "longest caption with its start, in tokens", ge(2))
     vocab_size: int = option(2_000, "tokens", ge(2))
     dropout: float = option(0.0, "fraction of features dropped after each part", ge(0), lt(1))
     tie_word_embeddings: bool = option(True, "predict tokens with the matrix that embeds them")
@@ -164,7 +164,10 @@ class Decoder(nn.Module):
 
     def _check_length(self, length: int) -> None:
         if length > (most := self.config.max_position_embeddings):
-            raise UserError(f"{length} tokens with the start are more than max_position_embeddings={most}")
+            raise UserError(
+                f"{length} tokens with the start are more than max_position_embeddings={most}: "
+                "shorten the prompt, or train with more"
+            )
 
     def _run(self, x: mx.array, image: mx.array | None, mask, caches: list[LayerCache] | None) -> mx.array:
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
@@ -200,4 +203,4 @@ class Continuation:
 def prefix_mask(num_image: int, num_text: int) -> mx.array:
     """Who sees whom, (P + L, P + L) booleans: image rows see the image alone, text rows all before them."""
     place = mx.arange(num_image + num_text)
-    return (place[None] < num_image) | ((place[None] <= place[:, None]) & (place[:, None] >= num_image))
+    return (place[None] < num_image) | (place[None] <= place[:, None])
