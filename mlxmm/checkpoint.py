@@ -64,9 +64,17 @@ def read_state(folder: Path) -> dict:
     return state
 
 
+def read_arrays(path: Path) -> dict[str, mx.array]:
+    """The arrays of a safetensors file. Raises `UserError` where it is missing or cut short."""
+    try:
+        return mx.load(str(path))
+    except RuntimeError as error:
+        raise UserError(f"{path} is missing or damaged: {error}") from None
+
+
 def load_weights(path: Path, module) -> None:
     """Read a safetensors file into `module`; every name and shape must be the module's own."""
-    load_arrays(path, mx.load(str(path)), module)
+    load_arrays(path, read_arrays(path), module)
 
 
 def load_arrays(path: Path, weights: dict[str, mx.array], module) -> None:

@@ -9,12 +9,10 @@ from pathlib import Path
 import attrs
 
 from mlxmm.config import UserError, option, positional, run_recipe
-from mlxmm.data.images import UndecodableImage, decode_image
+from mlxmm.data.images import SUFFIXES, UndecodableImage, decode_image
 from mlxmm.generate import GenerationConfig
 from mlxmm.modules.captioner import Captioner
 from mlxmm.modules.loading import load_captioner
-
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @attrs.frozen(kw_only=True)
@@ -57,7 +55,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     inside = lambda folder: sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     found = [file for path in paths for file in (inside(path) if path.is_dir() else [path])]
     if not found:
-        raise UserError(f"no pictures: name files, or folders that hold {', '.join(SUFFIXES)}")
+        where = f" in {', '.join(map(str, paths))}" if paths else ""
+        raise UserError(f"no pictures{where}: name files, or folders that hold {', '.join(SUFFIXES)}")
     return found
 
 

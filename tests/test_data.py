@@ -147,6 +147,28 @@ def test_more_than_one_bad_picture_in_a_hundred_stops_the_run_and_names_five(mak
     assert "99.png" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_caption_missing_in_a_hundred_rows_is_skipped_and_named(make_parquet, capsys):
+    captions = [["", "  "] if i == 7 else [f"picture {i}", ""] for i in range(220)]
+    data = CaptionData(CaptionDataConfig(source=make_parquet([png()] * 220, captions)), 0)
+    data.setup()
+    assert data.skipped == ["7.png (row 7)"] and "skipped, has no caption: 7.png (row 7)\n" in capsys.readouterr().out
+    assert sum(map(len, data.rows.values())) == 219 and "picture 8" in data.rows["train"].captions()
+
+
+def test_pictures_that_the_metadata_do_not_name_are_counted_and_named(tmp_path, capsys):
+    for i in range(12):
+        (tmp_path / f"{i:02}.png").write_bytes(png())
+    lines = [json.dumps({"file_name": f"{i:02}.png", "caption": "a thing"}) for i in range(10)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    data = CaptionData(CaptionDataConfig(source=str(tmp_path)), 0)
+    data.setup()
+    names = f"{tmp_path / '10.png'}, {tmp_path / '11.png'}"
+    assert f"skipped, 2 pictures that the metadata do not name: {names}\n" in capsys.readouterr().out
+    (tmp_path / "10.png").unlink(), (tmp_path / "11.png").unlink()
+    CaptionData(CaptionDataConfig(source=str(tmp_path)), 0).setup()
+    assert "skipped" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

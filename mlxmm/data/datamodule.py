@@ -1,6 +1,7 @@
 """DataModule, and CaptionData: pictures with captions from any source, ready for a Trainer."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import attrs
 import numpy as np
@@ -10,7 +11,7 @@ from mlxmm import distributed
 from mlxmm.config import option
 from mlxmm.data.images import random_square
 from mlxmm.data.loader import Loader
-from mlxmm.data.rows import Columns, open_rows
+from mlxmm.data.rows import Columns, open_rows, unlisted_pictures
 from mlxmm.data.shapes import ShapesConfig, ShapesGrammar, ShapesTexts
 
 
@@ -89,10 +90,17 @@ class CaptionData(DataModule):
         columns = Columns(image=config.image_column, caption=config.caption_column, split=config.split_column)
         rows = open_rows(config.source, columns, revision=config.revision, seed=self.seed)
         for split, part in rows.items():
+            part, silent = part.without_captionless()
             self.rows[split], bad = part.without_undecodable(config.num_threads)
-            self.skipped += bad
-        for name in self.skipped if distributed.rank() == 0 else ():
-            print(f"skipped, cannot be decoded: {name}")
+            self.skipped += silent + bad
+            if distributed.rank() == 0:
+                print(*(f"skipped, has no caption: {name}\n" for name in silent), sep="", end="")
+                print(*(f"skipped, cannot be decoded: {name}\n" for name in bad), sep="", end="")
+        unlisted = unlisted_pictures(Path(config.source), rows)
+        if unlisted and distributed.rank() == 0:
+            print(
+                f"skipped, {len(unlisted)} pictures that the metadata do not name: {', '.join(map(str, unlisted[:5]))}"
+            )
 
     def fresh_rows(self, epoch: int) -> Sequence:
         """New training scenes of the same kind, a function of (seed, epoch)."""

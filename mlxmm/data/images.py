@@ -4,7 +4,6 @@ B pictures, H x W pixels.
 """
 
 import io
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mlxmm.config import UserError
+from mlxmm.hub import read_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -30,6 +30,7 @@ DEFAULTS = {
 }
 MAX_PIXELS = 100_000_000  # 20,000 x 5,000: larger files are taken for bombs
 
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 LONGEST = 16  # times its width, what is looked at of a strip too long to be resized
 
 
@@ -45,6 +46,8 @@ def decode_image(value) -> Image.Image:
     """
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
+    if value is None:
+        raise UndecodableImage("there is no picture")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -110,7 +113,7 @@ class ImageProcessor:
         """Read `preprocessor_config.json`, or the `processor_config.json` that transformers 5 writes."""
         for name in ("preprocessor_config.json", "processor_config.json"):
             if (folder / name).exists():
-                values = json.loads((folder / name).read_text())
+                values = read_json(folder / name)
                 return cls._from_hub(values.get("image_processor", values))
         raise UserError(f"{folder} has no preprocessor_config.json: is it a CLIP or SigLIP folder?")
 

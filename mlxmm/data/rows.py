@@ -5,6 +5,7 @@ A row is `{"image": PIL, "captions": [str], "id": str}`.
 
 import glob
 import hashlib
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,11 +14,13 @@ import attrs
 import numpy as np
 
 from mlxmm.config import UserError
-from mlxmm.data.images import UndecodableImage, decode_image
+from mlxmm.data.images import SUFFIXES, UndecodableImage, decode_image
 
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
 HELD_OUT = 0.05  # of the rows for each of val and test, where a source has no splits of its own
-MAX_UNDECODABLE = 0.01  # of a split's rows: beyond it something is wrong with the source
+PACKED = (".parquet", ".zip", ".tar", ".gz")  # other files of a folder that may hold pictures
+FOLDER = f"a folder holds {', '.join(SUFFIXES)}, and a metadata.jsonl or .csv with the columns file_name and caption"
+MAX_UNUSABLE = 0.01  # of a split's rows: beyond it something is wrong with the source
 
 
 @attrs.frozen(kw_only=True)
@@ -92,13 +95,22 @@ class CaptionRows(Sequence):
         """
         with ThreadPoolExecutor(num_threads) as pool:
             good = np.array(list(pool.map(self._is_decodable, range(len(self)))), dtype=bool)
-        bad = [self.name(int(place)) for place in np.flatnonzero(~good)]
-        if len(bad) > MAX_UNDECODABLE * len(self):
-            raise UserError(
-                f"{len(bad)} of {len(self)} pictures cannot be decoded, more than one in a hundred: "
-                + ", ".join(bad[:5])
-            )
-        return attrs.evolve(self, indices=self.indices[good]), bad
+        return self._only(good, "pictures cannot be decoded")
+
+    def without_captionless(self) -> tuple["CaptionRows", list[str]]:
+        """The rows that have a caption, and the names of the others. Raises as `without_undecodable` does."""
+        column = self.table.select_columns([self.columns.caption]).select(self.indices)
+        good = [bool(_texts(self._words(value))) for value in column[self.columns.caption]]
+        return self._only(np.array(good, dtype=bool), "rows have no caption")
+
+    def _only(self, good: np.ndarray, fault: str) -> tuple["CaptionRows", list[str]]:
+        bad = np.flatnonzero(~good)
+        names = (self.name(int(place)) for place in bad)
+        if len(bad) > MAX_UNUSABLE * len(self):
+            first = ", ".join(itertools.islice(names, 5))
+            much = f"{len(bad)} of {len(self)} {fault}, more than one in a hundred"
+            raise UserError(f"{much}; put them right or leave them out: {first}")
+        return attrs.evolve(self, indices=self.indices[good]), list(names)
 
     def _is_decodable(self, place: int) -> bool:
         try:
@@ -117,16 +129,33 @@ def open_rows(source: str, columns: Columns, *, revision: str | None, seed: int)
     import datasets
 
     datasets.disable_progress_bars()
+    if Path(source).is_dir() and not _has_files(Path(source), (*SUFFIXES, *PACKED)):
+        raise UserError(f"{source} holds no pictures: {FOLDER}")
     tables = _load(source, revision)
     first = next(iter(tables.values()))
     for column in (columns.image, columns.caption, columns.split):
         if column is not None and column not in first.column_names:
-            raise UserError(f"{source} has no column {column!r}; it has {', '.join(first.column_names)}")
+            hint = f"; {FOLDER}" if Path(source).is_dir() else ""
+            raise UserError(f"{source} has no column {column!r}; it has {', '.join(first.column_names)}{hint}")
     tables = {name: table.cast_column(columns.image, datasets.Image(decode=False)) for name, table in tables.items()}
     rows = {split: CaptionRows(*part, columns) for split, part in _split(tables, columns.split, seed).items()}
     if empty := [split for split in SPLITS if split not in rows or not len(rows[split])]:
         raise UserError(f"{source} has no rows for {', '.join(empty)}; its splits are {', '.join(tables)}")
     return rows
+
+
+def unlisted_pictures(folder: Path, rows: dict[str, CaptionRows]) -> list[Path]:
+    """The pictures in a folder of which its metadata say nothing: `datasets` passes over them."""
+    pictures = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES] if folder.is_dir() else []
+    listed = set()
+    for part in rows.values() if pictures else ():
+        images = part.table.select_columns([part.columns.image])[part.columns.image]
+        listed |= {Path(image["path"]).resolve() for image in images if image["path"]}
+    return sorted(path for path in pictures if path.resolve() not in listed)
+
+
+def _has_files(folder: Path, suffixes: Sequence[str]) -> bool:
+    return any(path.suffix.lower() in suffixes for path in folder.rglob("*"))
 
 
 def _load(source: str, revision: str | None) -> dict:
@@ -167,11 +196,14 @@ def _split(tables: dict, split_column: str | None, seed: int) -> dict[str, tuple
 
 
 def _captions(value, index: int) -> list[str]:
+    if texts := _texts(value):
+        return texts
+    raise UserError(f"row {index} has no caption")
+
+
+def _texts(value) -> list[str]:
     texts = [value] if isinstance(value, str) else list(value or ())
-    texts = [text.strip() for text in texts if text and text.strip()]
-    if not texts:
-        raise UserError(f"row {index} has no caption")
-    return texts
+    return [text.strip() for text in texts if text and text.strip()]
 
 
 def _first_line(error: Exception) -> str:
