@@ -16,6 +16,7 @@ from pathlib import Path
 
 import attrs
 import mlx.core as mx
+from attrs.validators import ge
 
 from callbacks import (
     FreezeSchedule,
@@ -44,6 +45,7 @@ from mlxmm.run import Run, RunConfig, cached, check_free, open_run, read_saved_c
 from recipes import train_clip, train_language_model
 
 SHEET_ROWS = 24
+LONGEST = 128  # tokens of a caption where --module.max-caption-tokens does not say: one may be a whole page
 
 
 @attrs.frozen(kw_only=True)
@@ -54,11 +56,11 @@ class Config(RunConfig):
     module: Qwen3AlignerConfig = Qwen3AlignerConfig()
     trainer: TrainerConfig = TrainerConfig(max_steps=1_170, val_check_interval=390)
     open_step: int = option(
-        120, "update from which the language model's adapters, if any, or its last layers are trained too"
+        120, "update from which the language model's adapters, if any, or its last layers are trained too", ge(0)
     )
-    open_layers: int = option(2, "how many of its last layers")
-    checkpoint_every: int = option(200, "updates between checkpoints")
-    max_test: int = option(1_000, "most pictures of each test part to caption")
+    open_layers: int = option(2, "how many of its last layers", ge(1))
+    checkpoint_every: int = option(200, "updates between checkpoints", ge(1))
+    max_test: int = option(1_000, "most pictures of each test part to caption", ge(1))
     push_to: str | None = option(None, "repository of the Hub, user/name, for the captioner; made where there is none")
     public: bool = option(False, "whether the repository that --push-to makes is public")
     tower: train_clip.TowerConfig = train_clip.TowerConfig()
@@ -115,9 +117,19 @@ def build(config: Config, data: CaptionData, run: Run) -> tuple[Qwen3Aligner, di
     if module.max_caption_tokens == 0:
         captions = [caption for _, caption in data.sample_texts()]
         length = token_length(load_tokenizer(local_folder(module.lm)), captions) + 1  # the end
-        module = attrs.evolve(module, max_caption_tokens=length)
+        module = attrs.evolve(module, max_caption_tokens=min(length, LONGEST))
     mx.random.seed(config.seed)
-    return Qwen3Aligner.from_parts(module), figures
+    aligner = Qwen3Aligner.from_parts(module)
+    say_cut(aligner, data, run, "--module.max-caption-tokens")
+    return aligner, figures
+
+
+def say_cut(captioner: Captioner, data: CaptionData, run: Run, flag: str) -> None:
+    """Print how many of the first captions are longer than those that `captioner` learns; `flag` says how long."""
+    texts, length = [caption for _, caption in data.sample_texts()], captioner.max_new_tokens
+    tokens = captioner.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    if num_cut := sum(len(ids) >= length for ids in tokens):
+        run.print(f"cut: {num_cut} of {len(texts)} captions do not end within {length} tokens, see {flag}")
 
 
 def find_tower(config, data: CaptionData, run: Run) -> tuple[str, dict]:

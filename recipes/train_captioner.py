@@ -12,6 +12,7 @@ import time
 
 import attrs
 import mlx.core as mx
+from attrs.validators import ge
 
 from callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, SampleCaptions, TQDMProgressBar
 from callbacks.synthetic_refresh import SyntheticRefresh
@@ -23,7 +24,7 @@ from mlxmm.hub import local_folder
 from mlxmm.modules.caption_decoder import CaptionDecoder, CaptionDecoderConfig
 from mlxmm.run import Run, RunConfig, check_free, open_run, read_saved_config
 from recipes import train_clip
-from recipes.align_qwen3 import evaluate, find_tower, report
+from recipes.align_qwen3 import evaluate, find_tower, report, say_cut
 
 
 @attrs.frozen(kw_only=True)
@@ -35,8 +36,8 @@ class Config(RunConfig):
     trainer: TrainerConfig = TrainerConfig(max_steps=1_400, val_check_interval=350)
     tokenizer: str | None = option(None, "folder or Hub id of a tokenizer; none: one is trained on the captions")
     vocab_size: int = option(2_000, "most tokens of a tokenizer that is trained")
-    checkpoint_every: int = option(200, "updates between checkpoints")
-    max_test: int = option(1_000, "most pictures of each test part to caption")
+    checkpoint_every: int = option(200, "updates between checkpoints", ge(1))
+    max_test: int = option(1_000, "most pictures of each test part to caption", ge(1))
     tower: train_clip.TowerConfig = train_clip.TowerConfig()
 
 
@@ -61,10 +62,12 @@ def build(config: Config, data: CaptionData, run: Run) -> tuple[CaptionDecoder, 
         tokenizer = train_tokenizer(captions, config.vocab_size)
     else:
         tokenizer = load_tokenizer(local_folder(config.tokenizer))
-    length = token_length(tokenizer, captions) + 1  # the end
+    length = min(config.module.decoder.max_position_embeddings, token_length(tokenizer, captions) + 1)  # the end
     decoder = attrs.evolve(config.module.decoder, max_position_embeddings=length)
     mx.random.seed(config.seed)
-    return CaptionDecoder.from_parts(attrs.evolve(config.module, vision=vision, decoder=decoder), tokenizer), figures
+    captioner = CaptionDecoder.from_parts(attrs.evolve(config.module, vision=vision, decoder=decoder), tokenizer)
+    say_cut(captioner, data, run, "--module.decoder.max-position-embeddings")
+    return captioner, figures
 
 
 def train(config: Config, captioner: CaptionDecoder, data: CaptionData, run: Run) -> dict:

@@ -15,9 +15,14 @@ def load_tokenizer(folder: Path):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no tokenizer: {str(error).splitlines()[0]}") from None
+        is_there = (folder / "tokenizer.json").exists()
+        reason = str(error).splitlines()[0] if is_there else "tokenizer.json is missing"
+        raise UserError(f"{folder} holds no tokenizer: {reason}") from None
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what transformers makes of a config.json alone
+        raise UserError(f"{folder} holds no tokenizer: tokenizer.json is missing")
+    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, *, adds_start_and_end: bool = False):
@@ -50,7 +55,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, adds_start_and_end
 def end_token(tokenizer) -> int:
     """The id that ends a text, which captions are taught to end with."""
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no end token: captions could not learn to end")
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path or 'given'} has no end token, and captions could not learn to end: "
+            'name one as "eos_token" in its tokenizer_config.json'
+        )
     return tokenizer.eos_token_id
 
 

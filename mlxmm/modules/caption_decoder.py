@@ -17,7 +17,7 @@ from mlxmm.config import UserError, from_json, option, to_json
 from mlxmm.data.images import ImageProcessor
 from mlxmm.data.tokenizers import end_token, load_tokenizer
 from mlxmm.generate import GenerationConfig
-from mlxmm.hub import local_folder, read_config
+from mlxmm.hub import local_folder, read_config, require_parts
 from mlxmm.losses import token_accuracy, token_loss
 from mlxmm.modules.captioner import Captioner
 from mlxmm.networks.decoder import Continuation, Decoder, DecoderConfig
@@ -93,6 +93,7 @@ class CaptionDecoder(Captioner):
         values = read_config(folder)
         if values.get("model_type") != MODEL_TYPE:
             raise UserError(f"{folder} is no CaptionDecoder: its config.json says {values.get('model_type')!r}")
+        require_parts(folder, values, "captioner", "vision")
         config, vision = from_json(CaptionDecoderConfig, values["captioner"]), build_vision_tower(values["vision"])
         processor = ImageProcessor.from_pretrained(folder)
         module = cls(config, vision, values["vision"], processor, load_tokenizer(folder))

@@ -2,14 +2,25 @@
 
 from pathlib import Path
 
+from mlxmm.config import UserError
 from mlxmm.hub import local_folder, read_config
-from mlxmm.modules import caption_decoder
+from mlxmm.modules import caption_decoder, qwen3_aligner
 from mlxmm.modules.captioner import Captioner
-from mlxmm.modules.qwen3_aligner import Qwen3Aligner
+
+KINDS = {
+    qwen3_aligner.MODEL_TYPE: qwen3_aligner.Qwen3Aligner,
+    caption_decoder.MODEL_TYPE: caption_decoder.CaptionDecoder,
+    "llava": qwen3_aligner.Qwen3Aligner,
+}
 
 
 def load_captioner(path_or_id: str | Path, revision: str | None = None) -> Captioner:
     """The CaptionDecoder or Qwen3Aligner of a checkpoint, of a folder or of a Hub id. Raises `UserError`."""
     folder = local_folder(path_or_id, revision)
-    is_decoder = read_config(folder).get("model_type") == caption_decoder.MODEL_TYPE
-    return (caption_decoder.CaptionDecoder if is_decoder else Qwen3Aligner).from_pretrained(folder)
+    kind = read_config(folder).get("model_type")
+    if kind not in KINDS:
+        raise UserError(
+            f"{folder} holds no captioner: its config.json says model_type {kind!r}, expected was one of "
+            f"{', '.join(KINDS)}; in a run's folder, checkpoints/best is one"
+        )
+    return KINDS[kind].from_pretrained(folder)

@@ -5,6 +5,8 @@ D features of the language model.
 """
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
@@ -16,7 +18,8 @@ from mlxmm.config import UserError, from_json, option, to_json
 from mlxmm.data.images import ImageProcessor
 from mlxmm.data.tokenizers import end_token, load_tokenizer
 from mlxmm.files import new_folder
-from mlxmm.hub import local_folder, read_config, read_weights
+from mlxmm.generate import GenerationConfig
+from mlxmm.hub import local_folder, read_config, read_weights, require_parts
 from mlxmm.module import match_parameters, set_trainable
 from mlxmm.modules import llava
 from mlxmm.modules.captioner import Captioner
@@ -35,6 +38,8 @@ from mlxmm.networks.projector import PROJECTORS, Projector, squares
 from mlxmm.networks.towers import VisionTower
 from mlxmm.networks.vision import build_vision_tower, load_vision_tower
 from mlxmm.optimizers import OptimizerConfig, grouped
+
+MODEL_TYPE = "mlxmm_qwen3_aligner"
 
 
 @attrs.frozen(kw_only=True)
@@ -89,6 +94,7 @@ class Qwen3Aligner(Captioner):
         self._fuses_head = fuses_head(lm)
         self._stop_id = end_token(tokenizer)
         self._prompt = self._token_ids(config.prompt)
+        self._check_context()
         set_trainable(self, [*match_parameters(self, "projector"), *self.parameter_groups()["lora"]])
 
     @classmethod
@@ -108,8 +114,9 @@ class Qwen3Aligner(Captioner):
         is_llava = values.get("model_type") == "llava"
         if is_llava:
             values = llava.own_values(values, folder)
-        elif values.get("model_type") != "mlxmm_qwen3_aligner":
+        elif values.get("model_type") != MODEL_TYPE:
             raise UserError(f"{folder} is no Qwen3Aligner: its config.json says {values.get('model_type')!r}")
+        require_parts(folder, values, "aligner", "vision", "language_model")
         module = cls(
             from_json(Qwen3AlignerConfig, values["aligner"]),
             build_vision_tower(values["vision"]),
@@ -122,7 +129,7 @@ class Qwen3Aligner(Captioner):
         if is_llava:
             checkpoint.load_arrays(folder, llava.own_weights(read_weights(folder), module), module)
             return module
-        weights = mx.load(str(folder / checkpoint.WEIGHTS))
+        weights = checkpoint.read_arrays(folder / checkpoint.WEIGHTS)
         quantize_as(module, weights)
         checkpoint.load_arrays(folder / checkpoint.WEIGHTS, weights, module)
         return module
@@ -145,7 +152,7 @@ class Qwen3Aligner(Captioner):
 
     def save_config(self, folder: Path) -> None:
         values = {
-            "model_type": "mlxmm_qwen3_aligner",
+            "model_type": MODEL_TYPE,
             "aligner": to_json(self.config),
             "vision": self.vision_config,
             "language_model": self.lm_config,
@@ -174,6 +181,28 @@ class Qwen3Aligner(Captioner):
     def max_new_tokens(self) -> int:
         """As long as captions were in training."""
         return self.config.max_caption_tokens or Captioner.max_new_tokens
+
+    def _room(self, prompt: Sequence[int]) -> int:
+        """Tokens that a caption may have after image and `prompt`; its end needs no position."""
+        num_image = (self.processor.image_size // self.vision.config.patch_size) ** 2 // self.projector.factor**2
+        return self.lm_config.get("max_position_embeddings", sys.maxsize) - num_image - len(prompt) + 1
+
+    def _check_context(self) -> None:
+        """Raise `UserError` where image, prompt and the longest caption are more than the language model reads."""
+        room, wanted = self._room(self._prompt), self.config.max_caption_tokens
+        if room < max(1, wanted):
+            raise UserError(
+                f"the language model reads {self.lm_config['max_position_embeddings']} tokens: after image and prompt "
+                f"there is room for {max(0, room)} of a caption, not for {max(1, wanted)}; "
+                + (f"set --module.max-caption-tokens to {room} or less" if room > 0 else "shorten --module.prompt")
+            )
+
+    def _generation(self, settings: dict, prompt: str) -> GenerationConfig:
+        config, room = super()._generation(settings, prompt), self._room(self._token_ids(prompt) or self._prompt)
+        if room < 1:
+            most = self.lm_config["max_position_embeddings"]
+            raise UserError(f"the language model reads {most} tokens: shorten the prompt by {1 - room}")
+        return attrs.evolve(config, max_new_tokens=min(config.max_new_tokens, room))
 
     def _token_ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -50,10 +50,13 @@ class Qwen3Config:
 
 
 def build_language_model(config: dict) -> nn.Module:
-    """mlx-lm's network for a `config.json`, with fresh weights."""
+    """mlx-lm's network for a `config.json`, with fresh weights. Raises `UserError` where mlx-lm has none."""
     from mlx_lm.utils import _get_classes
 
-    network, arguments = _get_classes(config)
+    try:
+        network, arguments = _get_classes(config)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"config.json describes no language model for mlx-lm: {error}") from None
     model = network(arguments.from_dict(config))
     _use_fast_forms(model)
     for name, part in model.named_modules():
@@ -75,7 +78,7 @@ def load_language_model(folder: Path, bits: int = 0) -> tuple[nn.Module, dict]:
         raise UserError(f"{folder} holds no language model: config.json is missing")
     try:
         model, config = load_model(folder)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
         raise UserError(f"{folder} holds no language model for mlx-lm: {error}") from None
     if mx.default_device() == mx.cpu:
         model.update(tree_map(_to_float32, model.parameters()))

@@ -60,7 +60,9 @@ class Tower(nn.Module):
         """
         depth = len(self.encoder.layers)
         if not -depth - 1 <= layer <= depth:
-            raise UserError(f"layer {layer} of a tower with hidden states 0 to {depth}")
+            raise UserError(
+                f"layer {layer} of a tower with hidden states 0 to {depth}: choose one of these, or -1 to {-depth - 1}"
+            )
         return self.encoder(self.embed(inputs), self.mask, num_layers=layer % (depth + 1))
 
     def all_hidden_states(self, inputs: mx.array) -> list[mx.array]:

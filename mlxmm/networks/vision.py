@@ -30,7 +30,7 @@ def load_vision_tower(folder: Path) -> tuple[VisionTower, dict]:
     values = vision_values(read_config(folder), folder)
     tower = build_vision_tower(values)
     if (folder / checkpoint.WEIGHTS).exists():  # a checkpoint of ContrastiveCLIP
-        weights = _under(f"network.{PREFIX}", mx.load(str(folder / checkpoint.WEIGHTS)))
+        weights = _under(f"network.{PREFIX}", checkpoint.read_arrays(folder / checkpoint.WEIGHTS))
     else:
         weights = read_weights(folder)
         weights = from_hub(_under(PREFIX, weights) or weights, values)
