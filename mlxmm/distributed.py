@@ -9,7 +9,7 @@ import faulthandler
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -143,6 +143,16 @@ def all_max(*numbers: int) -> list[int]:
     return mx.distributed.all_max(mx.array(numbers, dtype=mx.int32)).tolist()
 
 
+def in_step(items: Iterable) -> Iterator[tuple]:
+    """Each item and True; where other processes have more of them, the last one and False. `UserError` without any."""
+    rest, item = iter(items), None
+    while all_max((new := next(rest, None)) is not None) == [1]:
+        item = item if new is None else new
+        if item is None:
+            raise UserError(f"rank {rank()} has no batch where others have some: make shards equal, or use ddp")
+        yield item, new is not None
+
+
 def barrier() -> None:
     """Wait until all processes are here."""
     all_max(0)
@@ -183,4 +193,3 @@ def check_strategy(strategy: str) -> None:
         mx.eval(mx.distributed.sum_scatter(mx.ones((world_size(), 1))))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"strategy fsdp needs sum_scatter, which this backend has not ({error}): use ddp") from None
-    raise UserError("strategy fsdp is untried on any backend that has sum_scatter, so it is not offered: use ddp")

@@ -190,12 +190,16 @@ def two_processes(*command, only=(0, 1), timeout=10.0, **environment):
             process.communicate()
 
 
-def run(name, folder, *, only=(0, 1), **settings):
-    """(exit code, stdout, stderr) of each rank that runs `name`, and the seconds it took."""
+def run_workers(*command, only=(0, 1), **settings):
+    """(exit code, stdout, stderr) of each rank that runs `command`, and the seconds it took."""
     start = time.monotonic()
-    with two_processes(__file__, name, folder, only=only, **settings) as processes:
+    with two_processes(*command, only=only, **settings) as processes:
         ended = [(*process.communicate(timeout=40), process.returncode) for process in processes]
     return [(code, out, err) for out, err, code in ended], time.monotonic() - start
+
+
+def run(name, folder, **settings):
+    return run_workers(__file__, name, folder, **settings)
 
 
 @pytest.fixture(autouse=True)
