@@ -6,6 +6,7 @@ the layer's call here, not in the layer's place, so that parameters keep their n
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -82,12 +83,11 @@ class Shards:
 def sharded_layers(trainer) -> Iterator[None]:
     """Until the end of the block, the repeated layers of the trainer's module, and their moments, are shards.
 
-    A layer is replicated as before if a parameter is no float, a scalar or of another type than the rest, if its rows
-    cannot be divided among the processes, or if its call changes it (`BatchNorm`). Raises `UserError` if all are.
-    After an exception other than `Interrupted`, which all processes have at once, shards stay shards.
+    Raises `UserError` if there is none to shard, and for callbacks that need whole layers. After an exception other
+    than `Interrupted`, which all processes have at once, shards stay shards.
     """
     module = trainer.module
-    layers = {name: layer for name, layer in repeated_layers(module).items() if _can_shard(layer)}
+    layers = shardable_layers(module)
     if not layers:
         raise UserError(f"strategy fsdp: {type(module).__name__} has no entry of a list `layers` to shard: use ddp")
     if unfit := [type(callback).__name__ for callback in trainer.callbacks if callback.needs_whole_layers]:
@@ -117,14 +117,24 @@ def _put_together(trainer) -> None:
     trainer.shards = Shards()
 
 
-def _can_shard(layer: nn.Module) -> bool:
+def shardable_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """The repeated layers, but those within others, that can be divided by rows. All else is replicated.
+
+    Not those with a scalar, with parameters of two types or none that is a float, with one that the layer's own call
+    changes (`BatchNorm`), or with a part that is in the module twice.
+    """
+    layers, counts = repeated_layers(module), Counter(map(id, module.modules()))
+    outermost = [name for name in layers if not any(name.startswith(f"{other}.") for other in layers)]
+    return {name: layers[name] for name in outermost if _can_shard(layers[name], counts)}
+
+
+def _can_shard(layer: nn.Module, counts: Counter) -> bool:
     arrays = [array for _, array in _parameters(layer)]
     return (
         len({array.dtype for array in arrays}) == 1
-        and all(
-            mx.issubdtype(x.dtype, mx.floating) and x.ndim and len(x) % distributed.world_size() == 0 for x in arrays
-        )
-        and not any(isinstance(part, nn.BatchNorm) for part in layer.modules())
+        and mx.issubdtype(arrays[0].dtype, mx.floating)
+        and all(array.ndim and len(array) % distributed.world_size() == 0 for array in arrays)
+        and all(counts[id(part)] == 1 and not isinstance(part, nn.BatchNorm) for part in layer.modules())
     )
 
 

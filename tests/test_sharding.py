@@ -21,9 +21,9 @@ from callbacks import EMAWeightAveraging, FreezeSchedule, ModelCheckpoint, OnExc
 from mlxmm import Callback, Module, Trainer, distributed, seed_everything
 from mlxmm.config import UserError
 from mlxmm.module import trainable_names
-from mlxmm.optimizers import OptimizerConfig
+from mlxmm.optimizers import OptimizerConfig, grouped
 from mlxmm.sharding import Shards as ParameterShards
-from mlxmm.sharding import _can_shard, sharded_layers
+from mlxmm.sharding import shardable_layers, sharded_layers
 
 UPDATES = {  # six micro-batches each, and clipping acts on all
     "plain": {"compile": True},
@@ -45,10 +45,10 @@ def sum_scatter(x, *, group=None, stream=None):
 class Block(nn.Module):
     def __init__(self, inner):
         super().__init__()
-        self.up, self.down = nn.Linear(4, inner), nn.Linear(inner, 4)
+        self.mlp = nn.Sequential(nn.Linear(4, inner), nn.GELU(), nn.Linear(inner, 4))  # has `layers` of its own
 
     def __call__(self, x):
-        return x + self.down(nn.gelu(self.up(x)))
+        return x + self.mlp(x)
 
 
 class Stack(Module):
@@ -68,6 +68,12 @@ class Stack(Module):
 
     def configure_optimizers(self):
         return OptimizerConfig(warmup_steps=2, learning_rate=0.05).build(30)
+
+
+class GroupedStack(Stack):
+    def configure_optimizers(self):
+        config = OptimizerConfig(warmup_steps=2, learning_rate=0.05)
+        return grouped(config.build(30), head=config.build(30, scale=0.5))
 
 
 class Watch(Callback):
@@ -95,10 +101,12 @@ def trainer(folder, *, freezing=False, callbacks=(), **settings):
     )
 
 
-def started_apart() -> Stack:
+def started_apart(kind=Stack) -> Stack:
     """Its first weights are each process's own."""
-    module = Stack()
-    module.layers[0].up.weight = module.layers[0].up.weight + distributed.rank()
+    module = kind()
+    module.head.weight = module.head.weight + distributed.rank()
+    first = module.layers[0].mlp.layers[0]
+    first.weight = first.weight + distributed.rank()
     return module
 
 
@@ -115,14 +123,15 @@ def equal(folder):
 def fit(folder, name, max_steps, ckpt_path=None, callbacks=(), **settings):
     callbacks = [ModelCheckpoint(every_n_train_steps=4), *callbacks]
     run = trainer(folder / name, max_steps=max_steps, callbacks=callbacks, **settings)
-    run.fit(module := started_apart(), train_dataloaders=Shards(), ckpt_path=ckpt_path)
+    module = started_apart(GroupedStack if settings.get("freezing") else Stack)
+    run.fit(module, train_dataloaders=Shards(), ckpt_path=ckpt_path)
     save(module, folder, f"{name}-{max_steps}-")
     return run
 
 
 class Signals(Callback):
     def on_train_batch_end(self, trainer, module, metrics, batches):
-        if trainer.global_step == 4 and distributed.rank() == 1:
+        if trainer.global_step == 5 and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -134,6 +143,7 @@ def resume(folder):
         run.save_checkpoint(folder / f"{name}-after")
         distributed.barrier()
         fit(folder, f"{name}-further", 8, folder / f"{name}-after", **settings)
+    fit(folder, "plain-ended", 5)
     fit(folder, "signalled", 6, callbacks=[Signals()])
 
 
@@ -195,7 +205,7 @@ def test_two_processes_of_shards_make_the_updates_of_one_process_and_need_equall
 
 def halved(sizes: dict) -> dict:
     """Of the layers that can be divided, each process has half of the rows, and half of the moments'."""
-    is_shard = lambda name: "layers.0." in name or "layers.1." in name
+    is_shard = lambda name: "layers.0.mlp" in name or "layers.1.mlp" in name
     return {name: [rows // 2 if is_shard(name) else rows, *rest] for name, (rows, *rest) in sizes.items()}
 
 
@@ -215,9 +225,9 @@ def test_a_resumed_run_of_shards_is_the_uninterrupted_one_and_its_checkpoints_ar
         assert_close(
             f"{tmp_path}/one/{name}-further-8-0.safetensors", f"{tmp_path}/{name}-further-8-0.safetensors", 1e-6
         )
-    signalled, stopped = (tmp_path / f"{name}/checkpoints/step=4" for name in ("signalled", "plain-stopped"))
+    signalled, ended = (tmp_path / f"{name}/checkpoints/step=5" for name in ("signalled", "plain-ended"))
     for file in ("weights.safetensors", "optimizer.safetensors"):
-        assert_close(signalled / file, stopped / file, atol=0)
+        assert_close(signalled / file, ended / file, atol=0)
 
 
 def test_validation_of_shards_on_unequal_data_gives_the_means_of_one_process(tmp_path):
@@ -260,11 +270,17 @@ def test_an_optimizer_of_whole_matrices_is_refused(name):
     ParameterShards().check_optimizer(optimizer)
 
 
-@pytest.mark.parametrize("part", [nn.BatchNorm(4), nn.PReLU(), nn.QuantizedLinear(64, 4)])
-def test_a_layer_that_cannot_be_divided_is_replicated(part):
-    """A call that changes running means, a scalar (here of one row, as MLX has it), and packed integers."""
-    assert _can_shard(nn.Linear(4, 4))
-    assert _can_shard(nn.Sequential(nn.Linear(4, 4), part)) == isinstance(part, nn.PReLU)
+def test_only_layers_that_can_be_divided_are_sharded():
+    def chosen(*layers):
+        return sorted(shardable_layers(nn.Sequential(*layers)))
+
+    linear, scaled = nn.Linear(4, 4), nn.Linear(4, 4)
+    scaled.scale = mx.array(1.0)
+    halves = nn.Linear(4, 4)
+    halves.bias = halves.bias.astype(mx.bfloat16)
+    packed = nn.QuantizedLinear(64, 64)
+    assert chosen(linear, nn.Sequential(nn.Linear(4, 4)), nn.GELU()) == ["layers.0", "layers.1"]
+    assert chosen(scaled, halves, packed, nn.BatchNorm(4), linear, linear) == []
 
 
 if __name__ == "__main__":
