@@ -30,9 +30,11 @@ def _group() -> mx.distributed.Group:
     global _watch
     hosts = watch.read_hosts()
     if not hosts:
+        _share_cores(int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)))  # of Open MPI's mpirun
         return mx.distributed.init()
     rank = int(os.environ["MLX_RANK"])
-    _share_cores(hosts, rank)
+    addresses = [host[0].rpartition(":")[0] for host in hosts]
+    _share_cores(addresses.count(addresses[rank]))
     _watch = watch.gather(hosts, rank)
     faulthandler.dump_traceback_later(START_SECONDS, exit=True)  # `init` keeps the GIL: no thread of Python's can help
     try:
@@ -41,11 +43,10 @@ def _group() -> mx.distributed.Group:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _share_cores(hosts: list[list[str]], rank: int) -> None:
+def _share_cores(ranks: int) -> None:
     """Divide the cores among the ranks of this machine: BLAS threads of two that share one wait for each other."""
-    addresses = [host[0].rpartition(":")[0] for host in hosts]
-    if "OPENBLAS_NUM_THREADS" not in os.environ:
-        blas.set_num_threads(max(1, (os.cpu_count() or 1) // addresses.count(addresses[rank])))
+    if ranks > 1 and "OPENBLAS_NUM_THREADS" not in os.environ:
+        blas.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
 
 
 def rank() -> int:
