@@ -3,17 +3,20 @@
 A row is `{"image": PIL, "captions": [str], "id": str}`.
 """
 
+import contextlib
 import glob
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import attrs
 import numpy as np
 
+from mlxmm import distributed
 from mlxmm.config import UserError
 from mlxmm.data.images import UndecodableImage, decode_image
+from mlxmm.data.stream import StreamRows
 
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
 HELD_OUT = 0.05  # of the rows for each of val and test, where a source has no splits of its own
@@ -45,7 +48,7 @@ class CaptionRows(Sequence):
         row = self.table[index]
         return {
             "image": decode_image(row[self.columns.image]),
-            "captions": _captions(self._words(row[self.columns.caption]), index),
+            "captions": _captions(self._words(row[self.columns.caption]), f"row {index}"),
             "id": self.name(place),
         }
 
@@ -53,7 +56,7 @@ class CaptionRows(Sequence):
         """The row without its picture, which is not decoded."""
         index = int(self.indices[place])
         captions = self.table.select_columns([self.columns.caption])[index][self.columns.caption]
-        return {"captions": _captions(captions, index), "id": self.name(place)}
+        return {"captions": _captions(self._words(captions), f"row {index}"), "id": self.name(place)}
 
     def fingerprint(self) -> bytes:
         """A checksum of the pictures, in their order: of their bytes, or of the files that they are in."""
@@ -72,11 +75,19 @@ class CaptionRows(Sequence):
         """Every caption, without touching a picture."""
         column = self.table.select_columns([self.columns.caption]).select(self.indices)
         rows = column[self.columns.caption]
-        return [text for index, row in zip(self.indices, rows) for text in _captions(self._words(row), int(index))]
+        return [text for index, row in zip(self.indices, rows) for text in _captions(self._words(row), f"row {index}")]
+
+    def first_of_each(self, column: str) -> "CaptionRows":
+        """The first row of each value that `column` has. Raises `UserError` where there is no such column."""
+        if column not in self.table.column_names:
+            raise UserError(f"there is no column {column!r}; the columns are {', '.join(self.table.column_names)}")
+        places: dict = {}
+        for place, value in enumerate(self.table.select_columns([column]).select(self.indices)[column]):
+            places.setdefault(value, place)
+        return attrs.evolve(self, indices=self.indices[list(places.values())])
 
     def _words(self, value):
-        """A caption column may hold numbers of classes, which `datasets` has names for."""
-        return self.table.features[self.columns.caption].int2str(value) if isinstance(value, int) else value
+        return _words(value, self.table.features[self.columns.caption])
 
     def name(self, place: int) -> str:
         """What a person finds the row by: its file where it has one, its number where not."""
@@ -114,37 +125,114 @@ def open_rows(source: str, columns: Columns, *, revision: str | None, seed: int)
     `source` is a parquet file or glob, a folder of images with metadata.jsonl or .csv, or a data set on the Hub.
     Raises `UserError` where it, a column or a split is not there.
     """
-    import datasets
-
-    datasets.disable_progress_bars()
-    tables = _load(source, revision)
-    first = next(iter(tables.values()))
-    for column in (columns.image, columns.caption, columns.split):
-        if column is not None and column not in first.column_names:
-            raise UserError(f"{source} has no column {column!r}; it has {', '.join(first.column_names)}")
-    tables = {name: table.cast_column(columns.image, datasets.Image(decode=False)) for name, table in tables.items()}
+    with _readable(source):
+        tables = _tables(source, columns, revision=revision)
     rows = {split: CaptionRows(*part, columns) for split, part in _split(tables, columns.split, seed).items()}
-    if empty := [split for split in SPLITS if split not in rows or not len(rows[split])]:
-        raise UserError(f"{source} has no rows for {', '.join(empty)}; its splits are {', '.join(tables)}")
+    _check_splits(source, [split for split in rows if len(rows[split])], tables)
     return rows
 
 
-def _load(source: str, revision: str | None) -> dict:
+def open_stream(source: str, columns: Columns, *, revision: str | None, num_held_out: int) -> dict:
+    """`StreamRows` of `source` for "train"; for "val" and "test" their first `num_held_out` rows, in memory.
+
+    Raises `UserError` as `open_rows` does, and where `source` does not tell its splits apart.
+    """
+    with _readable(source):
+        tables = _tables(source, columns, revision=revision, streaming=True)
+        if columns.split is None and len(tables) == 1:
+            raise UserError(f"a stream is not divided at random: {source} needs --data.split-column, or own splits")
+        streams = {split: _stream(tables, columns, names) for split, names in SPLITS.items()}
+        first = {split: list(streams[split].take(1 if split == "train" else num_held_out)) for split in streams}
+        _check_splits(source, [split for split in first if first[split]], tables)
+        rows = {split: _in_memory(streams[split], first[split], columns) for split in ("val", "test")}
+        return {"train": _stream_rows(streams["train"], columns)} | rows
+
+
+def _tables(source: str, columns: Columns, **how) -> dict:
+    """The tables of `source` by its own names of splits, their pictures not decoded."""
     import datasets
 
-    files = sorted(glob.glob(source)) if not Path(source).is_dir() else []
+    datasets.disable_progress_bars()
+    tables = _load(source, **how)
+    names = next(iter(tables.values())).column_names or []  # of some kinds of files a stream does not know them
+    for column in (columns.image, columns.caption, columns.split):
+        if column is not None and column not in names:
+            raise UserError(f"{source} has no column {column!r}; it has {', '.join(names)}")
+    if how.get("streaming"):  # pictures on the Hub are decoded before `cast_column` comes, unless told not to
+        tables = {name: table.decode(False) for name, table in tables.items()}
+    return {name: table.cast_column(columns.image, datasets.Image(decode=False)) for name, table in tables.items()}
+
+
+def _load(source: str, *, revision: str | None, **how) -> dict:
+    import datasets
+
+    if Path(source).is_dir():
+        files = {path.name for path in Path(source).rglob("*.parquet")} - {"metadata.parquet"}  # an image folder's own
+        kind = "parquet" if files else "imagefolder"
+        return datasets.load_dataset(kind, data_dir=source, **how)
+    if files := sorted(glob.glob(source)):
+        return datasets.load_dataset("parquet", data_files=files, **how)
+    if source.endswith(".parquet") or source.count("/") != 1:
+        raise UserError(f"{source} is not there: neither a parquet file, a glob, a folder nor a Hub id")
+    return datasets.load_dataset(source, revision=revision, **how)
+
+
+@contextlib.contextmanager
+def _readable(source: str) -> Iterator[None]:
     try:
-        if Path(source).is_dir():
-            return datasets.load_dataset("imagefolder", data_dir=source)
-        if files:
-            return datasets.load_dataset("parquet", data_files=files)
-        if source.endswith(".parquet") or source.count("/") != 1:
-            raise UserError(f"{source} is not there: neither a parquet file, a glob, a folder nor a Hub id")
-        return datasets.load_dataset(source, revision=revision)
+        yield
     except UserError:
         raise
     except Exception as error:  # `datasets` raises whatever its readers and the network raise
         raise UserError(f"{source} cannot be read: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _check_splits(source: str, found: Collection[str], tables: dict) -> None:
+    if empty := [split for split in SPLITS if split not in found]:
+        raise UserError(f"{source} has no rows for {', '.join(empty)}; its splits are {', '.join(tables)}")
+
+
+def _stream(tables: dict, columns: Columns, names: Sequence[str]):
+    """What of streamed tables belongs to the split of these `names`: none of its rows where there is no such split."""
+    table = next((tables[name] for name in names if name in tables), None)
+    if columns.split is None:
+        return table if table is not None else next(iter(tables.values())).take(0)
+    return next(iter(tables.values())).filter(lambda label: label in names, input_columns=[columns.split])
+
+
+def _in_memory(table, rows: list[dict], columns: Columns) -> CaptionRows:
+    import datasets
+
+    rows = [values | {columns.image: _with_bytes(values[columns.image])} for values in rows]
+    return CaptionRows(datasets.Dataset.from_list(rows, features=table.features), np.arange(len(rows)), columns)
+
+
+def _stream_rows(table, columns: Columns) -> StreamRows:
+    from datasets.distributed import split_dataset_by_node
+
+    kind = table.features[columns.caption]
+    name = lambda values: (values[columns.image] or {}).get("path") or f"the picture of {values[columns.caption]!r}"
+    words = lambda values: _captions(_words(values[columns.caption], kind), name(values))
+
+    def row(values: dict) -> dict:
+        try:
+            image = decode_image(_with_bytes(values[columns.image]))
+        except UndecodableImage as error:
+            raise UndecodableImage(f"{name(values)}: {error}") from None
+        return {"image": image, "captions": words(values), "id": name(values)}
+
+    own = lambda table: split_dataset_by_node(table, distributed.rank(), distributed.world_size())
+    return StreamRows(table=table, row=row, words=words, own=own)
+
+
+def _with_bytes(image: dict | None) -> dict | None:
+    """A picture that is a file elsewhere, with what that file holds."""
+    if not image or image["bytes"] is not None or "://" not in (image["path"] or ""):
+        return image
+    from datasets.utils.file_utils import xopen
+
+    with xopen(image["path"], "rb") as file:
+        return image | {"bytes": file.read()}
 
 
 def _split(tables: dict, split_column: str | None, seed: int) -> dict[str, tuple]:
@@ -166,11 +254,16 @@ def _split(tables: dict, split_column: str | None, seed: int) -> dict[str, tuple
     return {"train": (table, np.sort(train)), "val": (table, val), "test": (table, test)}
 
 
-def _captions(value, index: int) -> list[str]:
+def _words(value, kind):
+    """A caption column may hold numbers of classes, which `datasets` has names for."""
+    return kind.int2str(value) if isinstance(value, int) else value
+
+
+def _captions(value, name: str) -> list[str]:
     texts = [value] if isinstance(value, str) else list(value or ())
     texts = [text.strip() for text in texts if text and text.strip()]
     if not texts:
-        raise UserError(f"row {index} has no caption")
+        raise UserError(f"{name} has no caption")
     return texts
 
 
