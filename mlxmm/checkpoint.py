@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxmm.config import UserError
-from mlxmm.files import sha256, whole_folder, write_json
+from mlxmm.files import read_arrays, sha256, whole_folder, write_json
 
 FORMAT = 1
 WEIGHTS, STATE = "weights.safetensors", "state.json"
@@ -66,7 +66,7 @@ def read_state(folder: Path) -> dict:
 
 def load_weights(path: Path, module) -> None:
     """Read a safetensors file into `module`; every name and shape must be the module's own."""
-    load_arrays(path, mx.load(str(path)), module)
+    load_arrays(path, read_arrays(path), module)
 
 
 def load_arrays(path: Path, weights: dict[str, mx.array], module) -> None:

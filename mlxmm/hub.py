@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxmm.config import UserError
+from mlxmm.files import read_arrays
 
 NEEDED = [
     "*.json",
@@ -92,4 +93,4 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise UserError(f"{folder} has no model.safetensors")
-    return {name: array for file in files for name, array in mx.load(str(file)).items()}
+    return {name: array for file in files for name, array in read_arrays(file).items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 import attrs
 import mlx.core as mx
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlxmm.config import UserError
 
@@ -43,17 +43,28 @@ def decode_image(value) -> Image.Image:
     Turned as its EXIF says, transparency laid on white, the first frame of an animation.
     Raises `UndecodableImage`.
     """
+    if value is None:
+        raise UndecodableImage("there is no picture")
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # of large pictures, and of damaged EXIF
             image = value if isinstance(value, Image.Image) else Image.open(_opened(value))
             if image.width * image.height > MAX_PIXELS:
                 raise UndecodableImage(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
             return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:  # which names an address in memory
+        raise UndecodableImage("not a picture that can be decoded: it is of no known format") from None
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
         raise UndecodableImage(f"not a picture that can be decoded: {error}") from None
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def _opened(value):
@@ -110,7 +121,7 @@ class ImageProcessor:
         """Read `preprocessor_config.json`, or the `processor_config.json` that transformers 5 writes."""
         for name in ("preprocessor_config.json", "processor_config.json"):
             if (folder / name).exists():
-                values = json.loads((folder / name).read_text())
+                values = _read_json(folder / name)
                 return cls._from_hub(values.get("image_processor", values))
         raise UserError(f"{folder} has no preprocessor_config.json: is it a CLIP or SigLIP folder?")
 

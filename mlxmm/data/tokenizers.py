@@ -9,11 +9,16 @@ from mlxmm.config import UserError
 START, END = "<|startoftext|>", "<|endoftext|>"
 IMAGES = ("<image>", "<|image_pad|>")  # LLaVA's token in the place of an image, and the one that Qwen's tokenizers have
 
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")
+
 
 def load_tokenizer(folder: Path):
     """The tokenizer of a folder in the Hub's layout."""
     from transformers import AutoTokenizer
 
+    if not any(path for pattern in VOCABULARIES for path in Path(folder).glob(pattern)):
+        # transformers would make an empty one, of the kind that config.json names
+        raise UserError(f"{folder} holds no tokenizer: none of {', '.join(VOCABULARIES)} is there")
     try:
         return AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
