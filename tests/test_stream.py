@@ -1,8 +1,10 @@
 """Streams: the rows of the files, in an order that is a function of (seed, epoch), and resumed to the bit."""
 
+import gc
 import io
 import json
 import threading
+import zipfile
 
 import attrs
 import datasets
@@ -101,6 +103,7 @@ def test_another_epoch_or_seed_is_another_order_with_other_captions(make_folder)
     assert len({tuple(order) for order in [*orders, list(range(NUM_TRAIN))]}) == 4
     captions = [np.concatenate([b["caption"] for b in data.train_dataloader().epoch(i)]) for i in range(4)]
     assert set(np.concatenate(captions)) == {0, 1, 2, 3, 4}
+    assert len({tuple(of_epoch) for of_epoch in captions}) == 4  # by place, too
     by_row = [dict(zip(seen(data, i), captions[i])) for i in range(4)]
     assert len({tuple(sorted(of_epoch.items())) for of_epoch in by_row}) == 4
 
@@ -178,6 +181,30 @@ def test_a_column_of_classes_and_a_folder_of_images_are_streamed_too(tmp_path):
     assert [caption for _, caption in data.sample_texts()] == ["cat", "dog"] * 2
 
 
+def test_pictures_in_an_archive_are_fetched_from_it(tmp_path):
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for i in range(9):
+            archive.writestr(f"{i}.png", png(i))
+    columns = rows(range(9)) | {"split": ["train", "val", "test"] * 3}
+    columns["image"] = [{"bytes": None, "path": f"zip://{i}.png::{tmp_path / 'pictures.zip'}"} for i in range(9)]
+    write(tmp_path / "rows.parquet", columns)
+    data = opened(str(tmp_path / "rows.parquet"), split_column="split", batch_size=3)
+    [batch] = data.train_dataloader().epoch(0)
+    assert sorted(batch["row"]) == [0, 3, 6] and (batch["pixels"][:, 0, 0, 0] == batch["row"]).all()
+    assert data.rows["val"][2]["image"].getpixel((0, 0)) == (7, 248, 7)
+
+
+def test_pictures_that_come_decoded_as_from_the_hub_are_decoded_here_instead(make_folder, monkeypatch, capsys):
+    load = datasets.load_dataset
+
+    def remote(*args, **how):
+        return {name: table.decode(num_threads=2) for name, table in load(*args, **how).items()}
+
+    monkeypatch.setattr(datasets, "load_dataset", remote)
+    assert len(seen(opened(make_folder(broken=(7,)), batch_size=1))) == NUM_TRAIN - 1
+    assert "7.png" in capsys.readouterr().out
+
+
 def test_the_first_captions_train_a_tokenizer(make_folder):
     texts = [caption for _, caption in opened(make_folder()).sample_texts(12)]
     assert texts == [f"picture {i} caption {j}" for i in (0, 1, 2) for j in range(5)][:12]
@@ -218,7 +245,8 @@ def test_an_epoch_left_early_leaves_no_thread_behind(make_folder):
     batches = opened(make_folder()).train_dataloader().epoch(0)
     next(batches)
     assert set(threading.enumerate()) - before
-    batches.close()
+    del batches
+    gc.collect()
     assert not [thread for thread in set(threading.enumerate()) - before if "prefetch" in thread.name]
 
 

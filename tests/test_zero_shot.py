@@ -204,6 +204,8 @@ def test_the_first_picture_of_each_class_of_a_column_is_classified_by_first_capt
     clip, config = small_clip(), evaluate_clip.Config(data=data.config, class_column="kind", templates="a {}")
     figures = evaluate_clip.judge(config, clip, data)
     names = ["thing 10", "thing 11", "thing 13"]  # of the classes a, b, c of the test split
+    first = data.rows["test"].first_of_each("kind")
+    assert [first[i]["captions"][0] for i in range(len(first))] == names
     expected = ZeroShotClassifier.build(clip, names, ["a {}"]).top_k([pictures[i] for i in (0, 1, 3)], names)
     assert {name: figures[f"zero_shot/{name}"] for name in expected} == expected
     assert expected["top1_chance"] == pytest.approx(1 / 3)

@@ -72,11 +72,7 @@ def prefetched(batches: Iterator[dict]) -> Iterator[dict]:
         def __iter__(self):
             return Made()
 
-    ahead = iter(grain.experimental.ThreadPrefetchIterDataset(Source(), prefetch_buffer_size=4))
-    try:
-        yield from ahead
-    finally:  # an epoch that is left early leaves no thread behind
-        ahead.close()
+    return iter(grain.experimental.ThreadPrefetchIterDataset(Source(), prefetch_buffer_size=4))
 
 
 def _grain():
