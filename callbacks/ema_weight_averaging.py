@@ -25,6 +25,8 @@ class EMAWeightAveraging(Callback):
     "raw_weights", from which a resumed run goes on.
     """
 
+    needs_whole_layers = True  # averages of shards would outlive the shards
+
     decay: float = attrs.field(default=0.999, validator=[ge(0), le(1)])
     update_every_n_steps: int = attrs.field(default=1, validator=ge(1), kw_only=True)
     update_starting_at_step: int = attrs.field(default=0, validator=ge(0), kw_only=True)

@@ -6,7 +6,7 @@ from mlxmm.callback import Callback
 
 
 class ModelSummary(Callback):
-    """Prints a table when training starts."""
+    """Prints a table when training starts; with strategy fsdp, of what this process has."""
 
     def on_train_start(self, trainer, module):
         if trainer.config.enable_model_summary and trainer.is_global_zero:

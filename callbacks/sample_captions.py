@@ -13,6 +13,8 @@ class SampleCaptions(Callback):
     The update's random key is a function of the step, so what is sampled here cannot change training.
     """
 
+    needs_whole_layers = True  # rank 0 calls them alone
+
     def __init__(self, rows: Sequence, num_samples: int = 8):
         self.rows, self.num_samples = rows, num_samples
 

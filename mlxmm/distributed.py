@@ -9,7 +9,7 @@ import faulthandler
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -30,9 +30,11 @@ def _group() -> mx.distributed.Group:
     global _watch
     hosts = watch.read_hosts()
     if not hosts:
+        _share_cores(int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)))  # of Open MPI's mpirun
         return mx.distributed.init()
     rank = int(os.environ["MLX_RANK"])
-    _share_cores(hosts, rank)
+    addresses = [host[0].rpartition(":")[0] for host in hosts]
+    _share_cores(addresses.count(addresses[rank]))
     _watch = watch.gather(hosts, rank)
     faulthandler.dump_traceback_later(START_SECONDS, exit=True)  # `init` keeps the GIL: no thread of Python's can help
     try:
@@ -41,11 +43,10 @@ def _group() -> mx.distributed.Group:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _share_cores(hosts: list[list[str]], rank: int) -> None:
+def _share_cores(ranks: int) -> None:
     """Divide the cores among the ranks of this machine: BLAS threads of two that share one wait for each other."""
-    addresses = [host[0].rpartition(":")[0] for host in hosts]
-    if "OPENBLAS_NUM_THREADS" not in os.environ:
-        blas.set_num_threads(max(1, (os.cpu_count() or 1) // addresses.count(addresses[rank])))
+    if ranks > 1 and "OPENBLAS_NUM_THREADS" not in os.environ:
+        blas.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
 
 
 def rank() -> int:
@@ -143,6 +144,16 @@ def all_max(*numbers: int) -> list[int]:
     return mx.distributed.all_max(mx.array(numbers, dtype=mx.int32)).tolist()
 
 
+def in_step(items: Iterable) -> Iterator[tuple]:
+    """Each item and True; where other processes have more of them, the last one and False. `UserError` without any."""
+    rest, item = iter(items), None
+    while all_max((new := next(rest, None)) is not None) == [1]:
+        item = item if new is None else new
+        if item is None:
+            raise UserError(f"rank {rank()} has no batch where others have some: make shards equal, or use ddp")
+        yield item, new is not None
+
+
 def barrier() -> None:
     """Wait until all processes are here."""
     all_max(0)
@@ -183,4 +194,3 @@ def check_strategy(strategy: str) -> None:
         mx.eval(mx.distributed.sum_scatter(mx.ones((world_size(), 1))))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"strategy fsdp needs sum_scatter, which this backend has not ({error}): use ddp") from None
-    raise UserError("strategy fsdp is untried on any backend that has sum_scatter, so it is not offered: use ddp")

@@ -26,9 +26,10 @@ class Evaluator:
             return {}
         with trainer.profiler.phase(stage), evaluating(trainer.module):
             step, total = self._step(stage), None
-            for batch in self._announced(stage, loader, limit):
-                total = add_sums(total, step(batch))
-                mx.eval(total)
+            for batch, counts in self._in_step(self._announced(stage, loader, limit)):
+                sums = step(batch)
+                total = add_sums(total, sums) if counts else total
+                mx.eval(sums, total)
             total = fill_empty_sums(total)
             means = {} if total is None else average_sums(total)[0]
             metrics = {f"{prefix}/{name}": float(value) for name, value in means.items()}
@@ -59,7 +60,7 @@ class Evaluator:
         with isolated_random_state(), evaluating(self.trainer.module):
             self.call("on_sanity_check_start")
             step = self._step("validation")
-            for batch in batches.epoch(loader, 0, limit=limit):
+            for batch, _ in self._in_step(batches.epoch(loader, 0, limit=limit)):
                 mx.eval(step(batch))
             self.call("on_sanity_check_end")
 
@@ -71,6 +72,10 @@ class Evaluator:
             self.call(f"on_{stage}_batch_start", batch, batch_idx)
             yield batch
             self.call(f"on_{stage}_batch_end", batch, batch_idx)
+
+    def _in_step(self, loaded: Iterator) -> Iterator[tuple]:
+        """Each batch, and whether it counts: where layers are shards, a process that has no more repeats its last."""
+        return distributed.in_step(loaded) if self.trainer.shards.names else ((batch, True) for batch in loaded)
 
     def _step(self, stage: str) -> Callable:
         if stage not in self._steps:

@@ -35,9 +35,13 @@ def replaced_calls(parts: Mapping[str, nn.Module], wrap: Callable[[str, Callable
 def recomputed_layers(module: nn.Module) -> Iterator[None]:
     """Gradient checkpointing (arXiv 1604.06174): of each entry of a list called `layers` only the input is kept
     for the backward pass, and the rest computed again, with the same dropout."""
-    layers = {name: part for name, part in module.named_modules() if re.search(r"(^|\.)layers\.\d+$", name)}
-    with replaced_calls(layers, _recomputed):
+    with replaced_calls(repeated_layers(module), _recomputed):
         yield
+
+
+def repeated_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """The entries of all lists called `layers`, by their dotted names."""
+    return {name: part for name, part in module.named_modules() if re.search(r"(^|\.)layers\.\d+$", name)}
 
 
 def _recomputed(name: str, call: Callable) -> Callable:

@@ -15,9 +15,19 @@ from mlxmm import distributed
 from mlxmm.compiled import Compiler, remember
 from mlxmm.precision import autocast
 from mlxmm.randomness import isolated_random_state
+from mlxmm.sharding import Shards
+
+REPLICATED = Shards()
 
 
-def build_train_step(module, optimizer, config, compiler: Compiler, on_gradients: Callable | None = None) -> Callable:
+def build_train_step(
+    module,
+    optimizer,
+    config,
+    compiler: Compiler,
+    on_gradients: Callable | None = None,
+    shards: Shards = REPLICATED,
+) -> Callable:
     """Return `train_step(batches) -> metrics`: one update from a few micro-batches.
 
     Compiling captures what is trainable, the training modes and the state dicts as they are now: build again
@@ -25,11 +35,12 @@ def build_train_step(module, optimizer, config, compiler: Compiler, on_gradients
     function, so that Python sees real gradients in between.
     """
     compiled = partial(compiler, state=[module.state, optimizer.state, mx.random.state])
-    gradients, accumulate = _gradient_functions(module, config)
-    update = _update_function(module, optimizer, config)
-    whole, finish = compiled(lambda batch: update(*gradients(batch))), compiled(lambda total: update(*_average(total)))
+    average = partial(_average, shards=shards)
+    gradients, accumulate = _gradient_functions(module, config, average)
+    update = _update_function(module, optimizer, config, shards)
+    whole, finish = compiled(lambda batch: update(*gradients(batch))), compiled(lambda total: update(*average(total)))
     gradients_alone, accumulate_alone = compiled(gradients), compiled(accumulate)
-    average_alone, update_alone = compiled(_average), compiled(update)
+    average_alone, update_alone = compiled(average), compiled(update)
 
     def train_step(batches):
         if len(batches) == 1 and on_gradients is None:
@@ -50,7 +61,7 @@ def build_train_step(module, optimizer, config, compiler: Compiler, on_gradients
     return train_step
 
 
-def _gradient_functions(module, config) -> tuple[Callable, Callable]:
+def _gradient_functions(module, config, average: Callable) -> tuple[Callable, Callable]:
     """`gradients(batch) -> (means, grads)` of a lone micro-batch, and `accumulate(batch, total)` of one among more."""
     step = autocast(module, module.training_step, config.precision)
 
@@ -68,18 +79,18 @@ def _gradient_functions(module, config) -> tuple[Callable, Callable]:
 
     def gradients(batch):
         if distributed.world_size() > 1:
-            return _average(accumulate(batch, None))
+            return average(accumulate(batch, None))
         (_, means), grads = nn.value_and_grad(module, mean_loss)(batch)  # spares a division of every gradient
         return means, grads
 
     return gradients, accumulate
 
 
-def _update_function(module, optimizer, config) -> Callable:
+def _update_function(module, optimizer, config, shards: Shards) -> Callable:
     """`update(metrics, grads) -> metrics`: clip, update, and the gradients' norm among the metrics."""
 
     def update(metrics, grads):
-        metrics["grad_norm"] = norm = global_norm(grads)
+        metrics["grad_norm"] = norm = global_norm(grads, shards)
         if config.gradient_clip_val is not None:
             grads = clip(grads, norm, config.gradient_clip_val, config.gradient_clip_algorithm)
         optimizer.update(module, grads)
@@ -89,8 +100,8 @@ def _update_function(module, optimizer, config) -> Callable:
     return update
 
 
-def _average(total: dict):
-    means, grads = average_sums(total["sums"], total["grads"])
+def _average(total: dict, shards: Shards):
+    means, grads = average_sums(total["sums"], total["grads"], all_sum=shards.all_sum)
     return means, grads
 
 
@@ -140,9 +151,9 @@ def fill_empty_sums(total: dict | None) -> dict | None:
     return total or (names and {name: mx.array(0.0) for name in names})
 
 
-def average_sums(sums: dict, *trees):
+def average_sums(sums: dict, *trees, all_sum: Callable = distributed.all_sum):
     """Divide sums, and trees of sums, by the weight of all processes: the one place where means are made."""
-    sums, *trees = distributed.all_sum([sums, *trees])
+    sums, *trees = all_sum([sums, *trees])
     weight = sums["weight"]
     means = {name: total / weight for name, total in sums.items() if name != "weight"}
     return (means, *(tree_map(lambda x: x / weight.astype(x.dtype), tree) for tree in trees))
@@ -156,7 +167,7 @@ def clip(grads, norm: mx.array, most: float, algorithm: str):
     return tree_map(lambda g: g * scale.astype(g.dtype), grads)
 
 
-def global_norm(grads) -> mx.array:
+def global_norm(grads, shards: Shards = REPLICATED) -> mx.array:
     """The length of all gradients as one vector, in float32 (squares of half floats overflow)."""
-    squares = [mx.square(grad.astype(mx.float32)).sum() for _, grad in tree_flatten(grads)]
-    return mx.sqrt(sum(squares, mx.array(0.0)))
+    squares = {name: mx.square(grad.astype(mx.float32)).sum() for name, grad in tree_flatten(grads)}
+    return mx.sqrt(shards.total(squares))

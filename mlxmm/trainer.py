@@ -23,6 +23,7 @@ from mlxmm.loggers import JSONLLogger, Logger, TensorBoardLogger
 from mlxmm.module import Modes, Module, set_trainable, trainable_names
 from mlxmm.profiler import make_profiler
 from mlxmm.randomness import seed_everything, step_seed
+from mlxmm.sharding import Shards, sharded_layers
 from mlxmm.signals import Interrupted, end_requests
 from mlxmm.train_step import build_train_step, checked_twice
 from mlxmm.trainer_config import TrainerConfig, duration
@@ -60,6 +61,7 @@ class Trainer:
         self.logged_metrics: dict[str, float] = {}  # what was logged since the newest update
         self.ckpt_path: Path | None = None  # the checkpoint that the run was resumed from
         self.module = self.optimizer = self.datamodule = None
+        self.shards = Shards()  # of parameters; none but with strategy fsdp, while it fits
 
     # ------------------------------------------------------------------ what people call
 
@@ -107,6 +109,7 @@ class Trainer:
         a checkpoint has of it."""
         self._updates_in_epoch = self._count_updates(self.datamodule.train_dataloader())
         self.optimizer = self.module.configure_optimizers()
+        self.shards.check_optimizer(self.optimizer)
         if state is not None:
             checkpoint.load_optimizer(state, self.optimizer, self.module)
         self._build_train_step()
@@ -118,7 +121,12 @@ class Trainer:
             checkpoint.save(Path(folder), contents, self.module.save_config)
 
     def dump_checkpoint(self) -> dict[str, dict]:
-        """What a checkpoint of the run as it is now holds: later updates do not change it."""
+        """What a checkpoint of the run as it is now holds: later updates do not change it.
+
+        With strategy fsdp all processes must call this, at the same update.
+        """
+        if self.shards.names and self.state == "interrupted":
+            raise UserError("the shards of the other processes are out of reach after an exception")
         for logger in self.loggers:
             logger.flush()
         state = {
@@ -133,7 +141,7 @@ class Trainer:
         }
         contents = checkpoint.contents(self.module, self.optimizer, state)
         self._call("on_save_checkpoint", contents)
-        return contents
+        return self.shards.whole(contents)
 
     def log(self, metrics: dict) -> None:
         """Write scalars under the current step. `float` waits for the device: not for every update."""
@@ -209,6 +217,7 @@ class Trainer:
         with self.profiler.phase("step"):
             seed_everything(step_seed(self.config.seed, distributed.rank(), self.global_step))
             distributed.arrive()
+            self.shards.check_group(group)
             metrics = self._train_step(group)
             mx.eval(metrics, self.module.state, self.optimizer.state)
         self.logged_metrics = {}
@@ -285,7 +294,10 @@ class Trainer:
 
     @contextlib.contextmanager
     def _layers_prepared(self) -> Iterator[None]:
+        self.module.update(distributed.broadcast(self.module.parameters()))
         with contextlib.ExitStack() as stack:
+            if self.config.strategy == "fsdp":
+                stack.enter_context(sharded_layers(self))
             if self.config.gradient_checkpointing:
                 stack.enter_context(recomputed_layers(self.module))
             if self.config.detect_anomaly:
@@ -293,11 +305,10 @@ class Trainer:
             yield
 
     def _prepare_fit(self) -> None:
-        saved = None if self.ckpt_path is None else checkpoint.load(self.ckpt_path)
+        saved = None if self.ckpt_path is None else self.shards.own(checkpoint.load(self.ckpt_path))
         if saved is not None:
             self._restore(saved)
         self.configure_optimizer(saved and saved["optimizer"])
-        self.module.update(distributed.broadcast(self.module.parameters()))
         for logger in self.loggers:
             logger.log_hyperparams({"module": self.module.hparams, "trainer": to_json(self.config)})
 
@@ -330,7 +341,12 @@ class Trainer:
         self._modes = Modes(self.module)
         watches = self._hooks["on_before_optimizer_step"] or self.config.detect_anomaly
         self._train_step = build_train_step(
-            self.module, self.optimizer, self.config, self.compiler, self._on_gradients if watches else None
+            self.module,
+            self.optimizer,
+            self.config,
+            self.compiler,
+            self._on_gradients if watches else None,
+            self.shards,
         )
         if self.config.deterministic:
             self._train_step = checked_twice(self._train_step, self.module, self.optimizer)

@@ -54,7 +54,7 @@ class TrainerConfig:
     gradient_clip_algorithm: str = option("norm", "norm: scale them all; value: bound each", in_(("norm", "value")))
     strategy: str = option(
         "auto",
-        "auto, ddp: each process trains the whole module on its share of the data; fsdp: refused, with the reason",
+        "auto, ddp: each process trains the whole module on its share of the data; fsdp: and has a share of each layer",
         in_(("auto", "ddp", "fsdp")),
     )
     precision: str = option("32", "32, bf16-mixed (float32 weights) or bf16-true", in_(PRECISIONS))

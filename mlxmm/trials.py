@@ -34,7 +34,7 @@ def trial_updates(trainer, num_updates: int) -> Iterator[dict]:
     No hook is called, nothing is counted or logged. Raises `UserError` where the data cannot be read twice.
     """
     module, optimizer = trainer.module, trainer.optimizer
-    train_step = build_train_step(module, optimizer, trainer.config, trainer.compiler)
+    train_step = build_train_step(module, optimizer, trainer.config, trainer.compiler, shards=trainer.shards)
     groups = _groups(trainer)
     for step in range(num_updates):
         seed_everything(step_seed(trainer.config.seed, distributed.rank(), step))

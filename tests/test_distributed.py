@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -155,8 +156,7 @@ def out_of_time(folder):
 def cores(folder):
     from mlxmm import blas
 
-    distributed.rank()
-    print(blas.num_threads())
+    print(distributed.world_size(), blas.num_threads())
 
 
 # ---- the tests
@@ -190,12 +190,16 @@ def two_processes(*command, only=(0, 1), timeout=10.0, **environment):
             process.communicate()
 
 
-def run(name, folder, *, only=(0, 1), **settings):
-    """(exit code, stdout, stderr) of each rank that runs `name`, and the seconds it took."""
+def run_workers(*command, only=(0, 1), **settings):
+    """(exit code, stdout, stderr) of each rank that runs `command`, and the seconds it took."""
     start = time.monotonic()
-    with two_processes(__file__, name, folder, only=only, **settings) as processes:
+    with two_processes(*command, only=only, **settings) as processes:
         ended = [(*process.communicate(timeout=40), process.returncode) for process in processes]
     return [(code, out, err) for out, err, code in ended], time.monotonic() - start
+
+
+def run(name, folder, **settings):
+    return run_workers(__file__, name, folder, **settings)
 
 
 @pytest.fixture(autouse=True)
@@ -304,7 +308,17 @@ def test_the_clock_of_one_process_ends_all_at_the_same_update(tmp_path):
 def test_cores_are_divided_among_the_ranks_of_a_machine(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     ended, _ = run("cores", tmp_path)
-    assert [out.strip() for _, out, _ in ended] == [str(max(1, os.cpu_count() // 2))] * 2, ended
+    assert [out.strip() for _, out, _ in ended] == [f"2 {max(1, os.cpu_count() // 2)}"] * 2, ended
+
+
+@pytest.mark.skipif(not shutil.which("mpirun"), reason="needs Open MPI")
+def test_mpirun_starts_ranks_that_divide_the_cores(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}  # as in a container
+    command = ["mpirun", "--oversubscribe", "-n", "2", sys.executable, __file__, "cores", str(tmp_path)]
+    environment = os.environ | as_root | {"MLX_MPI_LIBNAME": "libmpi.so.40", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert sorted(ended.stdout.split("\n")) == ["", *[f"2 {max(1, os.cpu_count() // 2)}"] * 2], ended
 
 
 def test_fsdp_is_refused_with_the_reason(tmp_path):

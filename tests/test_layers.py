@@ -1,5 +1,7 @@
 """Gradient checkpointing and anomaly detection: what they compute, what they cost, and that they go again."""
 
+import gc
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -147,7 +149,8 @@ def test_our_modules_train_as_without_checkpointing(make_trainer, make, compiled
 def test_the_peak_of_memory_is_lower(make_trainer, compiled):
     peaks = []
     for recomputed in (True, False):
-        module = Stack(num_layers=12, width=64)
+        gc.collect()  # or what earlier tests left is freed while this one measures
+        module = Stack(num_layers=24, width=64)
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
@@ -155,7 +158,7 @@ def test_the_peak_of_memory_is_lower(make_trainer, compiled):
         trainer.fit(module, train_dataloaders=Rows(512, 64))
         peaks.append(mx.get_peak_memory() - before)
         del module, trainer
-    assert peaks[0] < 0.6 * peaks[1], peaks
+    assert peaks[0] < 0.4 * peaks[1], peaks
 
 
 def test_classes_are_back_after_an_exception_and_a_second_fit_does_not_nest(make_trainer):
