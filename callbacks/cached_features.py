@@ -13,6 +13,7 @@ from mlxmm import distributed
 from mlxmm.callback import Callback
 from mlxmm.config import UserError
 from mlxmm.data.feature_cache import FeatureRows, cache_key, cached_features
+from mlxmm.data.stream import StreamRows
 from mlxmm.module import Modes, evaluating
 
 
@@ -46,6 +47,8 @@ class CachedFeatures(Callback):
         elif self._modes is None:
             if getattr(getattr(trainer.datamodule, "config", None), "random_crop", False):
                 raise UserError("random_crop shows other pixels in every epoch, which cannot be cached: turn one off")
+            if any(isinstance(trainer.datamodule.rows[split], StreamRows) for split in self.splits):
+                raise UserError("features of a stream cannot be cached, as its rows have no numbers: turn one off")
             self._pictures = {split: trainer.datamodule.rows[split] for split in self.splits}
             for split, rows in self._pictures.items():
                 trainer.datamodule.rows[split] = FeatureRows(rows, self._features(module, rows, trainer.datamodule))

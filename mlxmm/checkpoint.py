@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxmm.config import UserError
-from mlxmm.files import sha256, whole_folder, write_json
+from mlxmm.files import read_arrays, sha256, whole_folder, write_json
 
 FORMAT = 1
 WEIGHTS, STATE = "weights.safetensors", "state.json"
@@ -62,14 +62,6 @@ def read_state(folder: Path) -> dict:
         if not (folder / name).exists() or sha256(folder / name) != checksum:
             raise UserError(f"{folder / name} is missing or damaged; resume from another checkpoint")
     return state
-
-
-def read_arrays(path: Path) -> dict[str, mx.array]:
-    """The arrays of a safetensors file. Raises `UserError` where it is missing or cut short."""
-    try:
-        return mx.load(str(path))
-    except RuntimeError as error:
-        raise UserError(f"{path} is missing or damaged: {error}") from None
 
 
 def load_weights(path: Path, module) -> None:

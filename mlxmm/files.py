@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlx.core as mx
+
 from mlxmm.config import UserError
 
 TEMPORARY = ".tmp-"  # begins the name of whatever is not whole yet
@@ -68,6 +70,14 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value) -> None:
     """Write `value` as JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_arrays(path: Path, **how):
+    """What `mx.load` reads of a safetensors file. Raises `UserError` where it is missing or damaged."""
+    try:
+        return mx.load(str(path), **how)
+    except RuntimeError as error:
+        raise UserError(f"{path} is missing or damaged: {str(error).splitlines()[0]}") from None
 
 
 def point(link: Path, target: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlxmm.checkpoint import read_arrays
 from mlxmm.config import UserError
+from mlxmm.files import read_arrays
 
 NEEDED = [
     "*.json",

@@ -7,18 +7,18 @@
         --data.caption-column label --labels --probe --templates imagenet-7
 
 With --labels the caption column holds class names. Without, captions are found by their pictures and pictures by
-their captions; of `shapes`, which knows what its pictures show, objects are classified too.
+their captions; with --class-column, or of `shapes`, which knows what its pictures show, some are classified too.
 """
 
 from collections.abc import Sequence
 
 import attrs
-from attrs.validators import ge, in_
+from attrs.validators import ge
 
 from mlxmm.config import UserError, option, run_recipe
 from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
 from mlxmm.data.shapes import names_several, single_objects
-from mlxmm.data.templates import TEMPLATES
+from mlxmm.data.templates import CHOICES, TEMPLATES, read_templates
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.modules.features import probe, retrieve
 from mlxmm.modules.zero_shot import ZeroShotClassifier
@@ -35,12 +35,18 @@ class Config(RunConfig):
     data: CaptionDataConfig = CaptionDataConfig()
     split: str = option("test", "part of the data to judge on")
     labels: bool = option(False, "captions are class names: classify, do not retrieve")
-    templates: str = option("photo", f"what class names are put into: {', '.join(TEMPLATES)}", in_(tuple(TEMPLATES)))
+    class_column: str | None = option(
+        None, "column of classes: the first picture of each is classified too, its first caption the class's name"
+    )
+    templates: str = option("photo", f"what class names are put into: {CHOICES}")
     probe: bool = option(False, "fit a linear probe too; needs scikit-learn (mlxmm[probe])")
     max_images: int = option(5_000, "most pictures of each part", ge(1))
 
 
 def main(config: Config) -> None:
+    read_templates(config.templates)
+    if config.labels and config.class_column is not None:
+        raise UserError("--labels and --class-column both say what the classes are: leave one out")
     clip = ContrastiveCLIP.from_pretrained(config.module)
     data = CaptionData(config.data, config.seed)
     data.setup()
@@ -61,11 +67,15 @@ def judge(config: Config, clip: ContrastiveCLIP, data: CaptionData) -> dict[str,
     elif not config.labels:
         figures, parts = retrieval_figures(clip, _limited(data.rows[config.split], config.max_images)), None
     else:
+        if data.config.streaming:
+            raise UserError("--labels reads all training pictures, which a stream has not at once: no --data.streaming")
         parts = [_labelled(data.rows[split], config.max_images) for split in ("train", "val", config.split)]
         images, labels = zip(*parts[2])
         names = sorted({label for part in parts for _, label in part})
-        classifier = ZeroShotClassifier.from_cache(clip, names, TEMPLATES[config.templates])
-        figures = _under("zero_shot", classifier.top_k(images, labels))
+        figures = _zero_shot(config, clip, names, images, labels)
+    if config.class_column is not None:
+        images, labels = zip(*_labelled(_one_each(config, data), config.max_images))
+        figures |= _zero_shot(config, clip, list(dict.fromkeys(labels)), images, labels)
     if config.probe and parts is None:
         raise UserError("--probe wants class names: add --labels, and --data.caption-column if it is not `caption`")
     return figures | (_under("linear_probe", probe(clip, *parts)) if config.probe else {})
@@ -105,6 +115,17 @@ def _accuracy(name: str, clip: ContrastiveCLIP, names: list[str], images: Sequen
         return {}
     figures = ZeroShotClassifier.build(clip, names, TEMPLATES["name"]).top_k(images, labels)
     return {f"zero_shot/{name}": figures["top1"], f"zero_shot/{name}_chance": figures["top1_chance"]}
+
+
+def _zero_shot(config: Config, clip: ContrastiveCLIP, names: list[str], images: Sequence, labels: Sequence[str]):
+    classifier = ZeroShotClassifier.from_cache(clip, names, read_templates(config.templates))
+    return _under("zero_shot", classifier.top_k(images, labels))
+
+
+def _one_each(config: Config, data: CaptionData) -> Sequence[dict]:
+    if data.is_synthetic:
+        raise UserError("--class-column is for pictures from a source: `shapes` has no columns")
+    return data.rows[config.split].first_of_each(config.class_column)
 
 
 def _objects(data: CaptionData, seed: int) -> list[tuple]:

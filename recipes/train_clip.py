@@ -109,7 +109,8 @@ def train(config: TowerConfig, data: CaptionData, run: Run, seed: int) -> tuple[
             ModelSummary(),
             LearningRateMonitor(),
             TQDMProgressBar("tower"),
-            ModelCheckpoint(every_n_train_steps=200, monitor="val/loss"),
+            # The loss may rise with the temperature while more and more pictures find their captions.
+            ModelCheckpoint(every_n_train_steps=200, monitor="val/accuracy", mode="max"),
         ],
     )
     trainer.fit(clip, data, ckpt_path=run.ckpt_path)

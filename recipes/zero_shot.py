@@ -11,11 +11,11 @@ from pathlib import Path
 
 import attrs
 import numpy as np
-from attrs.validators import ge, in_
+from attrs.validators import ge
 
 from mlxmm.config import UserError, option, positional, run_recipe
 from mlxmm.data.images import UndecodableImage, decode_image
-from mlxmm.data.templates import TEMPLATES
+from mlxmm.data.templates import CHOICES, read_templates
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.modules.zero_shot import ZeroShotClassifier
 
@@ -27,17 +27,17 @@ class Config:
     images: tuple[Path, ...] = positional((), "pictures to classify")
     classes: str = option("", "class names with commas between them, or a file with one on each line")
     module: str = option("openai/clip-vit-base-patch32", "CLIP or SigLIP: folder or Hub id")
-    templates: str = option("photo", f"what names are put into: {', '.join(TEMPLATES)}", in_(tuple(TEMPLATES)))
+    templates: str = option("photo", f"what names are put into: {CHOICES}")
     top: int = option(3, "classes to print of each picture", ge(1))
 
 
 def main(config: Config) -> None:
-    names = read_classes(config.classes)
+    names, templates = read_classes(config.classes), read_templates(config.templates)
     if not config.images:
         raise UserError("name at least one picture to classify")
     images = list(opened(config.images))
     clip = ContrastiveCLIP.from_pretrained(config.module)
-    classifier = ZeroShotClassifier.from_cache(clip, names, TEMPLATES[config.templates])
+    classifier = ZeroShotClassifier.from_cache(clip, names, templates)
     print(table(config.images, np.array(classifier.predict(images)), names, config.top))
 
 
@@ -46,7 +46,10 @@ def read_classes(classes: str) -> list[str]:
     if not classes:
         raise UserError("--classes wants class names with commas between them, or a file with one on each line")
     if Path(classes).is_file():
-        return [line.strip() for line in Path(classes).read_text().splitlines()]
+        try:
+            return [line.strip() for line in Path(classes).read_text(encoding="utf-8-sig").splitlines()]
+        except ValueError:
+            raise UserError(f"--classes {classes}: not a file of text in UTF-8") from None
     if classes.endswith(".txt"):
         raise UserError(f"--classes {classes}: there is no such file")
     return [name.strip() for name in classes.split(",")]

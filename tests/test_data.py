@@ -190,8 +190,9 @@ def test_pictures_of_every_mode_become_rgb_on_white():
     grey = Image.fromarray(np.full((4, 4), 65535, dtype=np.uint16))
     assert decode_image(grey).getpixel((0, 0)) == (255, 255, 255)
     assert decode_image(Image.new("CMYK", (4, 4))).mode == decode_image(Image.new("P", (1, 1))).mode == "RGB"
-    with pytest.raises(UndecodableImage):
-        decode_image(png()[:50])
+    for value in (png()[:50], None):
+        with pytest.raises(UndecodableImage):
+            decode_image(value)
 
 
 def encoded(image: Image.Image, kind: str, **settings) -> bytes:

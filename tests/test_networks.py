@@ -108,8 +108,10 @@ def test_a_preset_is_what_the_paper_says(name):
     assert (*row, *vision, *text, num_parameters) == TABLE_20[name]
     # Table 18.
     assert config.data.batch_size == 32_768 and config.tower.vocab_size == module.text.vocab_size == 49_408
+    assert module.text.max_position_embeddings == config.tower.max_tokens == 77
     assert config.tower.trainer.max_epochs == (1 if name.endswith("336px") else 32)
     assert (optimizer.weight_decay, optimizer.warmup_steps) == (0.2, 2_000)
+    assert optimizer.final_fraction == 0
     assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.9, 0.98, 1e-6)
     assert module.initialization == "openai" and module.vision.hidden_act == module.text.hidden_act == "quick_gelu"
 

@@ -15,6 +15,7 @@ from small_clip import small_clip
 
 from mlxmm import ZeroShotClassifier
 from mlxmm.config import UserError
+from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
 from mlxmm.data.templates import IMAGENET_7, IMAGENET_80, TEMPLATES
 from mlxmm.layers import replaced_calls
 
@@ -168,7 +169,7 @@ def test_the_recipe_prints_a_line_for_each_picture_and_keeps_the_classifier(fold
         (["--classes", "nowhere.txt", "0.png"], "there is no such file"),
         (["--classes", "cat,dog", "notes.png"], "notes.png: not a picture"),
         (["--classes", "cat,dog", "nowhere.png"], "nowhere.png: not a picture"),
-        (["--classes", "cat,dog", "--templates", "best", "0.png"], "'templates' must be in"),
+        (["--classes", "cat,dog", "--templates", "best", "0.png"], "--templates 'best': choose one of name, photo, "),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(flags, message, folder, monkeypatch, capsys):
@@ -181,6 +182,36 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(flags, message, fold
         run_recipe(zero_shot.main, {"default": zero_shot.Config()})
     lines = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and len(lines) == 1 and message in lines[0], lines
+
+
+def test_the_first_picture_of_each_class_of_a_column_is_classified_by_first_captions(tmp_path, pictures, cache):
+    import datasets
+
+    from recipes import evaluate_clip
+
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{i}.png")
+    rows = {
+        "image": [str(tmp_path / f"{i % 5}.png") for i in range(15)],
+        "caption": [[f"thing {i}", "a thing"] for i in range(15)],
+        "kind": ["a", "b", "b", "c", "a"] * 3,
+        "split": ["train"] * 5 + ["val"] * 5 + ["test"] * 5,
+    }
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "rows.parquet")
+    data = CaptionData(CaptionDataConfig(source=str(tmp_path / "rows.parquet"), split_column="split"), 0)
+    data.setup()
+    clip, config = small_clip(), evaluate_clip.Config(data=data.config, class_column="kind", templates="a {}")
+    figures = evaluate_clip.judge(config, clip, data)
+    names = ["thing 10", "thing 11", "thing 13"]  # of the classes a, b, c of the test split
+    first = data.rows["test"].first_of_each("kind")
+    assert [first[i]["captions"][0] for i in range(len(first))] == names
+    expected = ZeroShotClassifier.build(clip, names, ["a {}"]).top_k([pictures[i] for i in (0, 1, 3)], names)
+    assert {name: figures[f"zero_shot/{name}"] for name in expected} == expected
+    assert expected["top1_chance"] == pytest.approx(1 / 3)
+    assert figures["retrieval/image_to_text/recall_at_1_chance"] == pytest.approx(1 / 3)  # 2 of 6 texts, 5 pictures
+    with pytest.raises(UserError, match="there is no column 'sort'; the columns are image, caption, kind, split"):
+        evaluate_clip.judge(evaluate_clip.Config(data=data.config, class_column="sort"), clip, data)
 
 
 def test_a_clip_is_judged_with_chance_beside_each_figure(folder):

@@ -1,6 +1,7 @@
 """DataModule, and CaptionData: pictures with captions from any source, ready for a Trainer."""
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import attrs
@@ -8,11 +9,13 @@ import numpy as np
 from attrs.validators import ge
 
 from mlxmm import distributed
-from mlxmm.config import option
+from mlxmm.config import UserError, option
 from mlxmm.data.images import random_square
 from mlxmm.data.loader import Loader
-from mlxmm.data.rows import Columns, open_rows, unlisted_pictures
+from mlxmm.data.rows import open_rows, unlisted_pictures
 from mlxmm.data.shapes import ShapesConfig, ShapesGrammar, ShapesTexts
+from mlxmm.data.stream import StreamLoader, open_stream
+from mlxmm.data.tables import Columns
 
 
 class DataModule:
@@ -55,14 +58,22 @@ class CaptionDataConfig:
     batch_size: int = option(64, "pictures in a batch of each process", ge(1))
     num_threads: int = option(1, "threads that decode pictures ahead", ge(1))
     random_crop: bool = option(False, "train on a random square of each picture, not on its middle")
+    streaming: bool = option(False, "train on pictures as they are read, without loading all of them first")
+    shuffle_buffer: int = option(1_000, "pictures that the next one of a stream is drawn from", ge(1))
+    held_out: int = option(1_000, "most pictures of a stream's val and of its test, which are kept in memory", ge(1))
     shapes: ShapesConfig = ShapesConfig()
+
+    def __attrs_post_init__(self):
+        if self.streaming and self.source == "shapes":
+            raise UserError("streaming needs a source: `shapes` are drawn, not read")
 
 
 class CaptionData(DataModule):
     """Pictures with captions. `encode(row, caption)` makes an example of a row and one of its captions.
 
     Training draws one caption a picture and epoch; validation and test take the first. `rows` maps splits to
-    rows; `test_parts` names the splits that captions are judged on.
+    rows; `test_parts` names the splits that captions are judged on. With `streaming` the training rows are
+    `StreamRows`: they have no length and no numbers.
     """
 
     def __init__(self, config: CaptionDataConfig, seed: int, encode: Callable[[dict, str], dict] | None = None):
@@ -88,19 +99,21 @@ class CaptionData(DataModule):
     def _open_source(self) -> None:
         config = self.config
         columns = Columns(image=config.image_column, caption=config.caption_column, split=config.split_column)
-        rows = open_rows(config.source, columns, revision=config.revision, seed=self.seed)
+        if config.streaming:
+            rows = open_stream(config.source, columns, revision=config.revision, num_held_out=config.held_out)
+            self.rows["train"], unlisted = rows.pop("train"), []
+        else:
+            rows = open_rows(config.source, columns, revision=config.revision, seed=self.seed)
+            unlisted = unlisted_pictures(Path(config.source), rows)
         for split, part in rows.items():
             part, silent = part.without_captionless()
             self.rows[split], bad = part.without_undecodable(config.num_threads)
             self.skipped += silent + bad
-            if distributed.rank() == 0:
-                print(*(f"skipped, has no caption: {name}\n" for name in silent), sep="", end="")
-                print(*(f"skipped, cannot be decoded: {name}\n" for name in bad), sep="", end="")
-        unlisted = unlisted_pictures(Path(config.source), rows)
-        if unlisted and distributed.rank() == 0:
-            print(
-                f"skipped, {len(unlisted)} pictures that the metadata do not name: {', '.join(map(str, unlisted[:5]))}"
-            )
+            _tell("has no caption", silent)
+            _tell("cannot be decoded", bad)
+        if unlisted:
+            first = ", ".join(map(str, unlisted[:5]))
+            _tell(f"{len(unlisted)} pictures that the metadata do not name", [first])
 
     def fresh_rows(self, epoch: int) -> Sequence:
         """New training scenes of the same kind, a function of (seed, epoch)."""
@@ -111,10 +124,14 @@ class CaptionData(DataModule):
         all training captions, with no notes."""
         if self.is_synthetic:
             return ShapesTexts(self.grammar, self.seed)
+        if self.config.streaming:
+            raise UserError("a language model is not trained on a stream, whose captions are not all there at once")
         return [("", caption) for caption in self.rows["train"].captions()]
 
     def sample_texts(self, most: int = 5_000) -> list[tuple[str, str]]:
         """The first texts: enough to train a tokenizer on."""
+        if self.config.streaming:
+            return [("", caption) for caption in islice(self.rows["train"].captions(), most)]
         texts = self.texts()
         return [texts[i] for i in range(min(len(texts), most))]
 
@@ -124,6 +141,8 @@ class CaptionData(DataModule):
         return [split for split in self.rows if split.startswith("test")]
 
     def train_dataloader(self):
+        if self.config.streaming:
+            return self._stream_loader()
         return self._loader("train", self._draw, shuffle=True, drop_last=True)
 
     def val_dataloader(self):
@@ -145,6 +164,17 @@ class CaptionData(DataModule):
             **how,
         )
 
+    def _stream_loader(self) -> StreamLoader:
+        return StreamLoader(
+            rows=self.rows["train"],
+            encode=self._draw,
+            batch_size=self.config.batch_size,
+            seed=self.seed,
+            buffer_size=self.config.shuffle_buffer,
+            num_threads=self.config.num_threads,
+            complete_batch=self.complete_batch,
+        )
+
     def _draw(self, row: dict, rng: np.random.Generator) -> dict:
         caption = row["captions"][int(rng.integers(len(row["captions"])))]
         if self.config.random_crop:
@@ -153,3 +183,8 @@ class CaptionData(DataModule):
 
     def _first(self, row: dict, rng: np.random.Generator) -> dict:
         return self.encode(row, row["captions"][0])
+
+
+def _tell(why: str, names: Sequence[str]) -> None:
+    for name in names if distributed.rank() == 0 else ():
+        print(f"skipped, {why}: {name}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import attrs
 import mlx.core as mx
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlxmm.config import UserError
 from mlxmm.hub import read_json
@@ -50,11 +50,13 @@ def decode_image(value) -> Image.Image:
         raise UndecodableImage("there is no picture")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # of large pictures, and of damaged EXIF
             image = value if isinstance(value, Image.Image) else Image.open(_opened(value))
             if image.width * image.height > MAX_PIXELS:
                 raise UndecodableImage(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
             return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:  # which names an address in memory
+        raise UndecodableImage("not a picture that can be decoded: it is of no known format") from None
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
         raise UndecodableImage(f"not a picture that can be decoded: {error}") from None
 

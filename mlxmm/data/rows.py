@@ -3,7 +3,6 @@
 A row is `{"image": PIL, "captions": [str], "id": str}`.
 """
 
-import glob
 import hashlib
 import itertools
 from collections.abc import Sequence
@@ -15,21 +14,10 @@ import numpy as np
 
 from mlxmm.config import UserError
 from mlxmm.data.images import SUFFIXES, UndecodableImage, decode_image
+from mlxmm.data.tables import SPLITS, Columns, check_splits, open_tables, readable, texts_in
 
-SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
 HELD_OUT = 0.05  # of the rows for each of val and test, where a source has no splits of its own
-PACKED = (".parquet", ".zip", ".tar", ".gz")  # other files of a folder that may hold pictures
-FOLDER = f"a folder holds {', '.join(SUFFIXES)}, and a metadata.jsonl or .csv with the columns file_name and caption"
 MAX_UNUSABLE = 0.01  # of a split's rows: beyond it something is wrong with the source
-
-
-@attrs.frozen(kw_only=True)
-class Columns:
-    """What a source calls its columns."""
-
-    image: str
-    caption: str
-    split: str | None
 
 
 @attrs.frozen
@@ -48,7 +36,7 @@ class CaptionRows(Sequence):
         row = self.table[index]
         return {
             "image": decode_image(row[self.columns.image]),
-            "captions": _captions(self._words(row[self.columns.caption]), index),
+            "captions": self._captions(row[self.columns.caption], index),
             "id": self.name(place),
         }
 
@@ -56,7 +44,7 @@ class CaptionRows(Sequence):
         """The row without its picture, which is not decoded."""
         index = int(self.indices[place])
         captions = self.table.select_columns([self.columns.caption])[index][self.columns.caption]
-        return {"captions": _captions(captions, index), "id": self.name(place)}
+        return {"captions": self._captions(captions, index), "id": self.name(place)}
 
     def fingerprint(self) -> bytes:
         """A checksum of the pictures, in their order: of their bytes, or of the files that they are in."""
@@ -75,11 +63,24 @@ class CaptionRows(Sequence):
         """Every caption, without touching a picture."""
         column = self.table.select_columns([self.columns.caption]).select(self.indices)
         rows = column[self.columns.caption]
-        return [text for index, row in zip(self.indices, rows) for text in _captions(self._words(row), int(index))]
+        return [text for index, row in zip(self.indices, rows) for text in self._captions(row, index)]
 
-    def _words(self, value):
-        """A caption column may hold numbers of classes, which `datasets` has names for."""
-        return self.table.features[self.columns.caption].int2str(value) if isinstance(value, int) else value
+    def first_of_each(self, column: str) -> "CaptionRows":
+        """The first row of each value that `column` has. Raises `UserError` where there is no such column."""
+        if column not in self.table.column_names:
+            raise UserError(f"there is no column {column!r}; the columns are {', '.join(self.table.column_names)}")
+        places: dict = {}
+        for place, value in enumerate(self.table.select_columns([column]).select(self.indices)[column]):
+            places.setdefault(value, place)
+        return attrs.evolve(self, indices=self.indices[list(places.values())])
+
+    def _captions(self, value, index: int) -> list[str]:
+        if texts := self._texts(value):
+            return texts
+        raise UserError(f"row {index} has no caption")
+
+    def _texts(self, value) -> list[str]:
+        return texts_in(value, self.table.features[self.columns.caption])
 
     def name(self, place: int) -> str:
         """What a person finds the row by: its file where it has one, its number where not."""
@@ -100,7 +101,7 @@ class CaptionRows(Sequence):
     def without_captionless(self) -> tuple["CaptionRows", list[str]]:
         """The rows that have a caption, and the names of the others. Raises as `without_undecodable` does."""
         column = self.table.select_columns([self.columns.caption]).select(self.indices)
-        good = [bool(_texts(self._words(value))) for value in column[self.columns.caption]]
+        good = [bool(self._texts(value)) for value in column[self.columns.caption]]
         return self._only(np.array(good, dtype=bool), "rows have no caption")
 
     def _only(self, good: np.ndarray, fault: str) -> tuple["CaptionRows", list[str]]:
@@ -126,21 +127,10 @@ def open_rows(source: str, columns: Columns, *, revision: str | None, seed: int)
     `source` is a parquet file or glob, a folder of images with metadata.jsonl or .csv, or a data set on the Hub.
     Raises `UserError` where it, a column or a split is not there.
     """
-    import datasets
-
-    datasets.disable_progress_bars()
-    if Path(source).is_dir() and not _has_files(Path(source), (*SUFFIXES, *PACKED)):
-        raise UserError(f"{source} holds no pictures: {FOLDER}")
-    tables = _load(source, revision)
-    first = next(iter(tables.values()))
-    for column in (columns.image, columns.caption, columns.split):
-        if column is not None and column not in first.column_names:
-            hint = f"; {FOLDER}" if Path(source).is_dir() else ""
-            raise UserError(f"{source} has no column {column!r}; it has {', '.join(first.column_names)}{hint}")
-    tables = {name: table.cast_column(columns.image, datasets.Image(decode=False)) for name, table in tables.items()}
+    with readable(source):
+        tables = open_tables(source, columns, revision=revision)
     rows = {split: CaptionRows(*part, columns) for split, part in _split(tables, columns.split, seed).items()}
-    if empty := [split for split in SPLITS if split not in rows or not len(rows[split])]:
-        raise UserError(f"{source} has no rows for {', '.join(empty)}; its splits are {', '.join(tables)}")
+    check_splits(source, [split for split in rows if len(rows[split])], tables)
     return rows
 
 
@@ -152,28 +142,6 @@ def unlisted_pictures(folder: Path, rows: dict[str, CaptionRows]) -> list[Path]:
         images = part.table.select_columns([part.columns.image])[part.columns.image]
         listed |= {Path(image["path"]).resolve() for image in images if image["path"]}
     return sorted(path for path in pictures if path.resolve() not in listed)
-
-
-def _has_files(folder: Path, suffixes: Sequence[str]) -> bool:
-    return any(path.suffix.lower() in suffixes for path in folder.rglob("*"))
-
-
-def _load(source: str, revision: str | None) -> dict:
-    import datasets
-
-    files = sorted(glob.glob(source)) if not Path(source).is_dir() else []
-    try:
-        if Path(source).is_dir():
-            return datasets.load_dataset("imagefolder", data_dir=source)
-        if files:
-            return datasets.load_dataset("parquet", data_files=files)
-        if source.endswith(".parquet") or source.count("/") != 1:
-            raise UserError(f"{source} is not there: neither a parquet file, a glob, a folder nor a Hub id")
-        return datasets.load_dataset(source, revision=revision)
-    except UserError:
-        raise
-    except Exception as error:  # `datasets` raises whatever its readers and the network raise
-        raise UserError(f"{source} cannot be read: {type(error).__name__}: {_first_line(error)}") from error
 
 
 def _split(tables: dict, split_column: str | None, seed: int) -> dict[str, tuple]:
@@ -193,18 +161,3 @@ def _split(tables: dict, split_column: str | None, seed: int) -> dict[str, tuple
     num_held_out = max(1, int(HELD_OUT * len(table)))
     val, test, train = np.split(order, [num_held_out, 2 * num_held_out])
     return {"train": (table, np.sort(train)), "val": (table, val), "test": (table, test)}
-
-
-def _captions(value, index: int) -> list[str]:
-    if texts := _texts(value):
-        return texts
-    raise UserError(f"row {index} has no caption")
-
-
-def _texts(value) -> list[str]:
-    texts = [value] if isinstance(value, str) else list(value or ())
-    return [text.strip() for text in texts if text and text.strip()]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]

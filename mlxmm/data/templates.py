@@ -4,6 +4,8 @@ The 80 for ImageNet, and the best seven of them, are OpenAI's, published with CL
 https://github.com/openai/CLIP/blob/main/notebooks/Prompt_Engineering_for_ImageNet.ipynb
 """
 
+from mlxmm.config import UserError
+
 PHOTO = ("a photo of a {}.",)  # CLIP, section 3.1.4: 1.3 points on ImageNet over the name alone
 
 _WITH_A_AND_THE = (
@@ -66,3 +68,11 @@ IMAGENET_7 = (
 )
 
 TEMPLATES = {"name": ("{}",), "photo": PHOTO, "imagenet-7": IMAGENET_7, "imagenet-80": IMAGENET_80}
+CHOICES = f"{', '.join(TEMPLATES)}, or a sentence with {{}} where the name goes"
+
+
+def read_templates(choice: str) -> tuple[str, ...]:
+    """The templates of this name, or the one that it is. Raises `UserError`."""
+    if choice not in TEMPLATES and "{}" not in choice:
+        raise UserError(f"--templates {choice!r}: choose one of {CHOICES}")
+    return TEMPLATES.get(choice, (choice,))

@@ -17,7 +17,7 @@ from mlxmm import checkpoint
 from mlxmm.config import UserError, from_json, option, to_json
 from mlxmm.data.images import ImageProcessor
 from mlxmm.data.tokenizers import end_token, load_tokenizer
-from mlxmm.files import new_folder
+from mlxmm.files import new_folder, read_arrays
 from mlxmm.generate import GenerationConfig
 from mlxmm.hub import local_folder, read_config, read_weights, require_parts
 from mlxmm.module import match_parameters, set_trainable
@@ -129,7 +129,7 @@ class Qwen3Aligner(Captioner):
         if is_llava:
             checkpoint.load_arrays(folder, llava.own_weights(read_weights(folder), module), module)
             return module
-        weights = checkpoint.read_arrays(folder / checkpoint.WEIGHTS)
+        weights = read_arrays(folder / checkpoint.WEIGHTS)
         quantize_as(module, weights)
         checkpoint.load_arrays(folder / checkpoint.WEIGHTS, weights, module)
         return module

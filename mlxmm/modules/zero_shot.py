@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlxmm.config import UserError
 from mlxmm.data.templates import PHOTO
-from mlxmm.files import whole_file
+from mlxmm.files import read_arrays, whole_file
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.modules.features import image_features, text_features
 from mlxmm.networks.towers import unit
@@ -93,7 +93,7 @@ class ZeroShotClassifier:
         """Read what `save` wrote; `clip` is the model it was built with, if images are to be classified too."""
         if not Path(path).exists():
             raise UserError(f"{path} is not there: a classifier is one safetensors file")
-        arrays, names = mx.load(str(path), return_metadata=True)
+        arrays, names = read_arrays(Path(path), return_metadata=True)
         if set(arrays) != {"weights", "scale"}:
             raise UserError(f"{path} holds no classifier: its arrays are {', '.join(sorted(arrays))}")
         mx.eval(arrays)  # `mx.load` is lazy, and the file may be replaced or deleted later

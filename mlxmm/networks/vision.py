@@ -8,6 +8,7 @@ from mlx.utils import tree_flatten
 
 from mlxmm import checkpoint
 from mlxmm.config import UserError
+from mlxmm.files import read_arrays
 from mlxmm.hub import read_config, read_weights
 from mlxmm.networks import clip, siglip, vit
 from mlxmm.networks.towers import VisionTower
@@ -30,7 +31,7 @@ def load_vision_tower(folder: Path) -> tuple[VisionTower, dict]:
     values = vision_values(read_config(folder), folder)
     tower = build_vision_tower(values)
     if (folder / checkpoint.WEIGHTS).exists():  # a checkpoint of ContrastiveCLIP
-        weights = _under(f"network.{PREFIX}", checkpoint.read_arrays(folder / checkpoint.WEIGHTS))
+        weights = _under(f"network.{PREFIX}", read_arrays(folder / checkpoint.WEIGHTS))
     else:
         weights = read_weights(folder)
         weights = from_hub(_under(PREFIX, weights) or weights, values)

@@ -1,0 +1,140 @@
+"""Streams: training pictures that are read from their files, here or on the Hub, while training goes on.
+
+A stream has no length and no tenth row. Rows are drawn from a buffer of those that follow each other in the files.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import attrs
+import numpy as np
+
+from mlxmm.config import UserError
+from mlxmm.data.images import UndecodableImage, decode_image
+from mlxmm.data.loader import prefetched
+from mlxmm.data.rows import MAX_UNUSABLE, CaptionRows
+from mlxmm.data.tables import (
+    SPLITS,
+    Columns,
+    check_splits,
+    in_memory,
+    open_tables,
+    own_part,
+    readable,
+    texts_in,
+    with_bytes,
+)
+
+FEWEST = 10  # rows that cannot be used before their share counts
+
+
+@attrs.frozen(kw_only=True)
+class StreamRows:
+    """The rows of a `datasets.IterableDataset`, which may be iterated again and again."""
+
+    table: object
+    columns: Columns
+
+    def captions(self) -> Iterator[str]:
+        """Every caption, in the order of the files."""
+        return (caption for values in self.table for caption in self._captions(values))
+
+    def shuffled(self, seed: int, buffer_size: int) -> Iterator[dict]:
+        """This process's rows, as the files have them, in an order that is a function of `seed`."""
+        return iter(own_part(self.table).shuffle(seed=seed, buffer_size=buffer_size))
+
+    def row(self, values: dict) -> dict:
+        """The row that a file has as `values`. Raises `UnusableRow`."""
+        image, captions = values[self.columns.image], self._captions(values)
+        name = (image or {}).get("path") or f"the picture of {captions}"
+        if not captions:
+            raise UnusableRow(f"has no caption: {name}")
+        try:
+            return {"image": decode_image(with_bytes(image)), "captions": captions, "id": name}
+        except UndecodableImage as error:
+            raise UnusableRow(f"cannot be decoded: {name}: {error}") from None
+
+    def _captions(self, values: dict) -> list[str]:
+        return texts_in(values[self.columns.caption], self.table.features[self.columns.caption])
+
+
+class UnusableRow(Exception):
+    """A row that training passes over, and why."""
+
+
+def open_stream(source: str, columns: Columns, *, revision: str | None, num_held_out: int) -> dict:
+    """`StreamRows` of `source` for "train"; for "val" and "test" their first `num_held_out` rows, in memory.
+
+    Raises `UserError` as `open_rows` does, and where `source` does not tell its splits apart.
+    """
+    with readable(source):
+        tables = open_tables(source, columns, revision=revision, streaming=True)
+        if columns.split is None and len(tables) == 1:
+            raise UserError(f"a stream is not divided at random: {source} needs --data.split-column, or own splits")
+        streams = {split: _stream(tables, columns, names) for split, names in SPLITS.items()}
+        first = {split: list(streams[split].take(1 if split == "train" else num_held_out)) for split in streams}
+        check_splits(source, [split for split in first if first[split]], tables)
+        rows = {split: _held_out(first[split], streams[split], columns) for split in ("val", "test")}
+        return {"train": StreamRows(table=streams["train"], columns=columns)} | rows
+
+
+def _stream(tables: dict, columns: Columns, names: Sequence[str]):
+    """What of streamed tables belongs to the split of these `names`: none of its rows where there is no such split."""
+    table = next((tables[name] for name in names if name in tables), None)
+    if columns.split is None:
+        return table if table is not None else next(iter(tables.values())).take(0)
+    return next(iter(tables.values())).filter(lambda label: label in names, input_columns=[columns.split])
+
+
+def _held_out(rows: list[dict], like, columns: Columns) -> CaptionRows:
+    rows = [values | {columns.image: with_bytes(values[columns.image])} for values in rows]
+    return CaptionRows(in_memory(rows, like), np.arange(len(rows)), columns)
+
+
+@attrs.frozen(kw_only=True)
+class StreamLoader:
+    """Whole batches of `encode(row, rng)` from a stream, in the manner of `Loader`, but of unknown number.
+
+    Order and `rng` are functions of (seed, epoch, place in this process's epoch). `epoch(3, start=7)` gives batch 7
+    of epoch 3 as it was the first time: the batches before it are made again and left out.
+    """
+
+    rows: StreamRows
+    encode: Callable[[dict, np.random.Generator], dict]
+    batch_size: int
+    seed: int = 0
+    buffer_size: int = 1_000
+    num_threads: int = 1
+    complete_batch: Callable[[dict], dict] | None = None
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict]:
+        """The batches of an epoch from number `start` on. Raises `UserError` where too many rows cannot be used."""
+        return prefetched(islice(self._batches(epoch), start, None))
+
+    def _batches(self, epoch: int) -> Iterator[dict]:
+        examples = self._examples(epoch)
+        while len(part := list(islice(examples, self.batch_size))) == self.batch_size:
+            batch = {name: np.stack([example[name] for example in part]) for name in part[0]}
+            yield batch if self.complete_batch is None else self.complete_batch(batch)
+
+    def _examples(self, epoch: int) -> Iterator[dict]:
+        [seed] = np.random.SeedSequence([self.seed, epoch]).generate_state(1)
+        rows = enumerate(self.rows.shuffled(int(seed), self.buffer_size))
+        encode = lambda numbered: self._encoded(*numbered, epoch)
+        num_rows = num_bad = 0
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            while part := list(islice(rows, self.batch_size)):
+                examples = list(pool.map(encode, part))
+                good = [example for example in examples if example is not None]
+                num_rows, num_bad = num_rows + len(part), num_bad + len(part) - len(good)
+                if num_bad > max(FEWEST, MAX_UNUSABLE * num_rows):
+                    raise UserError(f"{num_bad} of {num_rows} rows lack picture or caption, more than one in a hundred")
+                yield from good
+
+    def _encoded(self, place: int, values: dict, epoch: int) -> dict | None:
+        try:
+            return self.encode(self.rows.row(values), np.random.default_rng([self.seed, epoch, place]))
+        except UnusableRow as error:
+            print(f"skipped, {error}")
+            return None

@@ -1,0 +1,114 @@
+"""The tables of a source, as `datasets` reads them: pictures are not decoded yet."""
+
+import contextlib
+import glob
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+import attrs
+
+from mlxmm import distributed
+from mlxmm.config import UserError
+from mlxmm.data.images import SUFFIXES
+
+SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
+PACKED = (".parquet", ".zip", ".tar", ".gz")  # other files of a folder that may hold pictures
+FOLDER = f"a folder holds {', '.join(SUFFIXES)}, and a metadata.jsonl or .csv with the columns file_name and caption"
+
+
+@attrs.frozen(kw_only=True)
+class Columns:
+    """What a source calls its columns."""
+
+    image: str
+    caption: str
+    split: str | None
+
+
+def open_tables(source: str, columns: Columns, *, streaming: bool = False, **how) -> dict:
+    """The tables of `source` by its own names of splits: a `datasets.Dataset` each, or an `IterableDataset`.
+
+    `source` is a parquet file or glob, a folder of images with metadata.jsonl or .csv, or a data set on the Hub.
+    Raises `UserError` where it or a column is not there.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    if Path(source).is_dir() and not _has_files(Path(source), (*SUFFIXES, *PACKED)):
+        raise UserError(f"{source} holds no pictures: {FOLDER}")
+    tables = _load(source, streaming=streaming, **how)
+    names = next(iter(tables.values())).column_names or []  # of some kinds of files a stream does not know them
+    for column in (columns.image, columns.caption, columns.split):
+        if column is not None and column not in names:
+            hint = f"; {FOLDER}" if Path(source).is_dir() else ""
+            raise UserError(f"{source} has no column {column!r}; it has {', '.join(names)}{hint}")
+    if streaming:  # pictures on the Hub are decoded before `cast_column` comes, unless told not to
+        tables = {name: table.decode(False) for name, table in tables.items()}
+    return {name: table.cast_column(columns.image, datasets.Image(decode=False)) for name, table in tables.items()}
+
+
+def _has_files(folder: Path, suffixes: Sequence[str]) -> bool:
+    return any(path.suffix.lower() in suffixes for path in folder.rglob("*"))
+
+
+def _load(source: str, *, revision: str | None, **how) -> dict:
+    import datasets
+
+    if Path(source).is_dir():
+        files = {path.name for path in Path(source).rglob("*.parquet")} - {"metadata.parquet"}  # an image folder's own
+        kind = "parquet" if files else "imagefolder"
+        return datasets.load_dataset(kind, data_dir=source, **how)
+    if files := sorted(glob.glob(source)):
+        return datasets.load_dataset("parquet", data_files=files, **how)
+    if source.endswith(".parquet") or source.count("/") != 1:
+        raise UserError(f"{source} is not there: neither a parquet file, a glob, a folder nor a Hub id")
+    return datasets.load_dataset(source, revision=revision, **how)
+
+
+@contextlib.contextmanager
+def readable(source: str) -> Iterator[None]:
+    """Whatever `datasets` raises in the block, as one line about `source`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # its readers' exceptions, and the network's
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{source} cannot be read: {type(error).__name__}: {line}") from error
+
+
+def check_splits(source: str, found: Collection[str], tables: dict) -> None:
+    """Raise `UserError` where one of our splits has no rows."""
+    if empty := [split for split in SPLITS if split not in found]:
+        raise UserError(f"{source} has no rows for {', '.join(empty)}; its splits are {', '.join(tables)}")
+
+
+def texts_in(value, kind) -> list[str]:
+    """The captions in a cell: a string, several, or the number of a class, which its column's `kind` has a name for."""
+    value = kind.int2str(value) if isinstance(value, int) else value
+    texts = [value] if isinstance(value, str) else list(value or ())
+    return [text.strip() for text in texts if text and text.strip()]
+
+
+def in_memory(rows: list[dict], like):
+    """A `datasets.Dataset` of these rows, with the features of the table `like`."""
+    import datasets
+
+    return datasets.Dataset.from_list(rows, features=like.features)
+
+
+def own_part(table):
+    """What this process has of a stream."""
+    from datasets.distributed import split_dataset_by_node
+
+    return split_dataset_by_node(table, distributed.rank(), distributed.world_size())
+
+
+def with_bytes(image: dict | None) -> dict | None:
+    """A picture that is a file elsewhere, with what that file holds."""
+    if not image or image["bytes"] is not None or "://" not in (image["path"] or ""):
+        return image
+    from datasets.utils.file_utils import xopen
+
+    with xopen(image["path"], "rb") as file:
+        return image | {"bytes": file.read()}
