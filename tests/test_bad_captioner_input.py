@@ -59,6 +59,7 @@ def run(parts, tmp_path, capsys, monkeypatch):
     def run(recipe, *flags, run_dir=tmp_path / "run"):
         own = ["--run-dir", run_dir] if recipe != "caption" else []
         monkeypatch.setattr(sys, "argv", [recipe, *map(str, (*flags, *own))])
+        monkeypatch.delitem(sys.modules, f"recipes.{recipe}", raising=False)  # to be run as the main module
         capsys.readouterr()
         try:
             runpy.run_module(f"recipes.{recipe}", run_name="__main__")
