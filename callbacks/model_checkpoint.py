@@ -8,7 +8,7 @@ from pathlib import Path
 import attrs
 from attrs.validators import ge, in_, optional
 
-from mlxmm import checkpoint
+from mlxmm import checkpoint, distributed
 from mlxmm.callback import Callback
 from mlxmm.config import UserError
 from mlxmm.files import point, remove_leftovers
@@ -84,7 +84,10 @@ class ModelCheckpoint(Callback):
         self._validated = self.monitor is not None
 
     def on_save_point(self, trainer, module):
-        if self._is_due(trainer):
+        is_due = self._is_due(trainer)
+        if self.train_time_interval is not None:
+            [is_due] = distributed.all_max(is_due)  # clocks differ, and all processes save together
+        if is_due:
             self._save(trainer)
         self._validated = False
 

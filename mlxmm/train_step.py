@@ -101,8 +101,7 @@ def _update_function(module, optimizer, config, shards: Shards) -> Callable:
 
 
 def _average(total: dict, shards: Shards):
-    means, grads = average_sums(total["sums"], total["grads"], all_sum=shards.all_sum)
-    return means, grads
+    return average_sums(total["sums"], total["grads"], all_sum=shards.all_sum)
 
 
 def build_eval_step(module, step: Callable, config, compiler: Compiler) -> Callable:

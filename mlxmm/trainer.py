@@ -309,6 +309,9 @@ class Trainer:
         if saved is not None:
             self._restore(saved)
         self.configure_optimizer(saved and saved["optimizer"])
+        interval = self.config.val_check_interval
+        if self._updates_in_epoch is None and isinstance(interval, float) and interval != 1.0:
+            raise UserError("val_check_interval is a part of an epoch whose length nothing tells: give it in updates")
         for logger in self.loggers:
             logger.log_hyperparams({"module": self.module.hparams, "trainer": to_json(self.config)})
 

@@ -27,7 +27,7 @@ from callbacks import (
     SyntheticRefresh,
     TQDMProgressBar,
 )
-from mlxmm import Trainer, TrainerConfig, distributed
+from mlxmm import Callback, Trainer, TrainerConfig, distributed
 from mlxmm.config import UserError, option, run_recipe, to_json
 from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
 from mlxmm.data.sheet import contact_sheet
@@ -92,6 +92,9 @@ def main(config: Config) -> None:
     if config.push_to and distributed.rank() == 0:
         check_upload(config.push_to)  # hours before it is needed
     check_free(config)
+    distributed.check_strategy(config.trainer.strategy)
+    if config.data.streaming and config.module.lm is None:
+        raise UserError("a language model is not trained on a stream: name one with --module.lm")
     data = CaptionData(config.data, config.seed)
     data.setup()
     run = open_run(config, "align_qwen3")
@@ -143,19 +146,28 @@ def find_tower(config, data: CaptionData, run: Run) -> tuple[str, dict]:
 
 def align(config: Config, aligner: Qwen3Aligner, data: CaptionData, run: Run) -> dict:
     """Train the projector, then adapters or the last layers too; returns the figures of the run's end."""
-    data.encode, data.complete_batch = aligner.encode, aligner.complete_batch
-    callbacks = [
-        FreezeSchedule({0: "projector", config.open_step: ("projector", opened(config, aligner))}, unit="step"),
-        ModelSummary(),
-        LearningRateMonitor(),
-        TQDMProgressBar("align"),
-        SampleCaptions(data.rows["val"]),
-        ModelCheckpoint(every_n_train_steps=config.checkpoint_every, monitor="val/loss"),
-    ]
-    if data.is_synthetic:
-        callbacks.insert(0, SyntheticRefresh(data.fresh_rows))
-    trainer = Trainer(attrs.evolve(config.trainer, seed=config.seed, default_root_dir=run.folder), callbacks=callbacks)
-    trainer.fit(aligner, data, ckpt_path=run.ckpt_path)
+    schedule = FreezeSchedule({0: "projector", config.open_step: ("projector", opened(config, aligner))}, unit="step")
+    return fit(config, aligner, data, run, "align", schedule)
+
+
+def fit(config, captioner: Captioner, data: CaptionData, run: Run, name: str, *callbacks: Callback) -> dict:
+    """Train a captioner with the callbacks that all have; returns the figures of the run's end."""
+    data.encode, data.complete_batch = captioner.encode, captioner.complete_batch
+    refresh = [SyntheticRefresh(data.fresh_rows)] if data.is_synthetic else []
+    samples = [SampleCaptions(data.rows["val"])] if config.trainer.strategy != "fsdp" else []
+    trainer = Trainer(
+        attrs.evolve(config.trainer, seed=config.seed, default_root_dir=run.folder),
+        callbacks=[
+            *refresh,
+            *callbacks,
+            ModelSummary(),
+            LearningRateMonitor(),
+            TQDMProgressBar(name),
+            *samples,
+            ModelCheckpoint(every_n_train_steps=config.checkpoint_every, monitor="val/loss"),
+        ],
+    )
+    trainer.fit(captioner, data, ckpt_path=run.ckpt_path)
     return dict(trainer.callback_metrics)
 
 

@@ -52,11 +52,22 @@ def main(config: Config) -> None:
     data.setup()
     if config.split not in data.rows:
         raise UserError(f"--split {config.split}: choose one of {', '.join(data.rows)}")
+    _check(config, data)
     run = open_run(config, "evaluate_clip")
     figures = judge(config, clip, data)
     run.write_summary(figures)
     run.print(table(figures))
     run.print(f"summary: {run.folder / 'summary.json'}")
+
+
+def _check(config: Config, data: CaptionData) -> None:
+    """Raise `UserError` where `data` cannot give what is asked for."""
+    if config.labels and data.config.streaming:
+        raise UserError("--labels reads all training pictures, which a stream has not at once: no --data.streaming")
+    if config.probe and not (config.labels or data.is_synthetic):
+        raise UserError("--probe wants class names: add --labels, and --data.caption-column if it is not `caption`")
+    if config.class_column is not None:
+        _one_each(config, data)
 
 
 def judge(config: Config, clip: ContrastiveCLIP, data: CaptionData) -> dict[str, float]:
@@ -67,8 +78,6 @@ def judge(config: Config, clip: ContrastiveCLIP, data: CaptionData) -> dict[str,
     elif not config.labels:
         figures, parts = retrieval_figures(clip, _limited(data.rows[config.split], config.max_images)), None
     else:
-        if data.config.streaming:
-            raise UserError("--labels reads all training pictures, which a stream has not at once: no --data.streaming")
         parts = [_labelled(data.rows[split], config.max_images) for split in ("train", "val", config.split)]
         images, labels = zip(*parts[2])
         names = sorted({label for part in parts for _, label in part})
@@ -76,8 +85,6 @@ def judge(config: Config, clip: ContrastiveCLIP, data: CaptionData) -> dict[str,
     if config.class_column is not None:
         images, labels = zip(*_labelled(_one_each(config, data), config.max_images))
         figures |= _zero_shot(config, clip, list(dict.fromkeys(labels)), images, labels)
-    if config.probe and parts is None:
-        raise UserError("--probe wants class names: add --labels, and --data.caption-column if it is not `caption`")
     return figures | (_under("linear_probe", probe(clip, *parts)) if config.probe else {})
 
 

@@ -14,9 +14,7 @@ import attrs
 import mlx.core as mx
 from attrs.validators import ge
 
-from callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, SampleCaptions, TQDMProgressBar
-from callbacks.synthetic_refresh import SyntheticRefresh
-from mlxmm import Trainer, TrainerConfig
+from mlxmm import TrainerConfig, distributed
 from mlxmm.config import option, run_recipe
 from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
 from mlxmm.data.tokenizers import load_tokenizer, token_length, train_tokenizer
@@ -24,7 +22,7 @@ from mlxmm.hub import local_folder
 from mlxmm.modules.caption_decoder import CaptionDecoder, CaptionDecoderConfig
 from mlxmm.run import Run, RunConfig, check_free, open_run, read_saved_config
 from recipes import train_clip
-from recipes.align_qwen3 import evaluate, find_tower, report, say_cut
+from recipes.align_qwen3 import evaluate, find_tower, fit, report, say_cut
 
 
 @attrs.frozen(kw_only=True)
@@ -35,7 +33,7 @@ class Config(RunConfig):
     module: CaptionDecoderConfig = CaptionDecoderConfig()
     trainer: TrainerConfig = TrainerConfig(max_steps=1_400, val_check_interval=350)
     tokenizer: str | None = option(None, "folder or Hub id of a tokenizer; none: one is trained on the captions")
-    vocab_size: int = option(2_000, "most tokens of a tokenizer that is trained")
+    vocab_size: int = option(2_000, "most tokens of a tokenizer that is trained", ge(1))
     checkpoint_every: int = option(200, "updates between checkpoints", ge(1))
     max_test: int = option(1_000, "most pictures of each test part to caption", ge(1))
     tower: train_clip.TowerConfig = train_clip.TowerConfig()
@@ -44,11 +42,12 @@ class Config(RunConfig):
 def main(config: Config) -> None:
     start = time.perf_counter()
     check_free(config)
+    distributed.check_strategy(config.trainer.strategy)
     data = CaptionData(config.data, config.seed)
     data.setup()
     run = open_run(config, "train_captioner")
     captioner, figures = build(config, data, run)
-    figures |= train(config, captioner, data, run)
+    figures |= fit(config, captioner, data, run, "captioner")
     if run.is_global_zero:
         figures |= evaluate(config, captioner, data, run)
     report(figures | {"seconds": time.perf_counter() - start}, data, run)
@@ -68,23 +67,6 @@ def build(config: Config, data: CaptionData, run: Run) -> tuple[CaptionDecoder, 
     captioner = CaptionDecoder.from_parts(attrs.evolve(config.module, vision=vision, decoder=decoder), tokenizer)
     say_cut(captioner, data, run, "--module.decoder.max-position-embeddings")
     return captioner, figures
-
-
-def train(config: Config, captioner: CaptionDecoder, data: CaptionData, run: Run) -> dict:
-    """Train the decoder; returns the figures of the run's end."""
-    data.encode, data.complete_batch = captioner.encode, captioner.complete_batch
-    callbacks = [
-        ModelSummary(),
-        LearningRateMonitor(),
-        TQDMProgressBar("captioner"),
-        SampleCaptions(data.rows["val"]),
-        ModelCheckpoint(every_n_train_steps=config.checkpoint_every, monitor="val/loss"),
-    ]
-    if data.is_synthetic:
-        callbacks.insert(0, SyntheticRefresh(data.fresh_rows))
-    trainer = Trainer(attrs.evolve(config.trainer, seed=config.seed, default_root_dir=run.folder), callbacks=callbacks)
-    trainer.fit(captioner, data, ckpt_path=run.ckpt_path)
-    return dict(trainer.callback_metrics)
 
 
 if __name__ == "__main__":

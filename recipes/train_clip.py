@@ -7,6 +7,7 @@ python -m recipes.train_clip --preset vit-b-32 --data.source pictures.parquet --
 
 import attrs
 import mlx.core as mx
+from attrs.validators import ge
 
 from callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, SyntheticRefresh, TQDMProgressBar
 from mlxmm import Trainer, TrainerConfig
@@ -31,7 +32,7 @@ class TowerConfig:
 
     module: CLIPConfig = CLIPConfig()
     pretrained: str | None = option(None, "CLIP or SigLIP to go on from: folder or Hub id; none: fresh weights")
-    vocab_size: int = option(2_000, "most tokens of the tokenizer that is trained on the captions")
+    vocab_size: int = option(2_000, "most tokens of the tokenizer that is trained on the captions", ge(1))
     max_tokens: int = option(77, "longest text; less, where all captions are shorter")
     trainer: TrainerConfig = TrainerConfig(max_steps=700)
 

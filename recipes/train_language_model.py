@@ -5,6 +5,7 @@ python -m recipes.train_language_model
 
 import attrs
 import mlx.core as mx
+from attrs.validators import ge
 
 from callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, TQDMProgressBar
 from mlxmm import Trainer, TrainerConfig
@@ -21,7 +22,7 @@ class LanguageModelConfig:
     """A small Qwen3 and how long it is trained."""
 
     module: TextModelConfig = TextModelConfig()
-    vocab_size: int = option(2_000, "most tokens of the tokenizer that is trained on the text")
+    vocab_size: int = option(2_000, "most tokens of the tokenizer that is trained on the text", ge(1))
     batch_size: int = option(64, "texts in a batch")
     trainer: TrainerConfig = TrainerConfig(max_steps=250)
 

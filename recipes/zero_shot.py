@@ -45,7 +45,7 @@ def read_classes(classes: str) -> list[str]:
     """Class names from a file with one on each line, or from a list with commas."""
     if not classes:
         raise UserError("--classes wants class names with commas between them, or a file with one on each line")
-    if Path(classes).is_file():
+    if _is_file(classes):
         try:
             return [line.strip() for line in Path(classes).read_text(encoding="utf-8-sig").splitlines()]
         except ValueError:
@@ -53,6 +53,13 @@ def read_classes(classes: str) -> list[str]:
     if classes.endswith(".txt"):
         raise UserError(f"--classes {classes}: there is no such file")
     return [name.strip() for name in classes.split(",")]
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # too long for the name of one
+        return False
 
 
 def opened(paths: tuple[Path, ...]) -> Iterator:

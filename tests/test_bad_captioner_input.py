@@ -335,3 +335,15 @@ def test_a_picture_is_required(tmp_path):
     for nothing in (None, {"bytes": None, "path": None}):
         with pytest.raises(UndecodableImage, match="there is no picture"):
             decode_image(nothing)
+
+
+def test_a_stream_without_a_language_model_is_refused_before_the_run(run, parts, tmp_path):
+    flags = ["--data.source", parts / "good.parquet", "--data.streaming", "--trainer.max-steps", 3]
+    refused(run("align_qwen3", *flags), "name one with --module.lm")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("recipe", TRAINERS)
+def test_fsdp_on_one_process_is_refused_before_the_run(run, recipe, tmp_path):
+    refused(run(recipe, "--trainer.strategy", "fsdp"), "this one is alone")
+    assert not (tmp_path / "run").exists()

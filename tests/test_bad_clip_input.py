@@ -189,3 +189,19 @@ def test_a_sentence_is_a_template_too(run, tmp_path):
     classes = ["--classes", "cat,dog,red circle", "a.png"]
     printed = [run(zero_shot, *classes, "--templates", templates)[1] for templates in ("name", "{}", "no {}")]
     assert printed[0] == printed[1] != printed[2] and len(printed[2]) == 1
+
+
+def test_many_class_names_are_a_list_and_no_path(run, tmp_path):
+    two_halves().save(tmp_path / "a.png")
+    code, lines, _ = run(zero_shot, "--classes", ",".join(f"animal number {i}" for i in range(40)), "a.png")
+    assert code == 0 and lines
+
+
+@pytest.mark.parametrize(("column", "message"), [("kinds", "there is no column 'kinds'"), ("tags", "holds no classes")])
+def test_a_column_of_classes_that_is_none_is_refused_before_the_run(run, tmp_path, column, message):
+    rows = {"image": [two_halves()] * 9, "caption": ["red"] * 9, "tags": [["a", "b"]] * 9}
+    table = datasets.Dataset.from_dict(rows | {"split": ["train", "val", "test"] * 3})
+    table.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "rows.parquet"))
+    source = ("--data.source", "rows.parquet", "--data.split-column", "split")
+    code, _, errors = run(evaluate_clip, *source, "--class-column", column, "--run-dir", "judged")
+    assert code == 2 and message in errors[-1] and not (tmp_path / "judged").exists()

@@ -135,6 +135,19 @@ class Signals(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class RunsAhead(Callback):
+    """One process's clock is a minute ahead of the other's."""
+
+    def on_train_batch_start(self, trainer, module, batches):
+        if trainer.global_step == 2 and distributed.rank() == 0:
+            trainer.seconds += 60
+
+
+def clocks(folder):
+    by_time = ModelCheckpoint(every_n_train_steps=None, train_time_interval="01:00")
+    trainer(folder, callbacks=[by_time, RunsAhead()]).fit(Stack(), train_dataloaders=Shards())
+
+
 def resume(folder):
     for name, settings in {"plain": {}, "freezing": {"freezing": True}}.items():
         fit(folder, f"{name}-whole", 6, **settings)
@@ -228,6 +241,11 @@ def test_a_resumed_run_of_shards_is_the_uninterrupted_one_and_its_checkpoints_ar
     signalled, ended = (tmp_path / f"{name}/checkpoints/step=5" for name in ("signalled", "plain-ended"))
     for file in ("weights.safetensors", "optimizer.safetensors"):
         assert_close(signalled / file, ended / file, atol=0)
+
+
+def test_processes_save_together_though_their_clocks_differ(tmp_path):
+    ended = run("clocks", tmp_path)
+    assert [code for code, _, _ in ended] == [0, 0] and (tmp_path / "checkpoints/step=6").is_dir(), ended
 
 
 def test_validation_of_shards_on_unequal_data_gives_the_means_of_one_process(tmp_path):

@@ -5,6 +5,7 @@ import io
 import json
 import threading
 import zipfile
+from pathlib import Path
 
 import attrs
 import datasets
@@ -117,7 +118,7 @@ def test_an_epoch_resumed_gives_the_batches_it_would_have_given(make_folder, bro
         assert_same(again.train_dataloader().epoch(2, start), whole[start:])
 
 
-@pytest.mark.parametrize("world_size", [2, 3])  # three files: dealt row by row to two processes, by file to three
+@pytest.mark.parametrize("world_size", [2, 3])  # of three files, which are not dealt out whole
 def test_processes_share_the_rows_out(make_folder, monkeypatch, world_size):
     data, shares = opened(make_folder(), batch_size=1), []
     monkeypatch.setattr(distributed, "world_size", lambda: world_size)
@@ -288,7 +289,7 @@ def test_what_needs_all_rows_at_once_is_refused(make_folder, tmp_path):
     with pytest.raises(UserError, match="features of a stream cannot be cached"):
         trainer.fit(clip, data)
     with pytest.raises(UserError, match="--labels reads all training pictures"):
-        evaluate_clip.judge(evaluate_clip.Config(data=data.config, labels=True), clip, data)
+        evaluate_clip._check(evaluate_clip.Config(data=data.config, labels=True), data)
 
 
 def test_a_row_without_a_caption_is_passed_over_and_named(tmp_path, capsys):
@@ -298,3 +299,38 @@ def test_a_row_without_a_caption_is_passed_over_and_named(tmp_path, capsys):
     write(tmp_path / "all.parquet", table)
     data = opened(str(tmp_path / "all.parquet"), split_column="split")
     assert 1 not in seen(data) and "skipped, has no caption" in capsys.readouterr().out
+
+
+def test_held_out_rows_are_found_in_one_pass_over_a_column_of_splits(tmp_path, monkeypatch):
+    write(tmp_path / "all.parquet", rows(range(40)) | {"split": ["test", "dev", *["train"] * 38]})
+    read, table = [], datasets.IterableDataset.__iter__
+    monkeypatch.setattr(
+        datasets.IterableDataset, "__iter__", lambda self: (read.append(1) or row for row in table(self))
+    )
+    opened(str(tmp_path / "all.parquet"), split_column="split")
+    assert len(read) == 40
+
+
+def test_files_that_break_off_end_training_in_one_line(make_folder):
+    folder = make_folder()
+    data = opened(folder)
+    for path in Path(folder).glob("train*"):
+        path.write_bytes(path.read_bytes()[:-100] + b"0" * 100)
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        seen(data)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("caption", [7, 0.5, {"raw": "a dog"}])
+def test_a_column_that_holds_no_captions_is_refused(tmp_path, caption):
+    columns = rows(range(9)) | {"caption": [caption] * 9, "split": ["train", "val", "test"] * 3}
+    write(tmp_path / "rows.parquet", columns)
+    for streaming in (True, False):
+        with pytest.raises(UserError, match="column 'caption' of .* holds no captions"):
+            opened(str(tmp_path / "rows.parquet"), split_column="split", streaming=streaming)
+
+
+def test_a_part_of_an_epoch_of_unknown_length_is_refused(make_folder):
+    data = opened(make_folder())
+    with pytest.raises(UserError, match="val_check_interval is a part of an epoch whose length nothing tells"):
+        Trainer(max_steps=2, logger=False, val_check_interval=0.5).fit(small_clip(), data)

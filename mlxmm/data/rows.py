@@ -1,4 +1,4 @@
-"""Rows of pictures with captions from parquet files, image folders and the Hub. `datasets` is read here only.
+"""Rows of pictures with captions from parquet files, image folders and the Hub, split three ways.
 
 A row is `{"image": PIL, "captions": [str], "id": str}`.
 """
@@ -71,6 +71,8 @@ class CaptionRows(Sequence):
             raise UserError(f"there is no column {column!r}; the columns are {', '.join(self.table.column_names)}")
         places: dict = {}
         for place, value in enumerate(self.table.select_columns([column]).select(self.indices)[column]):
+            if isinstance(value, list | dict):
+                raise UserError(f"column {column!r} holds no classes, but {value!r:.60}")
             places.setdefault(value, place)
         return attrs.evolve(self, indices=self.indices[list(places.values())])
 

@@ -3,13 +3,14 @@
 A stream has no length and no tenth row. Rows are drawn from a buffer of those that follow each other in the files.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import attrs
 import numpy as np
 
+from mlxmm import distributed
 from mlxmm.config import UserError
 from mlxmm.data.images import UndecodableImage, decode_image
 from mlxmm.data.loader import prefetched
@@ -20,7 +21,6 @@ from mlxmm.data.tables import (
     check_splits,
     in_memory,
     open_tables,
-    own_part,
     readable,
     texts_in,
     with_bytes,
@@ -31,18 +31,27 @@ FEWEST = 10  # rows that cannot be used before their share counts
 
 @attrs.frozen(kw_only=True)
 class StreamRows:
-    """The rows of a `datasets.IterableDataset`, which may be iterated again and again."""
+    """The rows of a `datasets.IterableDataset` of `source`, which may be iterated again and again.
 
+    Raises `UserError` where its files cannot be read on.
+    """
+
+    source: str
     table: object
     columns: Columns
 
     def captions(self) -> Iterator[str]:
         """Every caption, in the order of the files."""
-        return (caption for values in self.table for caption in self._captions(values))
+        with readable(self.source):
+            for values in self.table.select_columns([self.columns.caption]):
+                yield from self._captions(values)
 
     def shuffled(self, seed: int, buffer_size: int) -> Iterator[dict]:
         """This process's rows, as the files have them, in an order that is a function of `seed`."""
-        return iter(own_part(self.table).shuffle(seed=seed, buffer_size=buffer_size))
+        with readable(self.source):
+            rows = self.table.shuffle(seed=seed, buffer_size=buffer_size)
+            # Each n-th: `datasets` itself would deal out whole files, however unequal they are.
+            yield from islice(rows, distributed.rank(), None, distributed.world_size())
 
     def row(self, values: dict) -> dict:
         """The row that a file has as `values`. Raises `UnusableRow`."""
@@ -72,19 +81,32 @@ def open_stream(source: str, columns: Columns, *, revision: str | None, num_held
         tables = open_tables(source, columns, revision=revision, streaming=True)
         if columns.split is None and len(tables) == 1:
             raise UserError(f"a stream is not divided at random: {source} needs --data.split-column, or own splits")
-        streams = {split: _stream(tables, columns, names) for split, names in SPLITS.items()}
-        first = {split: list(streams[split].take(1 if split == "train" else num_held_out)) for split in streams}
+        most = {"train": 1, "val": num_held_out, "test": num_held_out}
+        if columns.split is None:
+            named = {split: tables[name] for split, names in SPLITS.items() for name in names if name in tables}
+            first = {split: list(table.take(most[split])) for split, table in named.items()}
+        else:
+            [table] = tables.values()
+            first = _first_rows(table, columns.split, most)
+            train = table.filter(lambda label: label in SPLITS["train"], input_columns=[columns.split])
+            named = dict.fromkeys(SPLITS, table) | {"train": train}
         check_splits(source, [split for split in first if first[split]], tables)
-        rows = {split: _held_out(first[split], streams[split], columns) for split in ("val", "test")}
-        return {"train": StreamRows(table=streams["train"], columns=columns)} | rows
+        rows = {split: _held_out(first[split], named[split], columns) for split in ("val", "test")}
+        return {"train": StreamRows(source=source, table=named["train"], columns=columns)} | rows
 
 
-def _stream(tables: dict, columns: Columns, names: Sequence[str]):
-    """What of streamed tables belongs to the split of these `names`: none of its rows where there is no such split."""
-    table = next((tables[name] for name in names if name in tables), None)
-    if columns.split is None:
-        return table if table is not None else next(iter(tables.values())).take(0)
-    return next(iter(tables.values())).filter(lambda label: label in names, input_columns=[columns.split])
+def _first_rows(table, column: str, most: dict[str, int]) -> dict[str, list[dict]]:
+    """The first rows of each split, as `column` names them, at `most` so many: in one pass, which ends when there
+    are enough."""
+    split_of = {name: split for split, names in SPLITS.items() for name in names}
+    first = {split: [] for split in SPLITS}
+    for values in table:
+        split = split_of.get(values[column])
+        if split is not None and len(first[split]) < most[split]:
+            first[split].append(values)
+        if all(len(first[split]) == most[split] for split in SPLITS):
+            break
+    return first
 
 
 def _held_out(rows: list[dict], like, columns: Columns) -> CaptionRows:
@@ -96,8 +118,8 @@ def _held_out(rows: list[dict], like, columns: Columns) -> CaptionRows:
 class StreamLoader:
     """Whole batches of `encode(row, rng)` from a stream, in the manner of `Loader`, but of unknown number.
 
-    Order and `rng` are functions of (seed, epoch, place in this process's epoch). `epoch(3, start=7)` gives batch 7
-    of epoch 3 as it was the first time: the batches before it are made again and left out.
+    Order and `rng` are functions of (seed, epoch, rank, place in this process's epoch). `epoch(3, start=7)` gives
+    batch 7 of epoch 3 as it was the first time: the batches before it are made again and left out.
     """
 
     rows: StreamRows
@@ -134,7 +156,8 @@ class StreamLoader:
 
     def _encoded(self, place: int, values: dict, epoch: int) -> dict | None:
         try:
-            return self.encode(self.rows.row(values), np.random.default_rng([self.seed, epoch, place]))
+            rng = np.random.default_rng([self.seed, epoch, distributed.rank(), place])
+            return self.encode(self.rows.row(values), rng)
         except UnusableRow as error:
             print(f"skipped, {error}")
             return None

@@ -1,4 +1,4 @@
-"""The tables of a source, as `datasets` reads them: pictures are not decoded yet."""
+"""The tables of a source, as `datasets`, which is read here only, has them: pictures are not decoded."""
 
 import contextlib
 import glob
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import attrs
 
-from mlxmm import distributed
 from mlxmm.config import UserError
 from mlxmm.data.images import SUFFIXES
 
@@ -42,9 +41,19 @@ def open_tables(source: str, columns: Columns, *, streaming: bool = False, **how
         if column is not None and column not in names:
             hint = f"; {FOLDER}" if Path(source).is_dir() else ""
             raise UserError(f"{source} has no column {column!r}; it has {', '.join(names)}{hint}")
+    kind = next(iter(tables.values())).features[columns.caption]
+    if not _holds_captions(kind):
+        raise UserError(f"column {columns.caption!r} of {source} holds no captions, one or a list, but {kind}")
     if streaming:  # pictures on the Hub are decoded before `cast_column` comes, unless told not to
         tables = {name: table.decode(False) for name, table in tables.items()}
     return {name: table.cast_column(columns.image, datasets.Image(decode=False)) for name, table in tables.items()}
+
+
+def _holds_captions(kind) -> bool:
+    if hasattr(kind, "int2str"):  # classes
+        return True
+    one = kind[0] if isinstance(kind, list) else getattr(kind, "feature", kind)
+    return getattr(one, "dtype", None) in ("string", "large_string", "null")
 
 
 def _has_files(folder: Path, suffixes: Sequence[str]) -> bool:
@@ -73,6 +82,7 @@ def readable(source: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # its readers' exceptions, and the network's
+        error = error.__cause__ or error
         line = (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"{source} cannot be read: {type(error).__name__}: {line}") from error
 
@@ -85,7 +95,8 @@ def check_splits(source: str, found: Collection[str], tables: dict) -> None:
 
 def texts_in(value, kind) -> list[str]:
     """The captions in a cell: a string, several, or the number of a class, which its column's `kind` has a name for."""
-    value = kind.int2str(value) if isinstance(value, int) else value
+    if isinstance(value, int):
+        value = kind.int2str(value) if value >= 0 else None  # -1: of a class that is not told
     texts = [value] if isinstance(value, str) else list(value or ())
     return [text.strip() for text in texts if text and text.strip()]
 
@@ -95,13 +106,6 @@ def in_memory(rows: list[dict], like):
     import datasets
 
     return datasets.Dataset.from_list(rows, features=like.features)
-
-
-def own_part(table):
-    """What this process has of a stream."""
-    from datasets.distributed import split_dataset_by_node
-
-    return split_dataset_by_node(table, distributed.rank(), distributed.world_size())
 
 
 def with_bytes(image: dict | None) -> dict | None:
