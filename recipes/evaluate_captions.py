@@ -57,8 +57,7 @@ def main(config: Config) -> None:
     clip = None if config.clip is None else ContrastiveCLIP.from_pretrained(config.clip)
     data = CaptionData(config.data, config.seed)
     data.setup()
-    if config.split not in data.rows:
-        raise UserError(f"--split {config.split}: the data have {', '.join(data.rows)}")
+    data.check_split(config.split)
     rows = data.rows[config.split]
     references = [rows[i]["captions"] for i in range(len(rows))]
     if clip is not None:

@@ -50,8 +50,7 @@ def main(config: Config) -> None:
     clip = ContrastiveCLIP.from_pretrained(config.module)
     data = CaptionData(config.data, config.seed)
     data.setup()
-    if config.split not in data.rows:
-        raise UserError(f"--split {config.split}: choose one of {', '.join(data.rows)}")
+    data.check_split(config.split)
     _check(config, data)
     run = open_run(config, "evaluate_clip")
     figures = judge(config, clip, data)

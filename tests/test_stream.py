@@ -290,6 +290,8 @@ def test_what_needs_all_rows_at_once_is_refused(make_folder, tmp_path):
         trainer.fit(clip, data)
     with pytest.raises(UserError, match="--labels reads all training pictures"):
         evaluate_clip._check(evaluate_clip.Config(data=data.config, labels=True), data)
+    with pytest.raises(UserError, match="--split train: choose one of val, test"):
+        data.check_split("train")
 
 
 def test_a_row_without_a_caption_is_passed_over_and_named(tmp_path, capsys):
@@ -334,3 +336,9 @@ def test_a_part_of_an_epoch_of_unknown_length_is_refused(make_folder):
     data = opened(make_folder())
     with pytest.raises(UserError, match="val_check_interval is a part of an epoch whose length nothing tells"):
         Trainer(max_steps=2, logger=False, val_check_interval=0.5).fit(small_clip(), data)
+
+
+def test_a_picture_elsewhere_that_cannot_be_fetched_is_one_line(make_folder, tmp_path):
+    train = opened(make_folder()).rows["train"]
+    with pytest.raises(UserError, match="pictures cannot be read: FileNotFoundError"):
+        train.row({"image": {"bytes": None, "path": f"file://{tmp_path}/gone.png"}, "caption": ["a dog"]})

@@ -115,6 +115,12 @@ class CaptionData(DataModule):
             first = ", ".join(map(str, unlisted[:5]))
             _tell(f"{len(unlisted)} pictures that the metadata do not name", [first])
 
+    def check_split(self, split: str) -> None:
+        """Raise `UserError` where a split is not there, or a stream, whose rows have no numbers."""
+        splits = [name for name in self.rows if not (self.config.streaming and name == "train")]
+        if split not in splits:
+            raise UserError(f"--split {split}: choose one of {', '.join(splits)}")
+
     def fresh_rows(self, epoch: int) -> Sequence:
         """New training scenes of the same kind, a function of (seed, epoch)."""
         return self.grammar.rows(self.seed, epoch)["train"]

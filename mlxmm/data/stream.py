@@ -59,8 +59,10 @@ class StreamRows:
         name = (image or {}).get("path") or f"the picture of {captions}"
         if not captions:
             raise UnusableRow(f"has no caption: {name}")
+        with readable(self.source):
+            image = with_bytes(image)
         try:
-            return {"image": decode_image(with_bytes(image)), "captions": captions, "id": name}
+            return {"image": decode_image(image), "captions": captions, "id": name}
         except UndecodableImage as error:
             raise UnusableRow(f"cannot be decoded: {name}: {error}") from None
 
