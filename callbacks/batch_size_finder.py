@@ -7,10 +7,11 @@ import mlx.core as mx
 from attrs.validators import ge, in_
 from mlx.utils import tree_flatten
 
-from mlxmm import batches, distributed
-from mlxmm.callback import Callback
-from mlxmm.config import UserError
-from mlxmm.trials import put_back, trial_updates
+from mlxmm.distributed import collectives
+from mlxmm.errors import UserError
+from mlxmm.training import batches
+from mlxmm.training.callback import Callback
+from mlxmm.training.trial_updates import restored_after, trial_updates
 
 
 @attrs.define
@@ -68,13 +69,13 @@ class BatchSizeFinder(Callback):
         self._set(trainer, size)
         first = next(batches.epoch(trainer.datamodule.train_dataloader(), 0), None)
         fits = first is not None and len(tree_flatten(first)[0][1]) >= size and self._runs(trainer)
-        return distributed.all_sum(mx.array(not fits)).item() == 0
+        return collectives.all_sum(mx.array(not fits)).item() == 0
 
     def _runs(self, trainer) -> bool:
         mx.clear_cache()
         mx.reset_peak_memory()
         try:
-            with put_back(trainer):
+            with restored_after(trainer):
                 for _ in trial_updates(trainer, self.steps_per_trial):
                     pass
         except RuntimeError as error:

@@ -9,12 +9,13 @@ import attrs
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlxmm import distributed
-from mlxmm.callback import Callback
-from mlxmm.config import UserError
 from mlxmm.data.feature_cache import FeatureRows, cache_key, cached_features
-from mlxmm.data.stream import StreamRows
-from mlxmm.module import Modes, evaluating
+from mlxmm.data.sources.stream import StreamRows
+from mlxmm.distributed import collectives
+from mlxmm.errors import UserError
+from mlxmm.training.callback import Callback
+from mlxmm.training.module import evaluating
+from mlxmm.training.trainable import TraceSnapshot
 
 
 @attrs.define
@@ -32,7 +33,7 @@ class CachedFeatures(Callback):
     splits: Sequence[str] = ("train", "val")
     tower: str = attrs.field(default="vision", kw_only=True)
     _pictures: dict[str, Sequence] = attrs.field(factory=dict, init=False)
-    _modes: Modes | None = attrs.field(default=None, init=False)  # of the tower that the features are of
+    _modes: TraceSnapshot | None = attrs.field(default=None, init=False)  # of the tower that the features are of
 
     def setup(self, trainer, module, stage):
         self._pictures, self._modes = {}, None
@@ -52,7 +53,7 @@ class CachedFeatures(Callback):
             self._pictures = {split: trainer.datamodule.rows[split] for split in self.splits}
             for split, rows in self._pictures.items():
                 trainer.datamodule.rows[split] = FeatureRows(rows, self._features(module, rows, trainer.datamodule))
-            self._modes = Modes(tower)
+            self._modes = TraceSnapshot(tower)
 
     def on_train_batch_start(self, trainer, module, batches):
         if self._modes is not None and self._modes.changed():
@@ -80,7 +81,7 @@ class CachedFeatures(Callback):
         compute = lambda pixels: module.features(module.processor.normalize(pixels))
         num_threads = getattr(getattr(datamodule, "config", None), "num_threads", 1)
         with evaluating(module):
-            if distributed.rank() == 0:
+            if collectives.rank() == 0:
                 cached_features(self.folder / key, rows, pixels, compute, num_threads=num_threads)
-            distributed.barrier()
+            collectives.barrier()
             return cached_features(self.folder / key, rows, pixels, compute)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlxmm.callback import Callback
+from mlxmm.training.callback import Callback
 
 MIB = 2**20
 

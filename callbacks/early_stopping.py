@@ -5,8 +5,8 @@ import math
 import attrs
 from attrs.validators import ge, in_
 
-from mlxmm.callback import Callback
-from mlxmm.config import UserError
+from mlxmm.errors import UserError
+from mlxmm.training.callback import Callback
 
 
 @attrs.define

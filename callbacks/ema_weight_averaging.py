@@ -7,9 +7,9 @@ import mlx.core as mx
 from attrs.validators import ge, le
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxmm.callback import Callback
-from mlxmm.compiled import can_compile
-from mlxmm.module import trainable_names
+from mlxmm.compute.compiled import can_compile
+from mlxmm.training.callback import Callback
+from mlxmm.training.trainable import trainable_names
 
 
 @attrs.define

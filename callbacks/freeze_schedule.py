@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import attrs
 from attrs.validators import in_
 
-from mlxmm.callback import Callback
-from mlxmm.module import match_parameters, set_trainable
+from mlxmm.training.callback import Callback
+from mlxmm.training.trainable import match_parameters, set_trainable
 
 
 @attrs.define

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import attrs
 
-from mlxmm.callback import Callback
-from mlxmm.config import UserError
+from mlxmm.errors import UserError
+from mlxmm.training.callback import Callback
 
 
 def _is_schedule(instance, attribute, value) -> None:

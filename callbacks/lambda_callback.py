@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from mlxmm.callback import HOOKS, Callback
-from mlxmm.config import UserError
+from mlxmm.errors import UserError
+from mlxmm.training.callback import HOOKS, Callback
 
 
 class LambdaCallback(Callback):

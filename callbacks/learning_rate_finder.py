@@ -7,9 +7,9 @@ import mlx.core as mx
 import numpy as np
 from attrs.validators import ge, gt, in_, optional
 
-from mlxmm.callback import Callback
-from mlxmm.config import UserError
-from mlxmm.trials import put_back, trial_updates
+from mlxmm.errors import UserError
+from mlxmm.training.callback import Callback
+from mlxmm.training.trial_updates import restored_after, trial_updates
 
 SMOOTHING = 0.98  # of the loss, as Lightning's
 
@@ -54,7 +54,7 @@ class LearningRateFinder(Callback):
                 f"LearningRateFinder wants an optimizer of one rate, not {type(trainer.optimizer).__name__}"
             )
         rates, losses, mean = self._rates(), [], 0.0
-        with put_back(trainer):
+        with restored_after(trainer):
             table = mx.array(rates)
             trainer.optimizer._maybe_schedule("learning_rate", lambda step: table[step])
             for metrics in trial_updates(trainer, len(rates)):

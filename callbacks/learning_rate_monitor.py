@@ -1,6 +1,6 @@
 """LearningRateMonitor: the learning rate as a curve."""
 
-from mlxmm.callback import Callback
+from mlxmm.training.callback import Callback
 
 
 class LearningRateMonitor(Callback):

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import attrs
 
-from mlxmm.callback import Callback
-from mlxmm.modules.features import probe
+from mlxmm.evaluation.clip_features import probe
+from mlxmm.training.callback import Callback
 
 
 @attrs.define(eq=False)

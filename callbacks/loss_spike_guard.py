@@ -5,8 +5,8 @@ import math
 import attrs
 from attrs.validators import ge, in_, optional
 
-from mlxmm.callback import Callback
-from mlxmm.compiled import remember
+from mlxmm.compute.compiled import snapshot
+from mlxmm.training.callback import Callback
 
 
 class LossSpikeError(ArithmeticError):
@@ -41,7 +41,7 @@ class LossSpikeGuard(Callback):
         trainer.optimizer.init(module.trainable_parameters())  # what was just unfrozen has moments to go back to
         # The counts beside the moments go on: a rate's schedule is a function of the step.
         states = trainer.optimizer.state.get("states", [trainer.optimizer.state])  # of a MultiOptimizer, several
-        self._undo = remember([module, *(part for state in states for part in state.values())])
+        self._undo = snapshot([module, *(part for state in states for part in state.values())])
 
     def on_train_batch_end(self, trainer, module, metrics, batches):
         undo, self._undo = self._undo, None

@@ -8,12 +8,13 @@ from pathlib import Path
 import attrs
 from attrs.validators import ge, in_, optional
 
-from mlxmm import checkpoint, distributed
-from mlxmm.callback import Callback
-from mlxmm.config import UserError
-from mlxmm.files import point, remove_leftovers
-from mlxmm.signals import Interrupted
-from mlxmm.trainer_config import duration, is_duration
+from mlxmm.distributed import collectives
+from mlxmm.distributed.signals import Interrupted
+from mlxmm.errors import UserError
+from mlxmm.storage import checkpoint
+from mlxmm.storage.atomic import remove_leftovers, replace_symlink
+from mlxmm.training.callback import Callback
+from mlxmm.training.trainer_config import duration, is_duration
 
 
 @attrs.define
@@ -86,7 +87,7 @@ class ModelCheckpoint(Callback):
     def on_save_point(self, trainer, module):
         is_due = self._is_due(trainer)
         if self.train_time_interval is not None:
-            [is_due] = distributed.all_max(is_due)  # clocks differ, and all processes save together
+            [is_due] = collectives.all_max(is_due)  # clocks differ, and all processes save together
         if is_due:
             self._save(trainer)
         self._validated = False
@@ -139,7 +140,7 @@ class ModelCheckpoint(Callback):
     def _write(self, step: int, contents: dict, save_config, names: dict[str, int], old: set[int]) -> None:
         checkpoint.save(self._folder(step), contents, save_config)
         for name, named in names.items():
-            point(self.dirpath / name, self._folder(named))
+            replace_symlink(self.dirpath / name, self._folder(named))
         self._delete(old)
 
     def _delete(self, steps: set[int]) -> None:

@@ -2,7 +2,7 @@
 
 from mlx.utils import tree_flatten
 
-from mlxmm.callback import Callback
+from mlxmm.training.callback import Callback
 
 
 class ModelSummary(Callback):

@@ -7,7 +7,7 @@ import attrs
 import mlx.core as mx
 from attrs.validators import min_len
 
-from mlxmm.callback import Callback
+from mlxmm.training.callback import Callback
 
 
 @attrs.define

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlxmm.callback import Callback
+from mlxmm.training.callback import Callback
 
 
 class SampleCaptions(Callback):

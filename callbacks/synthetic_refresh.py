@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import attrs
 from attrs.validators import ge
 
-from mlxmm.callback import Callback
+from mlxmm.training.callback import Callback
 
 
 @attrs.define

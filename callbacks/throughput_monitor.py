@@ -8,9 +8,9 @@ import attrs
 from attrs.validators import ge, gt, optional
 from mlx.utils import tree_flatten
 
-from mlxmm import distributed
-from mlxmm.callback import Callback
-from mlxmm.profiler import NoProfiler, Profiler
+from mlxmm.distributed import collectives
+from mlxmm.training.callback import Callback
+from mlxmm.training.profiler import NoProfiler, Profiler
 
 
 def leading_axis(batch) -> int:
@@ -75,12 +75,12 @@ class ThroughputMonitor(Callback):
     def compute(self) -> dict[str, float]:
         """The figures of the window, by their names without "throughput/"."""
         seconds, waited, *counts = map(sum, zip(*self._window))
-        batches, examples, tokens = (distributed.world_size() * count / seconds for count in counts)
+        batches, examples, tokens = (collectives.world_size() * count / seconds for count in counts)
         figures = {"examples_per_second": examples, "batches_per_second": batches}
         if self.length_fn:
             figures["tokens_per_second"] = tokens
         if self.flops_per_batch:
             figures["flops_per_second"] = batches * self.flops_per_batch
             if self.peak_flops:
-                figures["mfu"] = figures["flops_per_second"] / (distributed.world_size() * self.peak_flops)
+                figures["mfu"] = figures["flops_per_second"] / (collectives.world_size() * self.peak_flops)
         return figures | {"data_wait_fraction": waited / seconds}

@@ -6,9 +6,10 @@ import attrs
 import mlx.core as mx
 from attrs.validators import in_, optional
 
-from mlxmm import distributed, trainer_config
-from mlxmm.callback import Callback
-from mlxmm.config import UserError
+from mlxmm.distributed import collectives
+from mlxmm.errors import UserError
+from mlxmm.training import trainer_config
+from mlxmm.training.callback import Callback
 
 STAGES = ("train", "validate", "test", "predict")
 
@@ -84,7 +85,7 @@ class Timer(Callback):
         if self.duration is not None:
             late = mx.array(float(self.time_remaining() <= 0))
             # Clocks differ, and a process that stopped alone would leave the others waiting.
-            trainer.should_stop |= distributed.all_sum(late).item() > 0
+            trainer.should_stop |= collectives.all_sum(late).item() > 0
 
     def state_dict(self):
         return {stage: self.time_elapsed(stage) for stage in STAGES}

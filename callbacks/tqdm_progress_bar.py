@@ -5,7 +5,7 @@ import time
 
 from tqdm import tqdm
 
-from mlxmm.callback import Callback
+from mlxmm.training.callback import Callback
 
 
 class TQDMProgressBar(Callback):

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import attrs
 
-from mlxmm.callback import Callback
-from mlxmm.data.templates import PHOTO
-from mlxmm.modules.zero_shot import ZeroShotClassifier
+from mlxmm.evaluation.prompt_templates import PHOTO
+from mlxmm.evaluation.zero_shot import ZeroShotClassifier
+from mlxmm.training.callback import Callback
 
 
 @attrs.define(eq=False)

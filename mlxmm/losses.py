@@ -7,7 +7,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from mlxmm import functional as F
+from mlxmm.compute import functional as F
 
 CHUNK_LOGITS = 2**24  # logits that `linear_token_loss` holds at a time: 64 MB in float32
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import attrs
 
-from mlxmm.config import UserError, option, positional, run_recipe
-from mlxmm.data.images import SUFFIXES, UndecodableImage, decode_image
-from mlxmm.generate import GenerationConfig
-from mlxmm.modules.captioner import Captioner
+from mlxmm.cli import run_recipe
+from mlxmm.config import option, positional
+from mlxmm.errors import UserError
+from mlxmm.modules.captioning_module import CaptioningModule
 from mlxmm.modules.loading import load_captioner
+from mlxmm.networks.generation import GenerationConfig
+from mlxmm.preprocessing.images import SUFFIXES, UndecodableImage, decode_image
 
 
 @attrs.frozen(kw_only=True)
@@ -40,7 +42,7 @@ def main(config: Config) -> None:
             print(f"skipped, {error}")
 
 
-def pieces(captioner: Captioner, image, config: Config) -> Iterator[str]:
+def pieces(captioner: CaptioningModule, image, config: Config) -> Iterator[str]:
     """The caption of one picture as it comes; beam search has all of it at once."""
     settings = attrs.asdict(config.generation)
     if config.generation.num_beams > 1:

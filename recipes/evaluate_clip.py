@@ -15,16 +15,16 @@ from collections.abc import Sequence
 import attrs
 from attrs.validators import ge
 
-from mlxmm.config import UserError, option, run_recipe
-from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
-from mlxmm.data.shapes import names_several, single_objects
-from mlxmm.data.templates import CHOICES, TEMPLATES, read_templates
+from mlxmm.cli import run_recipe
+from mlxmm.config import option
+from mlxmm.data.caption_data import CaptionData, CaptionDataConfig
+from mlxmm.errors import UserError
+from mlxmm.evaluation.clip import evaluate_shapes, labelled_objects, retrieval_figures, with_prefix
+from mlxmm.evaluation.clip_features import probe
+from mlxmm.evaluation.prompt_templates import CHOICES, read_templates
+from mlxmm.evaluation.zero_shot import ZeroShotClassifier
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
-from mlxmm.modules.features import probe, retrieve
-from mlxmm.modules.zero_shot import ZeroShotClassifier
-from mlxmm.run import RunConfig, open_run
-
-NUM_EACH = 10  # new pictures of each object of `shapes`
+from mlxmm.storage.runs import RunConfig, open_run, table
 
 
 @attrs.frozen(kw_only=True)
@@ -53,7 +53,7 @@ def main(config: Config) -> None:
     data.check_split(config.split)
     _check(config, data)
     run = open_run(config, "evaluate_clip")
-    figures = judge(config, clip, data)
+    figures = evaluate(config, clip, data)
     run.write_summary(figures)
     run.print(table(figures))
     run.print(f"summary: {run.folder / 'summary.json'}")
@@ -69,11 +69,11 @@ def _check(config: Config, data: CaptionData) -> None:
         _one_each(config, data)
 
 
-def judge(config: Config, clip: ContrastiveCLIP, data: CaptionData) -> dict[str, float]:
+def evaluate(config: Config, clip: ContrastiveCLIP, data: CaptionData) -> dict[str, float]:
     """All figures that `config` asks for, by name; chance for "x" is called "x_chance"."""
     if data.is_synthetic:
-        figures = judge_shapes(clip, data, config.seed) | retrieval_figures(clip, data.rows[config.split])
-        parts = [_objects(data, config.seed + i) for i in (1, 2, 0)]
+        figures = evaluate_shapes(clip, data, config.seed) | retrieval_figures(clip, data.rows[config.split])
+        parts = [labelled_objects(data, config.seed + i) for i in (1, 2, 0)]
     elif not config.labels:
         figures, parts = retrieval_figures(clip, _limited(data.rows[config.split], config.max_images)), None
     else:
@@ -84,48 +84,12 @@ def judge(config: Config, clip: ContrastiveCLIP, data: CaptionData) -> dict[str,
     if config.class_column is not None:
         images, labels = zip(*_labelled(_one_each(config, data), config.max_images))
         figures |= _zero_shot(config, clip, list(dict.fromkeys(labels)), images, labels)
-    return figures | (_under("linear_probe", probe(clip, *parts)) if config.probe else {})
-
-
-def judge_shapes(clip: ContrastiveCLIP, data: CaptionData, seed: int) -> dict[str, float]:
-    """Zero-shot accuracy on `shapes`: of single objects by name, and of two objects by their whole caption, among
-    all such captions of the test part, whose combinations were seen in training or not."""
-    images, labels = zip(*_objects(data, seed))
-    names = [str(thing) for thing in data.grammar.seen_things()]
-    figures = _accuracy("accuracy", clip, names, images, labels)
-    for part in data.test_parts:
-        rows = [row for row in data.rows[part] if names_several(row["captions"][0])]
-        captions = [row["captions"][0] for row in rows]
-        name = "pairs" + part.removeprefix("test")
-        figures |= _accuracy(name, clip, sorted(set(captions)), [row["image"] for row in rows], captions)
-    return figures
-
-
-def retrieval_figures(clip: ContrastiveCLIP, rows: Sequence[dict]) -> dict[str, float]:
-    """`retrieve`, its names under "retrieval/"."""
-    return _under("retrieval", retrieve(clip, rows))
-
-
-def table(figures: dict[str, float]) -> str:
-    """A line for each figure, chance beside it where it is known."""
-    lines = [f"{'':<36}{'':>10}{'chance':>10}"]
-    for name, value in figures.items():
-        if not name.endswith("_chance"):
-            chance = figures.get(f"{name}_chance")
-            lines.append(f"{name:<36}{value:>10.4f}" + (f"{chance:>10.4f}" if chance is not None else ""))
-    return "\n".join(lines)
-
-
-def _accuracy(name: str, clip: ContrastiveCLIP, names: list[str], images: Sequence, labels: Sequence[str]) -> dict:
-    if not labels:  # a few pictures may all be of single objects
-        return {}
-    figures = ZeroShotClassifier.build(clip, names, TEMPLATES["name"]).top_k(images, labels)
-    return {f"zero_shot/{name}": figures["top1"], f"zero_shot/{name}_chance": figures["top1_chance"]}
+    return figures | (with_prefix("linear_probe", probe(clip, *parts)) if config.probe else {})
 
 
 def _zero_shot(config: Config, clip: ContrastiveCLIP, names: list[str], images: Sequence, labels: Sequence[str]):
     classifier = ZeroShotClassifier.from_cache(clip, names, read_templates(config.templates))
-    return _under("zero_shot", classifier.top_k(images, labels))
+    return with_prefix("zero_shot", classifier.top_k(images, labels))
 
 
 def _one_each(config: Config, data: CaptionData) -> Sequence[dict]:
@@ -134,20 +98,12 @@ def _one_each(config: Config, data: CaptionData) -> Sequence[dict]:
     return data.rows[config.split].first_of_each(config.class_column)
 
 
-def _objects(data: CaptionData, seed: int) -> list[tuple]:
-    return [(image, str(thing)) for image, thing in single_objects(data.grammar, seed, NUM_EACH)]
-
-
 def _labelled(rows: Sequence[dict], most: int) -> list[tuple]:
     return [(row["image"], row["captions"][0]) for row in _limited(rows, most)]
 
 
 def _limited(rows: Sequence[dict], most: int) -> Sequence[dict]:
     return [rows[i] for i in range(min(most, len(rows)))]
-
-
-def _under(name: str, figures: dict[str, float]) -> dict[str, float]:
-    return {f"{name}/{key}": value for key, value in figures.items()}
 
 
 if __name__ == "__main__":

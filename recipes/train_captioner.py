@@ -14,15 +14,17 @@ import attrs
 import mlx.core as mx
 from attrs.validators import ge
 
-from mlxmm import TrainerConfig, distributed
-from mlxmm.config import option, run_recipe
-from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
-from mlxmm.data.tokenizers import load_tokenizer, token_length, train_tokenizer
-from mlxmm.hub import local_folder
+from mlxmm import TrainerConfig
+from mlxmm.cli import read_saved_config, run_recipe
+from mlxmm.config import option
+from mlxmm.data.caption_data import CaptionData, CaptionDataConfig
+from mlxmm.distributed import collectives
 from mlxmm.modules.caption_decoder import CaptionDecoder, CaptionDecoderConfig
-from mlxmm.run import Run, RunConfig, check_free, open_run, read_saved_config
-from recipes import train_clip
-from recipes.align_qwen3 import evaluate, find_tower, fit, report, say_cut
+from mlxmm.preprocessing.tokenizers import load_tokenizer, token_length, train_tokenizer
+from mlxmm.storage.hub import local_folder
+from mlxmm.storage.runs import Run, RunConfig, check_free, open_run
+from recipes.parts.captioning import evaluate, fit, report, report_truncation
+from recipes.parts.tower import TowerConfig, tower_or_train
 
 
 @attrs.frozen(kw_only=True)
@@ -36,13 +38,13 @@ class Config(RunConfig):
     vocab_size: int = option(2_000, "most tokens of a tokenizer that is trained", ge(1))
     checkpoint_every: int = option(200, "updates between checkpoints", ge(1))
     max_test: int = option(1_000, "most pictures of each test part to caption", ge(1))
-    tower: train_clip.TowerConfig = train_clip.TowerConfig()
+    tower: TowerConfig = TowerConfig()
 
 
 def main(config: Config) -> None:
     start = time.perf_counter()
     check_free(config)
-    distributed.check_strategy(config.trainer.strategy)
+    collectives.check_strategy(config.trainer.strategy)
     data = CaptionData(config.data, config.seed)
     data.setup()
     run = open_run(config, "train_captioner")
@@ -55,7 +57,7 @@ def main(config: Config) -> None:
 
 def build(config: Config, data: CaptionData, run: Run) -> tuple[CaptionDecoder, dict]:
     """The tower that `config.module` names, or one trained on `data`, under a decoder with fresh weights."""
-    vision, figures = find_tower(config, data, run)
+    vision, figures = tower_or_train(config, data, run)
     captions = [caption for _, caption in data.sample_texts()]
     if config.tokenizer is None:
         tokenizer = train_tokenizer(captions, config.vocab_size)
@@ -65,7 +67,7 @@ def build(config: Config, data: CaptionData, run: Run) -> tuple[CaptionDecoder, 
     decoder = attrs.evolve(config.module.decoder, max_position_embeddings=length)
     mx.random.seed(config.seed)
     captioner = CaptionDecoder.from_parts(attrs.evolve(config.module, vision=vision, decoder=decoder), tokenizer)
-    say_cut(captioner, data, run, "--module.decoder.max-position-embeddings")
+    report_truncation(captioner, data, run, "--module.decoder.max-position-embeddings")
     return captioner, figures
 
 

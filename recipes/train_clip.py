@@ -6,35 +6,15 @@ python -m recipes.train_clip --preset vit-b-32 --data.source pictures.parquet --
 """
 
 import attrs
-import mlx.core as mx
-from attrs.validators import ge
 
-from callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, SyntheticRefresh, TQDMProgressBar
-from mlxmm import Trainer, TrainerConfig
-from mlxmm.config import option, run_recipe
-from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
-from mlxmm.data.images import ImageProcessor
-from mlxmm.data.tokenizers import token_length, train_tokenizer
-from mlxmm.modules.contrastive_clip import CLIPConfig, ContrastiveCLIP
+from mlxmm import TrainerConfig
+from mlxmm.cli import read_saved_config, run_recipe
+from mlxmm.data.caption_data import CaptionData, CaptionDataConfig
+from mlxmm.modules.contrastive_clip import CLIPConfig
 from mlxmm.networks.towers import TextConfig, VisionConfig
 from mlxmm.optimizers import OptimizerConfig
-from mlxmm.run import Run, RunConfig, check_free, open_run, read_saved_config
-from recipes.evaluate_clip import judge_shapes, retrieval_figures, table
-
-# Pictures on light ground: zero about where the ground is.
-LIGHT_MEAN, UNIT_STD = (0.88, 0.88, 0.88), (1.0, 1.0, 1.0)
-HOW_TRAINED = ("chunk_size", "patch_dropout", "locked", "optimizer")  # settings of a pretrained CLIP too
-
-
-@attrs.frozen(kw_only=True)
-class TowerConfig:
-    """A CLIP and how long it is trained."""
-
-    module: CLIPConfig = CLIPConfig()
-    pretrained: str | None = option(None, "CLIP or SigLIP to go on from: folder or Hub id; none: fresh weights")
-    vocab_size: int = option(2_000, "most tokens of the tokenizer that is trained on the captions", ge(1))
-    max_tokens: int = option(77, "longest text; less, where all captions are shorter")
-    trainer: TrainerConfig = TrainerConfig(max_steps=700)
+from mlxmm.storage.runs import RunConfig, check_free, open_run, table
+from recipes.parts.tower import TowerConfig, train
 
 
 @attrs.frozen(kw_only=True)
@@ -95,54 +75,6 @@ def main(config: Config) -> None:
     run.write_summary(figures)
     run.print(table(figures))
     run.print(f"model: {run.folder / 'model'}\ncurves: tensorboard --logdir {run.folder}")
-
-
-def train(config: TowerConfig, data: CaptionData, run: Run, seed: int) -> tuple[ContrastiveCLIP, dict]:
-    """Train a CLIP on `data`; returns it with the figures of the run's end."""
-    data.setup()
-    clip = build(config, data, seed)
-    data.encode = clip.encode
-    refresh = [SyntheticRefresh(data.fresh_rows)] if data.is_synthetic else []
-    trainer = Trainer(
-        attrs.evolve(config.trainer, seed=seed, default_root_dir=run.folder),
-        callbacks=[
-            *refresh,
-            ModelSummary(),
-            LearningRateMonitor(),
-            TQDMProgressBar("tower"),
-            # The loss may rise with the temperature while more and more pictures find their captions.
-            ModelCheckpoint(every_n_train_steps=200, monitor="val/accuracy", mode="max"),
-        ],
-    )
-    trainer.fit(clip, data, ckpt_path=run.ckpt_path)
-    figures = dict(trainer.callback_metrics)
-    if data.is_synthetic and run.is_global_zero:
-        figures |= judge_shapes(clip, data, seed) | retrieval_figures(clip, data.rows["test"])
-    return clip, figures
-
-
-def build(config: TowerConfig, data: CaptionData, seed: int) -> ContrastiveCLIP:
-    """A CLIP with fresh weights, and a tokenizer trained on the captions of `data`; or one that is there already,
-    for pictures of the size that the configuration says."""
-    size = config.module.vision.image_size
-    if config.pretrained is not None:
-        clip = ContrastiveCLIP.from_pretrained(config.pretrained)
-        clip.resize_images(size)
-        clip.config = attrs.evolve(clip.config, **{name: getattr(config.module, name) for name in HOW_TRAINED})
-        return clip
-    captions = [caption for _, caption in data.sample_texts()]
-    tokenizer = train_tokenizer(captions, config.vocab_size, adds_start_and_end=True)
-    text = attrs.evolve(
-        config.module.text,
-        vocab_size=len(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        max_position_embeddings=min(config.max_tokens, token_length(tokenizer, captions)),
-    )
-    processor = ImageProcessor.square(size)
-    if data.is_synthetic:
-        processor = attrs.evolve(processor, mean=LIGHT_MEAN, std=UNIT_STD)
-    mx.random.seed(seed)
-    return ContrastiveCLIP(attrs.evolve(config.module, text=text), tokenizer, processor)
 
 
 if __name__ == "__main__":

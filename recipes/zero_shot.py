@@ -13,11 +13,13 @@ import attrs
 import numpy as np
 from attrs.validators import ge
 
-from mlxmm.config import UserError, option, positional, run_recipe
-from mlxmm.data.images import UndecodableImage, decode_image
-from mlxmm.data.templates import CHOICES, read_templates
+from mlxmm.cli import run_recipe
+from mlxmm.config import option, positional
+from mlxmm.errors import UserError
+from mlxmm.evaluation.prompt_templates import CHOICES, read_templates
+from mlxmm.evaluation.zero_shot import ZeroShotClassifier
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
-from mlxmm.modules.zero_shot import ZeroShotClassifier
+from mlxmm.preprocessing.images import UndecodableImage, decode_image
 
 
 @attrs.frozen(kw_only=True)

@@ -4,11 +4,11 @@ import attrs
 import mlx.core as mx
 import numpy as np
 
-from mlxmm.data.images import ImageProcessor
-from mlxmm.data.tokenizers import train_tokenizer
 from mlxmm.modules.contrastive_clip import CLIPConfig, ContrastiveCLIP
 from mlxmm.networks.towers import TextConfig, VisionConfig
 from mlxmm.optimizers import OptimizerConfig
+from mlxmm.preprocessing.images import ImageProcessor
+from mlxmm.preprocessing.tokenizers import train_tokenizer
 
 WORDS = ["a red circle", "a blue square", "a photo of a green cross.", "cat", "dog"]
 SIDE, LENGTH = 16, 8

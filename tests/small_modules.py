@@ -6,12 +6,12 @@ import numpy as np
 from PIL import Image
 
 from mlxmm import ContrastiveCLIP, Qwen3Aligner, seed_everything
-from mlxmm.data.images import ImageProcessor
-from mlxmm.data.tokenizers import train_tokenizer
 from mlxmm.modules.contrastive_clip import CLIPConfig
 from mlxmm.modules.qwen3_aligner import Qwen3AlignerConfig
 from mlxmm.networks.clip import CLIPVisionTower, TextConfig, VisionConfig
 from mlxmm.networks.language_model import Qwen3Config, build_language_model
+from mlxmm.preprocessing.images import ImageProcessor
+from mlxmm.preprocessing.tokenizers import train_tokenizer
 
 CAPTIONS = ["a small red circle", "a large blue square", "a red square", "a blue circle"]
 VISION = VisionConfig(hidden_size=32, num_hidden_layers=2, intermediate_size=64, image_size=16)
@@ -45,5 +45,5 @@ def small_aligner() -> Qwen3Aligner:
 def small_batch(module) -> dict:
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in CAPTIONS]
-    examples = [module.encode({"image": image}, caption) for image, caption in zip(images, CAPTIONS)]
+    examples = [module.transform({"image": image}, caption) for image, caption in zip(images, CAPTIONS)]
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}

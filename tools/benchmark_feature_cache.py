@@ -19,13 +19,13 @@ from PIL import Image
 
 from callbacks import CachedFeatures
 from mlxmm import Callback, CaptionDecoder, Trainer
-from mlxmm.data.datamodule import CaptionData, CaptionDataConfig
-from mlxmm.data.images import ImageProcessor
-from mlxmm.data.tokenizers import train_tokenizer
+from mlxmm.data.caption_data import CaptionData, CaptionDataConfig
 from mlxmm.modules.caption_decoder import CaptionDecoderConfig
 from mlxmm.networks.clip import CLIPVisionTower
 from mlxmm.networks.decoder import DecoderConfig
 from mlxmm.networks.towers import VisionConfig
+from mlxmm.preprocessing.images import ImageProcessor
+from mlxmm.preprocessing.tokenizers import train_tokenizer
 
 WORDS = "red green blue small large round square old new open".split()
 TOWER = VisionConfig(
@@ -70,7 +70,7 @@ def second_epoch(source: Path, *callbacks: Callback) -> float:
     config = CaptionDecoderConfig(layer=-2, decoder=DecoderConfig(max_position_embeddings=16))
     tower = CLIPVisionTower(TOWER)
     module = CaptionDecoder(config, tower, attrs.asdict(TOWER), ImageProcessor.square(224), tokenizer)
-    data = CaptionData(CaptionDataConfig(source=str(source), split_column="split", batch_size=32), 0, module.encode)
+    data = CaptionData(CaptionDataConfig(source=str(source), split_column="split", batch_size=32), 0, module.transform)
     epochs = Epochs()
     trainer = Trainer(max_epochs=2, logger=False, num_sanity_val_steps=0, callbacks=[epochs, *callbacks])
     trainer.fit(module, data)

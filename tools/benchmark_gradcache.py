@@ -14,9 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxmm.data.images import ImageProcessor
 from mlxmm.modules.contrastive_clip import CLIPConfig, ContrastiveCLIP
 from mlxmm.networks.clip import TextConfig, VisionConfig
+from mlxmm.preprocessing.images import ImageProcessor
 
 VOCAB_SIZE, LENGTH = 512, 16
 

@@ -14,7 +14,7 @@ import time
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxmm import losses  # and with mlxmm a fast BLAS
+from mlxmm import losses
 from mlxmm.losses import linear_token_loss, token_accuracy
 
 

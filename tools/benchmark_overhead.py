@@ -26,8 +26,8 @@ import numpy as np
 from callbacks import LearningRateMonitor, ModelCheckpoint, ThroughputMonitor, TQDMProgressBar
 from mlxmm import Callback, Module, Trainer
 from mlxmm.optimizers import OptimizerConfig
-from mlxmm.randomness import step_seed
-from mlxmm.train_step import clip, global_norm
+from mlxmm.training.randomness import step_seed
+from mlxmm.training.train_step import clip, global_norm
 
 LOG_EVERY = 50
 DROPPED = 10  # first steps: compiling, and caches that fill

@@ -24,7 +24,7 @@ ALIGN = """
     --data.batch-size 32 --data.shapes.num-train 640 --data.shapes.num-val 64 --data.shapes.num-test 32
     --tower.trainer.max-steps 40 --language-model.trainer.max-steps 20
     --trainer.max-steps 600 --trainer.val-check-interval 30 --trainer.log-every-n-steps 5
-    --open-step 50 --checkpoint-every 5
+    --unfreeze-step 50 --checkpoint-every 5
 """.split()
 ALIGN_MOMENTS = 3.0, 7.0  # seconds after a start at which it may be killed: the run takes several times as long
 TINY_UPDATES = 600
@@ -103,7 +103,7 @@ def fit_tiny(run: Path) -> None:
     from mlxmm import Module, Trainer
     from mlxmm.data.loader import Loader
     from mlxmm.optimizers import OptimizerConfig
-    from mlxmm.run import RunConfig, open_run
+    from mlxmm.storage.runs import RunConfig, open_run
 
     class Tiny(Module):
         def __init__(self):
@@ -120,7 +120,7 @@ def fit_tiny(run: Path) -> None:
 
     rng = np.random.default_rng(0)
     rows = [{"x": x, "y": x.sum()} for x in rng.normal(size=(200, 16)).astype(np.float32)]
-    data = Loader(rows=rows, encode=lambda row, rng: row, batch_size=8, shuffle=True, drop_last=True)
+    data = Loader(rows=rows, transform=lambda row, rng: row, batch_size=8, shuffle=True, drop_last=True)
     opened = open_run(RunConfig(run_dir=run, resume="last" if run.exists() else None), "chaos")
     trainer = Trainer(
         max_steps=TINY_UPDATES,

@@ -17,13 +17,13 @@ from mlx.utils import tree_flatten
 
 from callbacks import FreezeSchedule
 from mlxmm import Callback, Qwen3Aligner, Trainer, seed_everything
-from mlxmm.data.images import ImageProcessor
-from mlxmm.data.tokenizers import train_tokenizer
 from mlxmm.modules.qwen3_aligner import Qwen3AlignerConfig
 from mlxmm.networks.adapters import LoRAConfig
 from mlxmm.networks.clip import CLIPVisionTower, VisionConfig
 from mlxmm.networks.language_model import Qwen3Config, build_language_model
 from mlxmm.optimizers import OptimizerConfig
+from mlxmm.preprocessing.images import ImageProcessor
+from mlxmm.preprocessing.tokenizers import train_tokenizer
 
 VOCABULARY = 151_936
 LANGUAGE_MODEL = Qwen3Config(
@@ -110,7 +110,7 @@ def main() -> None:
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    trainer.fit(module, train_dataloaders=[module.complete_batch(batch(args))] * args.updates)
+    trainer.fit(module, train_dataloaders=[module.collate(batch(args))] * args.updates)
     trained = sum(a.size for _, a in tree_flatten(module.trainable_parameters()))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     print(f"trained {trained / 1e6:,.1f} M; peak {mx.get_peak_memory() / 2**30:.2f} GiB, resident {resident:.2f} GiB")

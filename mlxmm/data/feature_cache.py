@@ -32,12 +32,16 @@ def cache_key(**parts) -> str:
 
 
 def cached_features(
-    folder: Path, rows: Sequence, pixels: Callable[[dict], np.ndarray], compute: Callable[[mx.array], mx.array], **how
+    folder: Path,
+    rows: Sequence,
+    pixels: Callable[[dict], np.ndarray],
+    compute: Callable[[mx.array], mx.array],
+    **options,
 ) -> np.ndarray:
     """The features (N, P, E) of `rows` as a read-only memory map, computed where `folder` does not have them.
 
     `pixels(row)` gives (H, W, 3) bytes, in the loader's threads; `compute` turns (B, H, W, 3) of them into (B, P, E).
-    `how` goes to the Loader.
+    `options` goes to the Loader.
     """
     folder.mkdir(parents=True, exist_ok=True)
     num_blocks = -(-len(rows) // BLOCK)
@@ -46,7 +50,7 @@ def cached_features(
     whole = {block for block, checksum in _recorded(folder) if _checksum(features, block) == checksum}
     missing = [block for block in range(num_blocks) if block not in whole]
     with (folder / "blocks.jsonl").open("a") as journal:
-        for block, values in zip(missing, _computed(rows, missing, pixels, compute, how)):
+        for block, values in zip(missing, _computed(rows, missing, pixels, compute, options)):
             features[block * BLOCK : (block + 1) * BLOCK] = values
             features.flush()  # the features first: a line in the journal says that they are there
             journal.write(json.dumps([block, _checksum(features, block)]) + "\n")
@@ -55,10 +59,10 @@ def cached_features(
     return np.memmap(folder / "features.bin", np.float16, "r", shape=features.shape)
 
 
-def _computed(rows, blocks: list[int], pixels, compute, how) -> Iterator[np.ndarray]:
+def _computed(rows, blocks: list[int], pixels, compute, options) -> Iterator[np.ndarray]:
     places = [place for block in blocks for place in range(block * BLOCK, min(len(rows), (block + 1) * BLOCK))]
     loader = Loader(
-        rows=_Chosen(rows, places), encode=lambda row, rng: {"pixels": pixels(row)}, batch_size=BLOCK, **how
+        rows=_Chosen(rows, places), transform=lambda row, rng: {"pixels": pixels(row)}, batch_size=BLOCK, **options
     )
     compiled = mx.compile(lambda batch: compute(batch).astype(mx.float16))
     for batch in loader.epoch(0) if blocks else ():

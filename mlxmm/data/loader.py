@@ -2,16 +2,21 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import attrs
 import numpy as np
 
-from mlxmm import distributed
+from mlxmm.data.sources.rows import MAX_UNUSABLE
+from mlxmm.data.sources.stream import MIN_UNUSABLE, StreamRows, UnusableRow
+from mlxmm.distributed import collectives
+from mlxmm.errors import UserError
 
 
 @attrs.frozen(kw_only=True)
 class Loader:
-    """Batches of `encode(row, rng)`, a dict of NumPy arrays of fixed shapes, stacked along a first axis.
+    """Batches of `transform(row, rng)`, a dict of NumPy arrays of fixed shapes, stacked along a first axis.
 
     `rng` is a function of (seed, epoch, place in the epoch) too, so `epoch(3, start=7)` gives batch 7 of epoch
     3 as it was the first time. Every process has its own share of the rows: with `drop_last` equally many, otherwise
@@ -20,13 +25,13 @@ class Loader:
     """
 
     rows: Sequence
-    encode: Callable[[dict, np.random.Generator], dict]
+    transform: Callable[[dict, np.random.Generator], dict]
     batch_size: int
     seed: int = 0
     shuffle: bool = False
     drop_last: bool = False
     num_threads: int = 1
-    complete_batch: Callable[[dict], dict] | None = None  # adds what only a whole batch can tell
+    collate: Callable[[dict], dict] | None = None  # adds what only a whole batch can tell
 
     def __len__(self) -> int:
         num_rows = len(range(*self._share.indices(len(self.rows))))
@@ -40,18 +45,18 @@ class Loader:
         if self.shuffle:
             rows = rows.shuffle()
         # Sliced last, so that a row's `rng` is the same whoever gets it.
-        rows = rows.random_map(self.encode)[self._share]
+        rows = rows.random_map(self.transform)[self._share]
         batches = rows.batch(self.batch_size, drop_remainder=self.drop_last)[start:]
-        if self.complete_batch is not None:
-            batches = batches.map(self.complete_batch)
+        if self.collate is not None:
+            batches = batches.map(self.collate)
         options = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=4)
         return iter(batches.to_iter_dataset(options))
 
     @property
     def _share(self) -> slice:
-        size = distributed.world_size()
+        size = collectives.world_size()
         end = len(self.rows) // size * size if self.drop_last else len(self.rows)
-        return slice(distributed.rank(), end, size)
+        return slice(collectives.rank(), end, size)
 
 
 def prefetched(batches: Iterator[dict]) -> Iterator[dict]:
@@ -85,3 +90,52 @@ def _grain():
     finally:
         logger.setLevel(level)
     return grain
+
+
+@attrs.frozen(kw_only=True)
+class StreamLoader:
+    """Whole batches of `transform(row, rng)` from a stream, in the manner of `Loader`, but of unknown number.
+
+    Order and `rng` are functions of (seed, epoch, rank, place in this process's epoch). `epoch(3, start=7)` gives
+    batch 7 of epoch 3 as it was the first time: the batches before it are made again and left out.
+    """
+
+    rows: StreamRows
+    transform: Callable[[dict, np.random.Generator], dict]
+    batch_size: int
+    seed: int = 0
+    buffer_size: int = 1_000
+    num_threads: int = 1
+    collate: Callable[[dict], dict] | None = None
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict]:
+        """The batches of an epoch from number `start` on. Raises `UserError` where too many rows cannot be used."""
+        return prefetched(islice(self._batches(epoch), start, None))
+
+    def _batches(self, epoch: int) -> Iterator[dict]:
+        examples = self._examples(epoch)
+        while len(part := list(islice(examples, self.batch_size))) == self.batch_size:
+            batch = {name: np.stack([example[name] for example in part]) for name in part[0]}
+            yield batch if self.collate is None else self.collate(batch)
+
+    def _examples(self, epoch: int) -> Iterator[dict]:
+        [seed] = np.random.SeedSequence([self.seed, epoch]).generate_state(1)
+        rows = enumerate(self.rows.shuffled(int(seed), self.buffer_size))
+        transform = lambda numbered: self._encoded(*numbered, epoch)
+        num_rows = num_bad = 0
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            while part := list(islice(rows, self.batch_size)):
+                examples = list(pool.map(transform, part))
+                good = [example for example in examples if example is not None]
+                num_rows, num_bad = num_rows + len(part), num_bad + len(part) - len(good)
+                if num_bad > max(MIN_UNUSABLE, MAX_UNUSABLE * num_rows):
+                    raise UserError(f"{num_bad} of {num_rows} rows lack picture or caption, more than one in a hundred")
+                yield from good
+
+    def _encoded(self, place: int, values: dict, epoch: int) -> dict | None:
+        try:
+            rng = np.random.default_rng([self.seed, epoch, collectives.rank(), place])
+            return self.transform(self.rows.row(values), rng)
+        except UnusableRow as error:
+            print(f"skipped, {error}")
+            return None

@@ -12,18 +12,20 @@ import mlx.nn as nn
 from attrs.validators import ge, lt
 from mlx.utils import tree_flatten
 
-from mlxmm import checkpoint
-from mlxmm.config import UserError, from_json, option, to_json
-from mlxmm.data.images import ImageProcessor
-from mlxmm.data.tokenizers import end_token, load_tokenizer
-from mlxmm.generate import GenerationConfig
-from mlxmm.hub import local_folder, read_config, require_parts
+from mlxmm.config import from_json, option, to_json
+from mlxmm.errors import UserError
 from mlxmm.losses import token_accuracy, token_loss
-from mlxmm.modules.captioner import Captioner
-from mlxmm.networks.decoder import Continuation, Decoder, DecoderConfig
+from mlxmm.modules.captioning_module import CaptioningModule
+from mlxmm.networks.decoder import CachedDecoder, Decoder, DecoderConfig
+from mlxmm.networks.generation import GenerationConfig
+from mlxmm.networks.pretrained_vision import build_vision_tower, load_vision_tower
 from mlxmm.networks.towers import VisionTower
-from mlxmm.networks.vision import build_vision_tower, load_vision_tower
 from mlxmm.optimizers import OptimizerConfig
+from mlxmm.preprocessing.images import ImageProcessor
+from mlxmm.preprocessing.tokenizers import end_token, load_tokenizer
+from mlxmm.storage import checkpoint
+from mlxmm.storage.hub import local_folder
+from mlxmm.storage.pretrained import read_config, require_parts
 
 MODEL_TYPE = "mlxmm_caption_decoder"
 
@@ -56,7 +58,7 @@ class LayerMix(nn.Module):
         return self.gain * sum(share * self.norm(state) for share, state in zip(shares, states))
 
 
-class CaptionDecoder(Captioner):
+class CaptionDecoder(CaptioningModule):
     """A frozen vision tower and a decoder that reads it. The loss is on the caption and its end."""
 
     def __init__(
@@ -114,8 +116,8 @@ class CaptionDecoder(Captioner):
         self.tokenizer.save_pretrained(str(folder))
 
     @property
-    def decoder(self) -> Continuation:
-        return Continuation(self.network, self.vision.config.num_patches)
+    def decoder(self) -> CachedDecoder:
+        return CachedDecoder(self.network, self.vision.config.num_patches)
 
     @property
     def stop_id(self) -> int:
@@ -151,12 +153,12 @@ class CaptionDecoder(Captioner):
         return mx.concatenate([self.network.read(features), text], axis=1)
 
     def training_step(self, batch):
-        image = self.network.read(self.seen(batch))
+        image = self.network.read(self.image_features(batch))
         return self._measure(image, batch, smoothing=self.config.label_smoothing)
 
     def validation_step(self, batch):
         """The loss without smoothing, and as a control the loss with the images given to others' captions."""
-        image = self.network.read(self.seen(batch))
+        image = self.network.read(self.image_features(batch))
         others = mx.roll(image, max(1, len(image) // 2), axis=0)
         return self._measure(image, batch) | {"loss_shuffled": self._measure(others, batch)["loss"]}
 

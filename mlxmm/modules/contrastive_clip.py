@@ -14,18 +14,21 @@ import numpy as np
 from attrs.validators import ge, in_, lt, optional
 from mlx.utils import tree_flatten
 
-from mlxmm import checkpoint, distributed
-from mlxmm.config import UserError, option
-from mlxmm.data.images import ImageProcessor
-from mlxmm.data.tokenizers import load_tokenizer
-from mlxmm.gradcache import chunked_calls
-from mlxmm.hub import local_folder, read_config, read_weights
+from mlxmm.compute.dropout import PatchDropout
+from mlxmm.compute.gradcache import chunked_calls
+from mlxmm.config import option
+from mlxmm.distributed import collectives
+from mlxmm.errors import UserError
 from mlxmm.losses import clip_loss, siglip_loss
-from mlxmm.module import Module
 from mlxmm.networks import clip, siglip
-from mlxmm.networks.towers import TextConfig, VisionConfig, known
+from mlxmm.networks.towers import TextConfig, VisionConfig, config_from_hub
 from mlxmm.optimizers import OptimizerConfig
-from mlxmm.patch_dropout import PatchDropout
+from mlxmm.preprocessing.images import ImageProcessor
+from mlxmm.preprocessing.tokenizers import load_tokenizer
+from mlxmm.storage import checkpoint
+from mlxmm.storage.hub import local_folder
+from mlxmm.storage.pretrained import read_config, read_weights
+from mlxmm.training.module import Module
 
 TOWERS = ("vision", "text")
 MAX_LOG_SCALE = math.log(100)  # the paper's bound on the temperature, section 2.5
@@ -142,7 +145,7 @@ class ContrastiveCLIP(Module):
         tokens[full, -1] = self.tokenizer.eos_token_id  # a text that was cut still ends
         return tokens
 
-    def encode(self, row: dict, caption: str) -> dict:
+    def transform(self, row: dict, caption: str) -> dict:
         """An example: uint8 pixels (H, W, 3) and tokens (L,)."""
         return {"pixels": self.processor.pixels(row["image"]), "tokens": self._tokens([caption])[0]}
 
@@ -173,7 +176,7 @@ class ContrastiveCLIP(Module):
         """
         images, texts = self._features(batch["pixels"], batch["tokens"])
         if self.training:
-            both = distributed.all_gather(mx.concatenate([images, texts], axis=1))
+            both = collectives.all_gather(mx.concatenate([images, texts], axis=1))
             images, texts = mx.split(both, 2, axis=1)
         logits = self.network.logits(images, texts)
         hits = (logits.argmax(1) == mx.arange(len(logits))).mean()
@@ -206,8 +209,8 @@ def _read(folder: Path) -> CLIPConfig:
             f"{folder} is no CLIP and no SigLIP: its config.json says model_type {kind!r}, and must have "
             "vision_config and text_config"
         )
-    vision = known(VisionConfig, KINDS[kind].VISION_DEFAULTS | values["vision_config"])
-    text = known(TextConfig, KINDS[kind].TEXT_DEFAULTS | values["text_config"])
+    vision = config_from_hub(VisionConfig, KINDS[kind].VISION_DEFAULTS | values["vision_config"])
+    text = config_from_hub(TextConfig, KINDS[kind].TEXT_DEFAULTS | values["text_config"])
     size = values.get("projection_dim", 512)
     if kind == "siglip":
         size = values["text_config"].get("projection_size") or text.hidden_size

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from mlxmm.config import UserError
-from mlxmm.hub import local_folder, read_config
+from mlxmm.errors import UserError
 from mlxmm.modules import caption_decoder, qwen3_aligner
-from mlxmm.modules.captioner import Captioner
+from mlxmm.modules.captioning_module import CaptioningModule
+from mlxmm.storage.hub import local_folder
+from mlxmm.storage.pretrained import read_config
 
 KINDS = {
     qwen3_aligner.MODEL_TYPE: qwen3_aligner.Qwen3Aligner,
@@ -14,7 +15,7 @@ KINDS = {
 }
 
 
-def load_captioner(path_or_id: str | Path, revision: str | None = None) -> Captioner:
+def load_captioner(path_or_id: str | Path, revision: str | None = None) -> CaptioningModule:
     """The CaptionDecoder or Qwen3Aligner of a checkpoint, of a folder or of a Hub id. Raises `UserError`."""
     folder = local_folder(path_or_id, revision)
     kind = read_config(folder).get("model_type")

@@ -13,18 +13,13 @@ import attrs
 import mlx.core as mx
 from attrs.validators import ge, gt, in_
 
-from mlxmm import checkpoint
-from mlxmm.config import UserError, from_json, option, to_json
-from mlxmm.data.images import ImageProcessor
-from mlxmm.data.tokenizers import end_token, load_tokenizer
-from mlxmm.files import new_folder, read_arrays
-from mlxmm.generate import GenerationConfig
-from mlxmm.hub import local_folder, read_config, read_weights, require_parts
-from mlxmm.module import match_parameters, set_trainable
-from mlxmm.modules import llava
-from mlxmm.modules.captioner import Captioner
-from mlxmm.modules.token_measures import fuses_head, label_positions, token_measures
+from mlxmm.config import from_json, option, to_json
+from mlxmm.errors import UserError
+from mlxmm.export import llava
+from mlxmm.modules.captioning_module import CaptioningModule
+from mlxmm.modules.token_metrics import fuses_head, label_positions, token_metrics
 from mlxmm.networks.adapters import LoRAConfig, adapter_names, add_adapters
+from mlxmm.networks.generation import GenerationConfig
 from mlxmm.networks.language_model import (
     CachedLanguageModel,
     build_language_model,
@@ -34,10 +29,17 @@ from mlxmm.networks.language_model import (
     quantize_as,
     save_language_model,
 )
+from mlxmm.networks.pretrained_vision import build_vision_tower, load_vision_tower
 from mlxmm.networks.projector import PROJECTORS, Projector, squares
 from mlxmm.networks.towers import VisionTower
-from mlxmm.networks.vision import build_vision_tower, load_vision_tower
 from mlxmm.optimizers import OptimizerConfig, grouped
+from mlxmm.preprocessing.images import ImageProcessor
+from mlxmm.preprocessing.tokenizers import end_token, load_tokenizer
+from mlxmm.storage import checkpoint
+from mlxmm.storage.atomic import new_folder, read_arrays
+from mlxmm.storage.hub import local_folder
+from mlxmm.storage.pretrained import read_config, read_weights, require_parts
+from mlxmm.training.trainable import match_parameters, set_trainable
 
 MODEL_TYPE = "mlxmm_qwen3_aligner"
 
@@ -58,13 +60,13 @@ class Qwen3AlignerConfig:
     projector_width: int = option(256, "features inside the mlp", ge(1))
     prompt: str = option("", "text between image and caption")
     max_caption_tokens: int = option(0, "longest caption with its end, in tokens; 0: as the data have it", ge(0))
-    lm_rate: float = option(1.0, "learning rate of the language model, as a fraction of the projector's", gt(0))
+    lm_lr_scale: float = option(1.0, "learning rate of the language model, as a fraction of the projector's", gt(0))
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=5e-3, warmup_steps=20, final_fraction=0.02, weight_decay=0.01
     )
 
 
-class Qwen3Aligner(Captioner):
+class Qwen3Aligner(CaptioningModule):
     """A vision tower, a projector and a language model. All is frozen but the projector and the language model's
     adapters, if it has any; a `FreezeSchedule` opens other things ("lora" are the adapters). The image is a prefix;
     the loss is on the caption and its end alone."""
@@ -164,9 +166,9 @@ class Qwen3Aligner(Captioner):
     def parameter_groups(self) -> dict[str, list[str]]:
         return {"lora": [f"language_model.{name}" for name in adapter_names(self.language_model)]}
 
-    def complete_batch(self, batch: dict) -> dict:
+    def collate(self, batch: dict) -> dict:
         """The captioner's; where logits are dear, with the "positions" that get some."""
-        batch = super().complete_batch(batch)
+        batch = super().collate(batch)
         return batch | {"positions": label_positions(batch["mask"])} if self._fuses_head else batch
 
     @property
@@ -180,7 +182,7 @@ class Qwen3Aligner(Captioner):
     @property
     def max_new_tokens(self) -> int:
         """As long as captions were in training."""
-        return self.config.max_caption_tokens or Captioner.max_new_tokens
+        return self.config.max_caption_tokens or CaptioningModule.max_new_tokens
 
     def _room(self, prompt: Sequence[int]) -> int:
         """Tokens that a caption may have after image and `prompt`; its end needs no position."""
@@ -223,11 +225,11 @@ class Qwen3Aligner(Captioner):
         return mx.concatenate([projected, mx.broadcast_to(between, (len(features), *between.shape[1:]))], axis=1)
 
     def training_step(self, batch):
-        return self._measure(self.prefix(self.seen(batch)), batch)
+        return self._measure(self.prefix(self.image_features(batch)), batch)
 
     def validation_step(self, batch):
         """The loss, and as a control the loss with the batch's images given to others' captions."""
-        prefix = self.prefix(self.seen(batch))
+        prefix = self.prefix(self.image_features(batch))
         others = mx.roll(prefix, max(1, len(prefix) // 2), axis=0)
         return self._measure(prefix, batch) | {"loss_shuffled": self._measure(others, batch)["loss"]}
 
@@ -235,11 +237,11 @@ class Qwen3Aligner(Captioner):
         before = embed(self.language_model, batch["tokens"][:, :-1])
         states = hidden_states(self.language_model, mx.concatenate([prefix, before], axis=1))
         # The last position of the prefix predicts the first token.
-        return token_measures(self.language_model, states[:, prefix.shape[1] - 1 :], batch)
+        return token_metrics(self.language_model, states[:, prefix.shape[1] - 1 :], batch)
 
     def configure_optimizers(self):
         config, num_steps = self.config, self.trainer.estimated_stepping_batches
         optimizer = config.optimizer.build(num_steps)
-        if config.lm_rate == 1:
+        if config.lm_lr_scale == 1:
             return optimizer
-        return grouped(optimizer, language_model=config.optimizer.build(num_steps, scale=config.lm_rate))
+        return grouped(optimizer, language_model=config.optimizer.build(num_steps, scale=config.lm_lr_scale))

@@ -5,7 +5,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from attrs.validators import ge, gt, lt
 
-from mlxmm.config import UserError, option
+from mlxmm.config import option
+from mlxmm.errors import UserError
 from mlxmm.networks.language_model import lora_layers
 
 

@@ -16,10 +16,10 @@ from mlxmm.networks.towers import (
     VisionConfig,
     VisionEmbeddings,
     VisionTower,
+    config_from_hub,
     from_hub,
-    known,
+    l2_normalize,
     to_hub,
-    unit,
 )
 from mlxmm.networks.transformer import Encoder
 
@@ -82,11 +82,11 @@ class CLIP(nn.Module):
 
     def encode_image(self, images: mx.array) -> mx.array:
         """(B, H, W, 3) to (B, E), unit length."""
-        return unit(self.visual_projection(self.vision_model(images)))
+        return l2_normalize(self.visual_projection(self.vision_model(images)))
 
     def encode_text(self, tokens: mx.array) -> mx.array:
         """(B, L) to (B, E), unit length."""
-        return unit(self.text_projection(self.text_model(tokens)))
+        return l2_normalize(self.text_projection(self.text_model(tokens)))
 
     def __call__(self, images: mx.array, tokens: mx.array) -> mx.array:
         """Logits (B images, B texts): cosines over the learned temperature, in float32."""
@@ -99,7 +99,7 @@ class CLIP(nn.Module):
 
 def vision_tower(values: dict) -> CLIPVisionTower:
     """The tower of a `config.json` of model_type clip_vision_model, with fresh weights."""
-    return CLIPVisionTower(known(VisionConfig, VISION_DEFAULTS | values))
+    return CLIPVisionTower(config_from_hub(VisionConfig, VISION_DEFAULTS | values))
 
 
 def initialize(network: CLIP) -> None:

@@ -8,8 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from attrs.validators import ge, in_, lt
 
-from mlxmm import functional as F
-from mlxmm.config import UserError, option
+from mlxmm.compute import functional as F
+from mlxmm.config import option
+from mlxmm.errors import UserError
 
 READINGS = ("cross", "prefix")
 
@@ -175,7 +176,7 @@ class Decoder(nn.Module):
         return x
 
 
-class Continuation:
+class CachedDecoder:
     """The decoder as `mlxmm.generate` wants a network: the first call gives it P image positions, then tokens."""
 
     def __init__(self, decoder: Decoder, num_image: int):

@@ -14,10 +14,10 @@ import mlx.nn as nn
 from attrs.validators import ge, gt
 from mlx.utils import tree_flatten, tree_map
 
-from mlxmm import functional as F
-from mlxmm.config import UserError, option
-from mlxmm.module import is_quantized
-from mlxmm.networks.quantized import unpacked, use_unpacking
+from mlxmm.compute import functional as F
+from mlxmm.compute.quantized import is_quantized, unpacked, use_unpacking
+from mlxmm.config import option
+from mlxmm.errors import UserError
 
 
 @attrs.frozen(kw_only=True)

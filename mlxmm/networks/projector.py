@@ -8,8 +8,8 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxmm import functional as F
-from mlxmm.config import UserError
+from mlxmm.compute import functional as F
+from mlxmm.errors import UserError
 
 PROJECTORS = ("linear", "mlp", "pixel_shuffle")
 

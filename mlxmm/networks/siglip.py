@@ -16,8 +16,8 @@ from mlxmm.networks.towers import (
     VisionConfig,
     VisionEmbeddings,
     VisionTower,
-    known,
-    unit,
+    config_from_hub,
+    l2_normalize,
 )
 from mlxmm.networks.transformer import MLP, Attention, Encoder
 
@@ -44,7 +44,7 @@ class PoolingHead(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """(B, P, D) to (B, D)."""
         B, _, D = x.shape
-        pooled = self.attention(mx.broadcast_to(self.probe, (B, 1, D)), seen=x)
+        pooled = self.attention(mx.broadcast_to(self.probe, (B, 1, D)), keys_from=x)
         return (pooled + self.mlp(self.layernorm(pooled)))[:, 0]
 
 
@@ -88,11 +88,11 @@ class Siglip(nn.Module):
 
     def encode_image(self, images: mx.array) -> mx.array:
         """(B, H, W, 3) to (B, E), unit length."""
-        return unit(self.vision_model(images))
+        return l2_normalize(self.vision_model(images))
 
     def encode_text(self, tokens: mx.array) -> mx.array:
         """(B, L) to (B, E), unit length."""
-        return unit(self.text_model(tokens))
+        return l2_normalize(self.text_model(tokens))
 
     def __call__(self, images: mx.array, tokens: mx.array) -> mx.array:
         """Logits (B images, B texts), in float32: of each pair by itself, whether it matches."""
@@ -106,7 +106,7 @@ class Siglip(nn.Module):
 
 def vision_tower(values: dict) -> SiglipVisionTower:
     """The tower of a `config.json` of model_type siglip_vision_model, with fresh weights."""
-    config = known(VisionConfig, VISION_DEFAULTS | values)
+    config = config_from_hub(VisionConfig, VISION_DEFAULTS | values)
     return SiglipVisionTower(config, use_head=values.get("vision_use_head", True))
 
 

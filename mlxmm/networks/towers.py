@@ -11,7 +11,8 @@ import mlx.nn as nn
 import numpy as np
 from attrs.validators import ge
 
-from mlxmm.config import UserError, option
+from mlxmm.config import option
+from mlxmm.errors import UserError
 from mlxmm.networks.transformer import TransformerConfig
 
 EMBEDDING_STD = 0.1  # of class, position and token embeddings, trained from scratch
@@ -174,13 +175,13 @@ def bicubic(num_in: int, num_out: int) -> np.ndarray:
     return matrix
 
 
-def unit(x: mx.array) -> mx.array:
+def l2_normalize(x: mx.array) -> mx.array:
     """Rows of length one, in float32: a temperature of 1/100 makes of bfloat16's steps half a logit."""
     x = x.astype(mx.float32)
     return x * mx.rsqrt(mx.square(x).sum(-1, keepdims=True))
 
 
-def known(cls: type, values: dict):
+def config_from_hub(cls: type, values: dict):
     """`cls` from a config.json, which says more than the network needs. Raises `UserError` for what cannot be."""
     names = {field.name for field in attrs.fields(cls)}
     try:

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from attrs.validators import ge, gt, in_
 
-from mlxmm import functional as F
+from mlxmm.compute import functional as F
 from mlxmm.config import option
 
 ACTIVATIONS = {"quick_gelu": F.quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": F.gelu_tanh}
@@ -39,13 +39,13 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(D, D, bias=config.qkv_bias) for _ in range(3))
         self.out_proj = nn.Linear(D, D)
 
-    def __call__(self, x: mx.array, mask=None, *, seen: mx.array | None = None) -> mx.array:
-        """(B, L, D) to (B, L, D). Positions attend to those of `seen` (B, S, D); without, to each other."""
+    def __call__(self, x: mx.array, mask=None, *, keys_from: mx.array | None = None) -> mx.array:
+        """(B, L, D) to (B, L, D). Positions attend to those of `keys_from` (B, S, D); without, to each other."""
         B, L, D = x.shape
-        seen = x if seen is None else seen
+        keys_from = x if keys_from is None else keys_from
         q, k, v = (
             project(states).reshape(B, -1, self.num_heads, D // self.num_heads).transpose(0, 2, 1, 3)
-            for project, states in ((self.q_proj, x), (self.k_proj, seen), (self.v_proj, seen))
+            for project, states in ((self.q_proj, x), (self.k_proj, keys_from), (self.v_proj, keys_from))
         )
         mixed = F.attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)  # (B, heads, L, D / heads)
         return self.out_proj(mixed.transpose(0, 2, 1, 3).reshape(B, L, D))

@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from mlxmm.config import option
 from mlxmm.networks import towers
-from mlxmm.networks.towers import VisionConfig, VisionEmbeddings, VisionTower, known
+from mlxmm.networks.towers import VisionConfig, VisionEmbeddings, VisionTower, config_from_hub
 from mlxmm.networks.transformer import Encoder
 
 # What transformers takes for settings that a config.json leaves out.
@@ -57,7 +57,7 @@ class ViT(VisionTower):
 
 def vision_tower(values: dict) -> ViT:
     """The tower of a `config.json` of model_type vit, with fresh weights."""
-    return ViT(known(ViTConfig, VISION_DEFAULTS | values))
+    return ViT(config_from_hub(ViTConfig, VISION_DEFAULTS | values))
 
 
 def from_hub(weights: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -1,0 +1,118 @@
+"""mx.compile for training: a bounded number of variants, and a failed trace that leaves everything as it was."""
+
+import functools
+import shutil
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+
+import attrs
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+
+class Compiled:
+    """`function` compiled once per shape of its arguments, for the `most` shapes used last.
+
+    `state` are the trees that `function` reads and writes beside its arguments. MLX keeps every variant it ever
+    compiled (mlx#4464), so each gets a compile of its own here, which goes when it is dropped.
+    """
+
+    def __init__(self, function: Callable, state: list, most: int):
+        self._function, self._state, self._most = function, state, most
+        self._variants: OrderedDict[tuple, Callable] = OrderedDict()
+        self.num_traces = 0
+
+    def __len__(self) -> int:
+        return len(self._variants)
+
+    def __call__(self, *args):
+        shapes = tuple(_shape(leaf) for _, leaf in tree_flatten(args))
+        variant = self._variants.get(shapes)
+        if variant is None:
+            return self._trace(shapes, args)
+        self._variants.move_to_end(shapes)
+        return variant(*args)
+
+    def _trace(self, shapes: tuple, args):
+        restore = snapshot(self._state)
+        # MLX knows compiled functions by the identity of what they compile: each variant needs a function of its own.
+        variant = mx.compile(lambda *a: self._function(*a), inputs=self._state, outputs=self._state)
+        try:
+            outputs = variant(*args)
+        except BaseException:
+            restore()  # MLX leaves its tracers in the state, which nothing can evaluate
+            raise
+        if len(self._variants) == self._most:
+            self._variants.popitem(last=False)
+        self._variants[shapes] = variant
+        self.num_traces += 1
+        if self.num_traces == self._most + 1:
+            warnings.warn(
+                f"more than {self._most} batch shapes: those used least are compiled again when they return. "
+                "Pad to fewer lengths, or raise max_compiled_variants",
+                stacklevel=3,
+            )
+        return outputs
+
+
+@attrs.frozen
+class Compiler:
+    """Makes `Compiled` functions, or where `enabled` is false leaves functions as they are; counts the variants."""
+
+    enabled: bool
+    most: int
+    _made: weakref.WeakSet = attrs.field(factory=weakref.WeakSet, init=False)
+
+    def __call__(self, function: Callable, state: list) -> Callable:
+        if not self.enabled:
+            return function
+        compiled = Compiled(function, state, self.most)
+        self._made.add(compiled)
+        return compiled
+
+    @property
+    def num_variants(self) -> int:
+        """How many compiled variants are alive."""
+        return sum(map(len, self._made))
+
+
+def can_compile() -> bool:
+    """Whether compiled steps run here; on a CPU, MLX calls a C++ compiler. Warns, once, where they do not."""
+    if mx.default_device() != mx.cpu or shutil.which("g++"):
+        return True
+    _warn_of_plain_python()
+    return False
+
+
+@functools.cache
+def _warn_of_plain_python() -> None:
+    warnings.warn("no g++ was found, which MLX compiles CPU kernels with: training runs uncompiled", stacklevel=3)
+
+
+def snapshot(tree) -> Callable[[], None]:
+    """What puts every array in `tree`, of dicts and lists, back to what it is now."""
+    places = [(node, key, node[key]) for node in _nodes(tree) for key in _keys(node)]
+
+    def restore() -> None:
+        for node, key, array in places:
+            node[key] = array
+
+    return restore
+
+
+def _nodes(tree):
+    if isinstance(tree, dict | list):
+        yield tree
+        for child in tree.values() if isinstance(tree, dict) else tree:
+            yield from _nodes(child)
+
+
+def _keys(node):
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    return [key for key, value in items if isinstance(value, mx.array)]
+
+
+def _shape(leaf):
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, mx.array) else leaf

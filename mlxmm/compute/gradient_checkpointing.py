@@ -1,0 +1,59 @@
+"""Gradient checkpointing (arXiv 1604.06174): repeated layers keep their inputs and are computed again."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from mlxmm.compute.dropout import dropout_from
+from mlxmm.compute.layer_calls import repeated_layers, replaced_calls, replaced_parameters
+
+
+@contextlib.contextmanager
+def recomputed_layers(module: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing (arXiv 1604.06174): of each entry of a list called `layers` only the input is kept
+    for the backward pass, and the rest computed again, with the same dropout."""
+    with replaced_calls(repeated_layers(module), _recomputed):
+        yield
+
+
+def _recomputed(name: str, call: Callable) -> Callable:
+    def run(self, *args, **kwargs):
+        def inner(trained, others, key, *args, **kwargs):
+            # Those of now come in by name. Neither frozen weights nor random bits have a gradient.
+            others, key = tree_map(mx.stop_gradient, (others, key))
+            with replaced_parameters(self, others, trained), dropout_from(self, key):
+                return call(self, *args, **kwargs)
+
+        key = mx.random.randint(0, 2**31 - 1, (2,), dtype=mx.uint32)
+        trained, args = _gradients_at_once((self.trainable_parameters(), args))
+        return mx.checkpoint(inner)(trained, self.parameters(), key, *args, **kwargs)
+
+    return run
+
+
+def _gradients_at_once(tree):
+    """`tree`, whose arrays all get their gradients before any of them goes further back.
+
+    MLX may otherwise follow the inputs' gradients down to the first layer and compute those of the weights last,
+    while everything that was computed again for them stays in memory.
+    """
+    floats = [leaf for _, leaf in tree_flatten(tree) if _is_float(leaf)]
+    passed = iter(_passed_on(*floats) if floats else ())
+    return tree_map(lambda leaf: next(passed) if _is_float(leaf) else leaf, tree)
+
+
+def _is_float(leaf) -> bool:
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
+
+
+@mx.custom_function
+def _passed_on(*arrays):
+    return arrays
+
+
+@_passed_on.vjp
+def _passed_on_vjp(primals, cotangents, _):
+    return mx.depends(list(cotangents), list(cotangents))

@@ -1,0 +1,165 @@
+"""Rows of pictures with captions from parquet files, image folders and the Hub, split three ways.
+
+A row is `{"image": PIL, "captions": [str], "id": str}`.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import attrs
+import numpy as np
+
+from mlxmm.data.sources.tables import SPLITS, Columns, captions_in_cell, check_splits, open_tables, reading_errors
+from mlxmm.errors import UserError
+from mlxmm.preprocessing.images import SUFFIXES, UndecodableImage, decode_image
+
+HELD_OUT = 0.05  # of the rows for each of val and test, where a source has no splits of its own
+MAX_UNUSABLE = 0.01  # of a split's rows: beyond it something is wrong with the source
+
+
+@attrs.frozen
+class CaptionRows(Sequence):
+    """The rows `indices` of a `datasets.Dataset`, decoded when asked for."""
+
+    table: object
+    indices: np.ndarray
+    columns: Columns
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> dict:
+        index = int(self.indices[place])
+        row = self.table[index]
+        return {
+            "image": decode_image(row[self.columns.image]),
+            "captions": self._captions(row[self.columns.caption], index),
+            "id": self.name(place),
+        }
+
+    def without_image(self, place: int) -> dict:
+        """The row without its picture, which is not decoded."""
+        index = int(self.indices[place])
+        captions = self.table.select_columns([self.columns.caption])[index][self.columns.caption]
+        return {"captions": self._captions(captions, index), "id": self.name(place)}
+
+    def fingerprint(self) -> bytes:
+        """A checksum of the pictures, in their order: of their bytes, or of the files that they are in."""
+        digest = hashlib.sha256()
+        pictures = self.table.select_columns([self.columns.image])
+        for index in self.indices:
+            image = pictures[int(index)][self.columns.image]
+            if image["bytes"] is not None:
+                digest.update(hashlib.sha256(image["bytes"]).digest())
+            else:
+                stat = Path(image["path"]).stat()
+                digest.update(f"{image['path']}:{stat.st_size}:{stat.st_mtime_ns}\n".encode())
+        return digest.digest()
+
+    def captions(self) -> list[str]:
+        """Every caption, without touching a picture."""
+        column = self.table.select_columns([self.columns.caption]).select(self.indices)
+        rows = column[self.columns.caption]
+        return [text for index, row in zip(self.indices, rows) for text in self._captions(row, index)]
+
+    def first_of_each(self, column: str) -> "CaptionRows":
+        """The first row of each value that `column` has. Raises `UserError` where there is no such column."""
+        if column not in self.table.column_names:
+            raise UserError(f"there is no column {column!r}; the columns are {', '.join(self.table.column_names)}")
+        places: dict = {}
+        for place, value in enumerate(self.table.select_columns([column]).select(self.indices)[column]):
+            if isinstance(value, list | dict):
+                raise UserError(f"column {column!r} holds no classes, but {value!r:.60}")
+            places.setdefault(value, place)
+        return attrs.evolve(self, indices=self.indices[list(places.values())])
+
+    def _captions(self, value, index: int) -> list[str]:
+        if texts := self._texts(value):
+            return texts
+        raise UserError(f"row {index} has no caption")
+
+    def _texts(self, value) -> list[str]:
+        return captions_in_cell(value, self.table.features[self.columns.caption])
+
+    def name(self, place: int) -> str:
+        """What a person finds the row by: its file where it has one, its number where not."""
+        index = int(self.indices[place])
+        image = self.table[index][self.columns.image]
+        path = image.get("path") if isinstance(image, dict) else None
+        return f"{path} (row {index})" if path else f"row {index}"
+
+    def without_undecodable(self, num_threads: int) -> tuple["CaptionRows", list[str]]:
+        """The rows whose pictures can be decoded, and the names of the others.
+
+        Raises `UserError` that names the first five, where they are more than one in a hundred.
+        """
+        with ThreadPoolExecutor(num_threads) as pool:
+            good = np.array(list(pool.map(self._is_decodable, range(len(self)))), dtype=bool)
+        return self._only(good, "pictures cannot be decoded")
+
+    def without_captionless(self) -> tuple["CaptionRows", list[str]]:
+        """The rows that have a caption, and the names of the others. Raises as `without_undecodable` does."""
+        column = self.table.select_columns([self.columns.caption]).select(self.indices)
+        good = [bool(self._texts(value)) for value in column[self.columns.caption]]
+        return self._only(np.array(good, dtype=bool), "rows have no caption")
+
+    def _only(self, good: np.ndarray, fault: str) -> tuple["CaptionRows", list[str]]:
+        bad = np.flatnonzero(~good)
+        names = (self.name(int(place)) for place in bad)
+        if len(bad) > MAX_UNUSABLE * len(self):
+            first = ", ".join(itertools.islice(names, 5))
+            much = f"{len(bad)} of {len(self)} {fault}, more than one in a hundred"
+            raise UserError(f"{much}; put them right or leave them out: {first}")
+        return attrs.evolve(self, indices=self.indices[good]), list(names)
+
+    def _is_decodable(self, place: int) -> bool:
+        try:
+            decode_image(self.table[int(self.indices[place])][self.columns.image])
+            return True
+        except UndecodableImage:
+            return False
+
+
+def open_rows(source: str, columns: Columns, *, revision: str | None, seed: int) -> dict[str, CaptionRows]:
+    """The rows of `source`, by split: "train", "val", "test".
+
+    `source` is a parquet file or glob, a folder of images with metadata.jsonl or .csv, or a data set on the Hub.
+    Raises `UserError` where it, a column or a split is not there.
+    """
+    with reading_errors(source):
+        tables = open_tables(source, columns, revision=revision)
+    rows = {split: CaptionRows(*part, columns) for split, part in _split(tables, columns.split, seed).items()}
+    check_splits(source, [split for split in rows if len(rows[split])], tables)
+    return rows
+
+
+def unlisted_pictures(folder: Path, rows: dict[str, CaptionRows]) -> list[Path]:
+    """The pictures in a folder of which its metadata say nothing: `datasets` passes over them."""
+    pictures = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES] if folder.is_dir() else []
+    listed = set()
+    for part in rows.values() if pictures else ():
+        images = part.table.select_columns([part.columns.image])[part.columns.image]
+        listed |= {Path(image["path"]).resolve() for image in images if image["path"]}
+    return sorted(path for path in pictures if path.resolve() not in listed)
+
+
+def _split(tables: dict, split_column: str | None, seed: int) -> dict[str, tuple]:
+    """(table, indices) of each of our splits: by a column, by the source's own splits, or at random."""
+    if split_column is None and len(tables) > 1:
+        return {
+            split: (tables[name], np.arange(len(tables[name])))
+            for split, names in SPLITS.items()
+            for name in names
+            if name in tables
+        }
+    table = next(iter(tables.values()))
+    if split_column is not None:
+        labels = np.array(table[split_column])
+        return {split: (table, np.flatnonzero(np.isin(labels, names))) for split, names in SPLITS.items()}
+    order = np.random.default_rng(seed).permutation(len(table))
+    num_held_out = max(1, int(HELD_OUT * len(table)))
+    val, test, train = np.split(order, [num_held_out, 2 * num_held_out])
+    return {"train": (table, np.sort(train)), "val": (table, val), "test": (table, test)}

@@ -1,0 +1,114 @@
+"""Streams: training pictures that are read from their files, here or on the Hub, while training goes on.
+
+A stream has no length and no tenth row. Rows are drawn from a buffer of those that follow each other in the files.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import attrs
+import numpy as np
+
+from mlxmm.data.sources.rows import CaptionRows
+from mlxmm.data.sources.tables import (
+    SPLITS,
+    Columns,
+    captions_in_cell,
+    check_splits,
+    in_memory,
+    open_tables,
+    reading_errors,
+    with_bytes,
+)
+from mlxmm.distributed import collectives
+from mlxmm.errors import UserError
+from mlxmm.preprocessing.images import UndecodableImage, decode_image
+
+MIN_UNUSABLE = 10  # rows that cannot be used before their share counts
+
+
+@attrs.frozen(kw_only=True)
+class StreamRows:
+    """The rows of a `datasets.IterableDataset` of `source`, which may be iterated again and again.
+
+    Raises `UserError` where its files cannot be read on.
+    """
+
+    source: str
+    table: object
+    columns: Columns
+
+    def captions(self) -> Iterator[str]:
+        """Every caption, in the order of the files."""
+        with reading_errors(self.source):
+            for values in self.table.select_columns([self.columns.caption]):
+                yield from self._captions(values)
+
+    def shuffled(self, seed: int, buffer_size: int) -> Iterator[dict]:
+        """This process's rows, as the files have them, in an order that is a function of `seed`."""
+        with reading_errors(self.source):
+            rows = self.table.shuffle(seed=seed, buffer_size=buffer_size)
+            # Each n-th: `datasets` itself would deal out whole files, however unequal they are.
+            yield from islice(rows, collectives.rank(), None, collectives.world_size())
+
+    def row(self, values: dict) -> dict:
+        """The row that a file has as `values`. Raises `UnusableRow`."""
+        image, captions = values[self.columns.image], self._captions(values)
+        name = (image or {}).get("path") or f"the picture of {captions}"
+        if not captions:
+            raise UnusableRow(f"has no caption: {name}")
+        with reading_errors(self.source):
+            image = with_bytes(image)
+        try:
+            return {"image": decode_image(image), "captions": captions, "id": name}
+        except UndecodableImage as error:
+            raise UnusableRow(f"cannot be decoded: {name}: {error}") from None
+
+    def _captions(self, values: dict) -> list[str]:
+        return captions_in_cell(values[self.columns.caption], self.table.features[self.columns.caption])
+
+
+class UnusableRow(Exception):
+    """A row that training passes over, and why."""
+
+
+def open_stream(source: str, columns: Columns, *, revision: str | None, num_held_out: int) -> dict:
+    """`StreamRows` of `source` for "train"; for "val" and "test" their first `num_held_out` rows, in memory.
+
+    Raises `UserError` as `open_rows` does, and where `source` does not tell its splits apart.
+    """
+    with reading_errors(source):
+        tables = open_tables(source, columns, revision=revision, streaming=True)
+        if columns.split is None and len(tables) == 1:
+            raise UserError(f"a stream is not divided at random: {source} needs --data.split-column, or own splits")
+        most = {"train": 1, "val": num_held_out, "test": num_held_out}
+        if columns.split is None:
+            named = {split: tables[name] for split, names in SPLITS.items() for name in names if name in tables}
+            first = {split: list(table.take(most[split])) for split, table in named.items()}
+        else:
+            [table] = tables.values()
+            first = _first_rows(table, columns.split, most)
+            train = table.filter(lambda label: label in SPLITS["train"], input_columns=[columns.split])
+            named = dict.fromkeys(SPLITS, table) | {"train": train}
+        check_splits(source, [split for split in first if first[split]], tables)
+        rows = {split: _held_out(first[split], named[split], columns) for split in ("val", "test")}
+        return {"train": StreamRows(source=source, table=named["train"], columns=columns)} | rows
+
+
+def _first_rows(table, column: str, most: dict[str, int]) -> dict[str, list[dict]]:
+    """The first rows of each split, as `column` names them, at `most` so many: in one pass, which ends when there
+    are enough."""
+    split_of = {name: split for split, names in SPLITS.items() for name in names}
+    first = {split: [] for split in SPLITS}
+    for values in table:
+        split = split_of.get(values[column])
+        if split is not None and len(first[split]) < most[split]:
+            first[split].append(values)
+        if all(len(first[split]) == most[split] for split in SPLITS):
+            break
+    return first
+
+
+def _held_out(rows: list[dict], like, columns: Columns) -> CaptionRows:
+    rows = [values | {columns.image: with_bytes(values[columns.image])} for values in rows]
+    return CaptionRows(in_memory(rows, like), np.arange(len(rows)), columns)

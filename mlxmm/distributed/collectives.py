@@ -1,0 +1,197 @@
+"""Several processes that train one module. A lone process is a group of one, so nobody else asks.
+
+Ranks are the processes' numbers, from 0. Every function but `rank`, `world_size` and `watched` is a meeting point:
+all processes must call it, in the same order.
+"""
+
+import contextlib
+import faulthandler
+import functools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
+
+from mlxmm.compute import linux_blas
+from mlxmm.distributed import watchdog
+from mlxmm.errors import UserError
+
+GROUP_BYTES = 32 * 1024**2  # what goes around at once, as in mlx.nn.average_gradients
+START_SECONDS = 60  # in which a ring forms, once all processes are there
+
+_watchdog: watchdog.Watchdog | None = None
+
+
+@functools.cache
+def _group() -> mx.distributed.Group:
+    global _watchdog
+    hosts = watchdog.read_hosts()
+    if not hosts:
+        _share_cores(int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)))  # of Open MPI's mpirun
+        return mx.distributed.init()
+    rank = int(os.environ["MLX_RANK"])
+    addresses = [host[0].rpartition(":")[0] for host in hosts]
+    _share_cores(addresses.count(addresses[rank]))
+    _watchdog = watchdog.gather(hosts, rank)
+    faulthandler.dump_traceback_later(START_SECONDS, exit=True)  # `init` keeps the GIL: no thread of Python's can help
+    try:
+        return mx.distributed.init(strict=True, backend="ring")
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _share_cores(ranks: int) -> None:
+    """Divide the cores among the ranks of this machine: BLAS threads of two that share one wait for each other."""
+    if ranks > 1 and "OPENBLAS_NUM_THREADS" not in os.environ:
+        linux_blas.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return _group().rank()
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return _group().size()
+
+
+def enter_collective() -> None:
+    """Say that this process is about to wait for the others; raises `PeerLost` where one of them is gone."""
+    if _watchdog is not None:
+        _watchdog.enter_collective()
+
+
+@contextlib.contextmanager
+def watched(waits: bool = True) -> Iterator[None]:
+    """Let the other processes know of an exception that leaves the block; with `waits`, none waits in it for ever."""
+    if waits and _watchdog is not None:
+        _watchdog.me.waits = True
+    try:
+        yield
+    except BaseException as error:
+        if _watchdog is not None:
+            _watchdog.note(error)
+        raise
+    finally:
+        if waits and _watchdog is not None:
+            _watchdog.me.waits = False
+
+
+def all_sum(tree):
+    """Add every array of `tree` across processes, small ones together."""
+    if world_size() == 1:
+        return tree
+    arrays: list[mx.array] = []
+    tree_map(arrays.append, tree)
+    summed: dict[int, mx.array] = {}
+    for group in _groups(arrays):
+        flat = mx.distributed.all_sum(mx.concatenate([arrays[i].reshape(-1) for i in group]))
+        ends = np.cumsum([arrays[i].size for i in group])[:-1].tolist()
+        summed |= {i: part.reshape(arrays[i].shape) for i, part in zip(group, mx.split(flat, ends))}
+    order = iter(range(len(arrays)))
+    return tree_map(lambda _: summed[next(order)], tree)
+
+
+def _groups(arrays: list[mx.array]) -> Iterator[list[int]]:
+    """The numbers of arrays that go around together: of one dtype, up to about `GROUP_BYTES`."""
+    for dtype in dict.fromkeys(array.dtype for array in arrays):
+        group, size = [], 0
+        for i, array in enumerate(arrays):
+            if array.dtype == dtype:
+                group, size = [*group, i], size + array.nbytes
+            if size >= GROUP_BYTES:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
+
+
+def all_gather(array: mx.array) -> mx.array:
+    """Concatenate (B, ...) arrays of all processes, in rank order, to (world_size * B, ...).
+
+    The gradient is what the losses of all processes ask of this one's part (MLX's own: what this one's asks).
+    """
+    if world_size() == 1:
+        return array
+    gather = mx.custom_function(mx.distributed.all_gather)
+    own = slice(rank() * len(array), (rank() + 1) * len(array))
+    gather.vjp(lambda primal, cotangent, _: mx.distributed.all_sum(cotangent)[own])  # a ring has no sum_scatter
+    return gather(array)
+
+
+def all_gather_object(value) -> list:
+    """What each process gave, JSON values, in rank order."""
+    if world_size() == 1:
+        return [value]
+    enter_collective()
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = mx.distributed.all_gather(mx.array([len(data)])).tolist()
+    padded = np.zeros(max(lengths), np.uint8)
+    padded[: len(data)] = data
+    rows = np.array(mx.distributed.all_gather(mx.array(padded))).reshape(len(lengths), -1)
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
+
+
+def all_max(*numbers: int) -> list[int]:
+    """The largest that any process gave, for each of the numbers."""
+    if world_size() == 1:
+        return list(numbers)
+    enter_collective()
+    return mx.distributed.all_max(mx.array(numbers, dtype=mx.int32)).tolist()
+
+
+def lockstep(items: Iterable) -> Iterator[tuple]:
+    """Each item and True; where other processes have more of them, the last one and False. `UserError` without any."""
+    rest, item = iter(items), None
+    while all_max((new := next(rest, None)) is not None) == [1]:
+        item = item if new is None else new
+        if item is None:
+            raise UserError(f"rank {rank()} has no batch where others have some: make shards equal, or use ddp")
+        yield item, new is not None
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    all_max(0)
+
+
+def broadcast(tree):
+    """Rank 0's arrays, to the bit, on every process; shapes and dtypes must be the same."""
+    if world_size() == 1:
+        return tree
+    enter_collective()
+    flat = tree_map(lambda x: x.reshape(-1).view(mx.uint8), tree)  # as bytes: in floats, -0.0 + 0.0 is 0.0
+    summed = all_sum(flat if rank() == 0 else tree_map(mx.zeros_like, flat))
+    same = tree_map(lambda x, bytes: bytes.view(x.dtype).reshape(x.shape), tree, summed)
+    mx.eval(same)
+    return same
+
+
+def broadcast_object(make: Callable):
+    """What `make()` returns, JSON values, on rank 0; the other processes wait until it is made."""
+    return all_gather_object(make() if rank() == 0 else None)[0]
+
+
+def broadcast_paths(make: Callable[[], Sequence[Path | None]]) -> list[Path | None]:
+    """The paths that `make()` returns on rank 0. Raises `UserError` on a process that does not see one of them."""
+    paths = [text and Path(text) for text in broadcast_object(lambda: [path and str(path) for path in make()])]
+    if rank() > 0 and (unseen := [str(path) for path in paths if path and not path.exists()]):
+        raise UserError(f"rank {rank()} does not see {unseen[0]}: it must be on storage that all machines share")
+    return paths
+
+
+def check_strategy(strategy: str) -> None:
+    """Raise `UserError` where processes cannot work together by `strategy`."""
+    if strategy != "fsdp":
+        return
+    if world_size() == 1:
+        raise UserError("strategy fsdp shards a module over processes, and this one is alone: use auto, or mlx.launch")
+    try:
+        mx.eval(mx.distributed.sum_scatter(mx.ones((world_size(), 1))))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"strategy fsdp needs sum_scatter, which this backend has not ({error}): use ddp") from None

@@ -1,0 +1,245 @@
+"""Watchdog: processes that train together tell each other how far they are, so that none waits for one that is gone.
+
+MLX waits without limit, for a rank that never comes as for one that hangs. So every rank holds a TCP connection to
+rank 0, made before MLX's ring is, on the address that rank 0 has in the hostfile. A thread says over it, a few times a
+second, how many meeting points (operations that all ranks take part in) its main thread has come to. A rank that
+dies, fails, leaves early, is silent or stays behind ends all of them, with an error that names it.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import attrs
+
+from mlxmm.distributed.signals import Interrupted
+from mlxmm.errors import UserError
+
+TICK = 0.25  # seconds between two reports
+GRACE = 3.0  # seconds that the main thread has to end by itself, once a rank is lost
+
+
+class PeerLost(SystemExit):
+    """Another process is gone. Its text is printed as one line, and the exit code is 1."""
+
+
+@attrs.define(eq=False)
+class Peer:
+    """A process as this one knows it; `connection` is none for this process itself. Times are of time.monotonic."""
+
+    rank: int
+    connection: socket.socket | None = None
+    count: int = 0  # meeting points it has come to
+    waits: bool = False  # whether the time limit holds for who keeps it waiting
+    left: bool = False  # ended, and said so
+    moved: float = attrs.field(factory=time.monotonic)
+    heard: float = attrs.field(factory=time.monotonic)
+    rest: bytes = b""  # of a message that has not wholly come
+
+    def advance(self, count: int) -> None:
+        if count != self.count:
+            self.count, self.moved = count, time.monotonic()
+
+    def send(self, message: dict) -> None:
+        with contextlib.suppress(OSError):  # the next `receive` finds out
+            self.connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> list[dict] | None:
+        """The messages that have come; None at the connection's end."""
+        try:
+            data = self.connection.recv(1 << 16)
+        except OSError:
+            return None
+        self.heard = time.monotonic()
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        return [json.loads(line) for line in lines] if data else None
+
+
+class Watchdog:
+    """This process and its peers: all others on rank 0, rank 0 on the others. `limit` is in seconds."""
+
+    def __init__(self, rank: int, peers: Sequence[Peer], limit: float):
+        self.me, self.peers, self.limit = Peer(rank), list(peers), limit
+        self.failure: str | None = None
+        self._speaking = threading.Lock()
+        threading.Thread(target=self._run, name="watch", daemon=True).start()
+        atexit.register(self._leave)
+
+    def enter_collective(self) -> None:
+        """The main thread has come to the next meeting point. Raises `PeerLost` where nobody will meet it."""
+        self.me.advance(self.me.count + 1)
+        if self.failure:
+            raise PeerLost(f"error: {self.failure}")
+
+    def note(self, error: BaseException) -> None:
+        """Tell the others of an error of this process. Raises `PeerLost` where the error is that another is gone."""
+        if isinstance(error, Interrupted) or (isinstance(error, SystemExit) and not error.code):
+            return  # as agreed, or in peace
+        if "[ring]" in str(error) and self._verdict_comes():
+            raise PeerLost(f"error: {self.failure}") from error
+        if self.failure is None:
+            self.failure = f"rank {self.me.rank} failed: {type(error).__name__}: {error}".splitlines()[0]
+            self._tell({"failed": self.failure})
+
+    def _verdict_comes(self) -> bool:
+        """Whether it becomes known, soon after MLX has lost a connection, who is gone."""
+        deadline = time.monotonic() + 8 * TICK
+        while self.failure is None and time.monotonic() < deadline:
+            time.sleep(TICK / 8)
+        return self.failure is not None
+
+    def _leave(self) -> None:
+        if self.failure is None and not hasattr(sys, "last_value"):  # set by an exception that nobody caught
+            self._tell({"count": self.me.count, "left": True})
+
+    def _tell(self, message: dict) -> None:
+        with self._speaking:
+            for peer in self.peers:
+                peer.send(message)
+
+    # ---- in the thread
+
+    def _run(self) -> None:
+        while (reason := self._listen() or self._judge()) is None:
+            self._tell({"count": self.me.count, "waits": self.me.waits})
+        if self.failure is not None:
+            return  # by itself: the main thread is about to end with its own error
+        self.failure = reason
+        self._tell({"failed": reason})
+        time.sleep(GRACE)
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        os._exit(1)  # the main thread is inside MLX, and does not come back
+
+    def _listen(self) -> str | None:
+        """Take in what comes within a tick; the reason to end, if one comes."""
+        there = {peer.connection: peer for peer in self.peers if not peer.left}
+        deadline = time.monotonic() + TICK
+        while (rest := deadline - time.monotonic()) > 0:
+            for connection in select.select(there, [], [], rest)[0]:
+                peer = there[connection]
+                messages = peer.receive()
+                if messages is None:
+                    return f"rank {peer.rank} died"
+                for message in messages:
+                    if "failed" in message:
+                        return message["failed"]
+                    peer.advance(message["count"])
+                    peer.waits = message.get("waits", False)
+                    if "left" in message:
+                        peer.left = True
+                        del there[connection]
+        return None
+
+    def _judge(self) -> str | None:
+        """The reason to end, if a rank is silent, has left too early, or keeps another waiting for too long."""
+        now, everyone = time.monotonic(), [self.me, *self.peers]
+        first = max(everyone, key=lambda peer: peer.count)
+        for peer in everyone:
+            if peer is not self.me and not peer.left and now - peer.heard > self.limit:
+                return f"rank {peer.rank} has been silent for {self.limit:g} s"
+            if peer.count < first.count and peer.left:
+                return f"rank {peer.rank} ended before the others"
+            if peer.count < first.count and first.waits and now - max(peer.moved, first.moved) > self.limit:
+                return f"rank {peer.rank} hangs: rank {first.rank} waited {self.limit:g} s for it (MLXMM_RANK_TIMEOUT)"
+        return None
+
+
+# ---- the beginning
+
+
+def read_hosts() -> list[list[str]]:
+    """The "ip:port" addresses of each rank's ring, as `mlx.launch --backend ring` gives them; [] for a lone process."""
+    if "MLX_RANK" not in os.environ or not os.environ.get("MLX_HOSTFILE"):
+        return []
+    hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text().strip() or "[]")
+    return hosts if len(hosts) > 1 else []
+
+
+def time_limit() -> float:
+    """For how many seconds ranks wait for one another: MLXMM_RANK_TIMEOUT, or 600."""
+    text = os.environ.get("MLXMM_RANK_TIMEOUT", "600")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise UserError(f"MLXMM_RANK_TIMEOUT={text}: a number of seconds above 0 is wanted")
+    return seconds
+
+
+def gather(hosts: Sequence[Sequence[str]], rank: int) -> Watchdog:
+    """Connect with the other ranks. Raises `UserError` that names those who do not come within the time limit."""
+    address, _, port = hosts[0][0].rpartition(":")
+    place, limit = (address.strip("[]"), int(port)), time_limit()
+    peers = _receive_others(place, len(hosts), limit) if rank == 0 else [_join(place, rank, limit)]
+    return Watchdog(rank, peers, limit)
+
+
+def _receive_others(place: tuple[str, int], size: int, limit: float) -> list[Peer]:
+    peers, deadline = {}, time.monotonic() + limit
+    try:
+        with socket.create_server(place, backlog=size) as listener:
+            while len(peers) < size - 1:
+                listener.settimeout(max(0.01, deadline - time.monotonic()))
+                peer = _greet(listener.accept()[0])
+                if peer is not None:
+                    peers[peer.rank] = peer
+    except TimeoutError:
+        missing = ", ".join(str(rank) for rank in range(1, size) if rank not in peers)
+        raise _refuse(peers, f"rank {missing} did not come within {limit:g} s (MLXMM_RANK_TIMEOUT)") from None
+    except UserError as error:
+        raise _refuse(peers, str(error)) from None
+    except OSError as error:
+        raise UserError(f"rank 0 cannot listen on {place[0]}:{place[1]}: {error.strerror}") from None
+    for peer in peers.values():  # only now: until here the port, which MLX wants next, was this listener's
+        peer.send({"all": sorted(peers)})
+    return list(peers.values())
+
+
+def _greet(connection: socket.socket) -> Peer | None:
+    """Who connected; None if it is none of ours. All must have the same flags, or they would train other things."""
+    connection.settimeout(5.0)
+    peer = Peer(-1, connection)
+    try:
+        hello = (peer.receive() or [{}])[0]
+        peer.rank = hello["rank"]
+    except (ValueError, KeyError, TypeError):
+        connection.close()
+        return None
+    if hello["flags"] != sys.argv[1:]:
+        peer.send({"failed": (reason := f"rank {peer.rank} came with other flags: is this port another run's?")})
+        raise UserError(reason)
+    return peer
+
+
+def _refuse(peers: dict[int, Peer], reason: str) -> UserError:
+    for peer in peers.values():
+        peer.send({"failed": reason})
+    return UserError(reason)
+
+
+def _join(place: tuple[str, int], rank: int, limit: float) -> Peer:
+    deadline = time.monotonic() + limit
+    while True:
+        try:
+            peer = Peer(0, socket.create_connection(place, timeout=max(0.01, deadline - time.monotonic())))
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise UserError(f"rank 0 did not come within {limit:g} s (MLXMM_RANK_TIMEOUT)") from None
+            time.sleep(TICK / 4)
+    peer.send({"rank": rank, "flags": sys.argv[1:]})
+    peer.connection.settimeout(limit + 5.0)  # rank 0's own limit ends first, and it knows who is missing
+    answer = (peer.receive() or [{"failed": "rank 0 died"}])[0]
+    if "failed" in answer:
+        raise UserError(answer["failed"])
+    peer.connection.settimeout(5.0)
+    return peer

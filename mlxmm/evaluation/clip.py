@@ -1,0 +1,46 @@
+"""What a CLIP is worth: retrieval, zero-shot classification, linear probe."""
+
+from collections.abc import Sequence
+
+from mlxmm.data.caption_data import CaptionData
+from mlxmm.data.sources.shapes import names_several, single_objects
+from mlxmm.evaluation.clip_features import retrieve
+from mlxmm.evaluation.prompt_templates import TEMPLATES
+from mlxmm.evaluation.zero_shot import ZeroShotClassifier
+from mlxmm.modules.contrastive_clip import ContrastiveCLIP
+
+NUM_EACH = 10  # new pictures of each object of `shapes`
+
+
+def evaluate_shapes(clip: ContrastiveCLIP, data: CaptionData, seed: int) -> dict[str, float]:
+    """Zero-shot accuracy on `shapes`: of single objects by name, and of two objects by their whole caption, among
+    all such captions of the test part, whose combinations were seen in training or not."""
+    images, labels = zip(*labelled_objects(data, seed))
+    names = [str(thing) for thing in data.grammar.trainable_things()]
+    figures = _accuracy("accuracy", clip, names, images, labels)
+    for part in data.test_parts:
+        rows = [row for row in data.rows[part] if names_several(row["captions"][0])]
+        captions = [row["captions"][0] for row in rows]
+        name = "pairs" + part.removeprefix("test")
+        figures |= _accuracy(name, clip, sorted(set(captions)), [row["image"] for row in rows], captions)
+    return figures
+
+
+def retrieval_figures(clip: ContrastiveCLIP, rows: Sequence[dict]) -> dict[str, float]:
+    """`retrieve`, its names under "retrieval/"."""
+    return with_prefix("retrieval", retrieve(clip, rows))
+
+
+def _accuracy(name: str, clip: ContrastiveCLIP, names: list[str], images: Sequence, labels: Sequence[str]) -> dict:
+    if not labels:  # a few pictures may all be of single objects
+        return {}
+    figures = ZeroShotClassifier.build(clip, names, TEMPLATES["name"]).top_k(images, labels)
+    return {f"zero_shot/{name}": figures["top1"], f"zero_shot/{name}_chance": figures["top1_chance"]}
+
+
+def labelled_objects(data: CaptionData, seed: int) -> list[tuple]:
+    return [(image, str(thing)) for image, thing in single_objects(data.grammar, seed, NUM_EACH)]
+
+
+def with_prefix(name: str, figures: dict[str, float]) -> dict[str, float]:
+    return {f"{name}/{key}": value for key, value in figures.items()}

@@ -1,0 +1,79 @@
+"""Features of any number of pictures and texts, some at a time, in evaluation mode; and what they are good for.
+
+N pictures or texts, E features of the shared space, D of the vision tower.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+
+import mlx.core as mx
+import numpy as np
+
+from mlxmm.errors import UserError
+from mlxmm.evaluation.linear_probe import Labelled, linear_probe
+from mlxmm.evaluation.retrieval import captions_of, retrieval
+from mlxmm.modules.contrastive_clip import ContrastiveCLIP
+from mlxmm.training.module import evaluating
+
+BATCH = 256  # pictures or texts at a time
+
+
+def image_features(clip: ContrastiveCLIP, images: Iterable) -> np.ndarray:
+    """PIL images, of which `BATCH` are held at a time, to (N, E) of unit length. Raises `UserError` if N is 0."""
+    return _features(clip, images, lambda part: clip.encode_image(clip.preprocess(part)))
+
+
+def tower_features(clip: ContrastiveCLIP, images: Iterable) -> np.ndarray:
+    """PIL images to (N, D), before the projection: what linear probes read (CLIP, appendix A.2)."""
+    return _features(clip, images, lambda part: clip.vision(clip.preprocess(part)))
+
+
+def text_features(clip: ContrastiveCLIP, texts: Iterable[str]) -> np.ndarray:
+    """Texts to (N, E) of unit length. Raises `UserError` if N is 0."""
+    return _features(clip, texts, lambda part: clip.encode_text(clip.tokenize(part)))
+
+
+def _features(clip: ContrastiveCLIP, items: Iterable, encode: Callable[[list], mx.array]) -> np.ndarray:
+    with evaluating(clip):
+        parts = [np.array(encode(part).astype(mx.float32)) for part in _parts(iter(items))]
+    if not parts:
+        raise UserError("there are no pictures or texts to compute features of")
+    return np.concatenate(parts)
+
+
+def _parts(items: Iterator) -> Iterator[list]:
+    while part := list(islice(items, BATCH)):
+        yield part
+
+
+def retrieve(clip: ContrastiveCLIP, rows: Sequence[dict]) -> dict[str, float]:
+    """`retrieval` of rows with "image" and "captions" against each other, every caption of each."""
+    if not len(rows):
+        raise UserError("there are no pictures to find")
+    captions = []
+
+    def images():
+        for i in range(len(rows)):  # each decoded once
+            row = rows[i]
+            captions.append(row["captions"])
+            yield row["image"]
+
+    features = image_features(clip, images())
+    texts, relevant = captions_of(captions)
+    return retrieval(features @ text_features(clip, texts).T, relevant)
+
+
+def probe(clip: ContrastiveCLIP, *parts: Sequence[tuple]) -> dict[str, float]:
+    """`linear_probe` of the vision tower on three parts, train, val and test, of (PIL image, label) pairs."""
+    return linear_probe(*(_labelled(clip, part) for part in parts))
+
+
+def _labelled(clip: ContrastiveCLIP, pairs: Sequence[tuple]) -> Labelled:
+    labels = []
+
+    def images():
+        for image, label in pairs:
+            labels.append(label)
+            yield image
+
+    return tower_features(clip, images()), np.array(labels)

@@ -1,0 +1,218 @@
+"""Qwen3Aligner as others run it: the folder of a LLaVA that transformers loads, written and read.
+
+LLaVA (arXiv 2310.03744) as `LlavaForConditionalGeneration` has it: a CLIP or SigLIP tower, two layers as wide as the
+language model with an activation between them, and a Qwen3. Our `mlp` is that with GELU; `linear` is the first layer,
+with no activation and the identity behind it. V vocabulary, D features of the tower, W of the projector, H of the
+language model.
+"""
+
+import json
+from pathlib import Path
+
+import attrs
+import mlx.core as mx
+
+from mlxmm.errors import UserError
+from mlxmm.export import model_card
+from mlxmm.networks import pretrained_vision
+from mlxmm.networks.language_model import dense_config, dense_weights
+from mlxmm.preprocessing.tokenizers import with_image_token
+
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+ACTIVATIONS = {"mlp": "gelu", "linear": "linear"}  # by projector, between its layers; linear is none
+# Of Qwen3AlignerConfig, what captioning needs.
+KEPT = ("layer", "projector", "projector_width", "prompt", "max_caption_tokens")
+OURS = "mlxmm"  # the key in config.json of what LLaVA has no setting for; transformers keeps it and does not look
+LINEAR = {
+    "projector.layers.0": "multi_modal_projector.linear_1",
+    "projector.layers.1": "multi_modal_projector.linear_2",
+}
+TABLES = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")  # (V, H)
+TEMPLATE = (
+    "{%- set said = namespace(text='') -%}{%- for message in messages -%}"
+    "{%- if message['content'] is string -%}{%- set said.text = said.text + message['content'] -%}"
+    "{%- else -%}{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{- IMAGE -}}"
+    "{%- elif part['type'] == 'text' -%}{%- set said.text = said.text + part['text'] -%}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}{%- endfor -%}{{- said.text or PROMPT -}}"
+)
+
+
+def check(aligner) -> None:
+    """Raise `UserError` where `aligner` has a part that no LLaVA has."""
+    config, kind, width = aligner.config, _tower_kind(aligner), _text_width(aligner)
+    if kind not in TOWERS:
+        raise UserError(f"LLaVA has no {kind} tower: a CLIP or SigLIP can be exported, by --module.vision")
+    if config.projector not in ACTIVATIONS:
+        raise UserError(f"LLaVA has no projector {config.projector}: --module.projector mlp or linear can be exported")
+    if config.projector == "mlp" and config.projector_width > width:
+        raise UserError(
+            f"LLaVA's projector is as wide as its language model, which has {width} features: one of "
+            f"projector_width={config.projector_width} cannot be exported, --module.projector-width {width} or less can"
+        )
+    if aligner.lm_config["model_type"] != "qwen3":
+        raise UserError(f"a Qwen3 can be exported; this language model is a {aligner.lm_config['model_type']}")
+
+
+def write(folder: Path, aligner, figures: dict) -> None:
+    """Write into `folder` what `LlavaForConditionalGeneration` and `AutoProcessor` load, and a model card with
+    `figures`. Raises `UserError` for what LLaVA cannot hold."""
+    check(aligner)
+    tokenizer, image = with_image_token(aligner.tokenizer)
+    _check_prompt(tokenizer, image, aligner)
+    image_id = tokenizer.convert_tokens_to_ids(image)
+    weights = _weights(aligner, num_tokens=image_id + 1)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+    files = {
+        "config.json": _config(aligner, weights, image_id),
+        "generation_config.json": _generation(aligner, image_id),
+        "preprocessor_config.json": aligner.processor.to_hub(),
+        "processor_config.json": _processor(aligner, image),
+    }
+    for name, values in files.items():
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n")
+    prompt = json.dumps(aligner.config.prompt, ensure_ascii=False)  # which is a string of Jinja's too
+    tokenizer.chat_template = TEMPLATE.replace("IMAGE", json.dumps(image)).replace("PROMPT", prompt)
+    tokenizer.save_pretrained(str(folder))
+    (folder / "README.md").write_text(model_card.captioner(aligner.config, image, figures))
+
+
+def own_values(values: dict, folder: Path) -> dict:
+    """The `config.json` that `write` made, as that of a checkpoint of ours. Raises `UserError` for another's LLaVA."""
+    if OURS not in values:
+        raise UserError(f"{folder} is a LLaVA, but none that Qwen3Aligner.save_pretrained wrote")
+    ours = dict(values[OURS])
+    language_model = values["text_config"] | {"vocab_size": ours.pop("vocab_size")}
+    return {"aligner": ours, "vision": values["vision_config"], "language_model": language_model}
+
+
+def own_weights(weights: dict[str, mx.array], aligner) -> dict[str, mx.array]:
+    """The arrays that `write` wrote under the names of `aligner`'s, without what was added to make them a LLaVA's."""
+    tower = {name.removeprefix("vision_tower."): a for name, a in weights.items() if name.startswith("vision_tower.")}
+    arrays = {f"vision.{name}": a for name, a in pretrained_vision.from_hub(tower, aligner.vision_config).items()}
+    arrays |= {name: a for name, a in weights.items() if name.startswith("language_model.")}
+    V, W = aligner.lm_config["vocab_size"], aligner.config.projector_width
+    arrays |= {name: arrays[name][:V] for name in TABLES if name in arrays}
+    for (ours, theirs), _ in zip(LINEAR.items(), aligner.projector.layers):
+        arrays |= {f"{ours}.{kind}": weights[f"{theirs}.{kind}"] for kind in ("weight", "bias")}
+    if aligner.config.projector == "linear":
+        return arrays
+    first, second = LINEAR
+    cut = {name: arrays[name][:W] for name in (f"{first}.weight", f"{first}.bias")}
+    return arrays | cut | {f"{second}.weight": arrays[f"{second}.weight"][:, :W]}
+
+
+def _weights(aligner, num_tokens: int) -> dict[str, mx.array]:
+    """All arrays under transformers' names; a table of tokens has `num_tokens` rows at least."""
+    language_model = {f"language_model.{name}": a for name, a in dense_weights(aligner.language_model).items()}
+    for name in TABLES:
+        if name in language_model:
+            # A tokenizer without a token to spare gets one for the image, here only: the model that was trained
+            # keeps its rows. Nobody reads the new one, and `suppress_tokens` keeps it from being said.
+            table = language_model[name]
+            language_model[name] = mx.pad(table, [(0, max(0, num_tokens - len(table))), (0, 0)])
+    tower = {
+        f"vision_tower.{name}": a for name, a in pretrained_vision.to_hub(aligner.vision, aligner.vision_config).items()
+    }
+    side = aligner.processor.image_size // aligner.vision.config.patch_size
+    # transformers wants the positions of pictures as the processor makes them.
+    tower["vision_tower.embeddings.position_embedding.weight"] = aligner.vision.embeddings.positions(side, side)
+    return tower | _projector(aligner) | language_model
+
+
+def _projector(aligner) -> dict[str, mx.array]:
+    """Both layers, H features between them: those beyond W are zero before and after GELU, and count for nothing."""
+    one, two = LINEAR.values()
+    if aligner.config.projector == "linear":
+        (layer,), width = aligner.projector.layers, _text_width(aligner)
+        identity = {f"{two}.weight": mx.eye(width), f"{two}.bias": mx.zeros(width)}
+        return {f"{one}.weight": layer.weight, f"{one}.bias": layer.bias} | identity
+    missing = _text_width(aligner) - aligner.config.projector_width
+    first, second = aligner.projector.layers
+    return {
+        f"{one}.weight": mx.pad(first.weight, [(0, missing), (0, 0)]),
+        f"{one}.bias": mx.pad(first.bias, [(0, missing)]),
+        f"{two}.weight": mx.pad(second.weight, [(0, 0), (0, missing)]),
+        f"{two}.bias": second.bias,
+    }
+
+
+def _config(aligner, weights: dict[str, mx.array], image_id: int) -> dict:
+    is_tied, dtype = TABLES[1] not in weights, {"dtype": _dtype(weights)}
+    size, kind = aligner.processor.image_size, _tower_kind(aligner)
+    tower = aligner.vision_config | attrs.asdict(aligner.vision.config) | {"model_type": kind, "image_size": size}
+    text = dense_config(aligner.lm_config) | {"vocab_size": len(weights[TABLES[0]]), "tie_word_embeddings": is_tied}
+    kept = {name: getattr(aligner.config, name) for name in KEPT}
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        **dtype,
+        "vision_config": _without_dtype(tower) | dtype,
+        "text_config": _without_dtype(text) | dtype,
+        "image_token_index": image_id,
+        "image_seq_length": (size // aligner.vision.config.patch_size) ** 2,
+        "vision_feature_layer": _layer(aligner),
+        "vision_feature_select_strategy": _strategy(aligner),
+        "projector_hidden_act": ACTIVATIONS[aligner.config.projector],
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": is_tied,
+        OURS: kept | {"vocab_size": aligner.lm_config["vocab_size"]},
+    }
+
+
+def _generation(aligner, image_id: int) -> dict:
+    """Greedy, as long as captions were in training."""
+    stop = {"eos_token_id": aligner.stop_id, "pad_token_id": aligner.stop_id}
+    return stop | {"do_sample": False, "max_new_tokens": aligner.max_new_tokens, "suppress_tokens": [image_id]}
+
+
+def _processor(aligner, image: str) -> dict:
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": image,
+        "patch_size": aligner.vision.config.patch_size,
+        "num_additional_image_tokens": int(_has_class_token(aligner)),
+        "vision_feature_select_strategy": _strategy(aligner),
+    }
+
+
+def _check_prompt(tokenizer, image: str, aligner) -> None:
+    """Raise `UserError` where tokens that the module does not read would come before, between or after."""
+    prompt = aligner.tokenizer(aligner.config.prompt, add_special_tokens=False)["input_ids"]
+    wanted, read = (
+        [tokenizer.convert_tokens_to_ids(image), *prompt],
+        tokenizer(image + aligner.config.prompt)["input_ids"],
+    )
+    if read != wanted:
+        raise UserError(f"the tokenizer makes {read} of image and prompt together, but the module reads {wanted}")
+
+
+def _tower_kind(aligner) -> str:
+    return aligner.vision_config.get("model_type", TOWERS[0])
+
+
+def _text_width(aligner) -> int:
+    return aligner.projector.layers[-1].weight.shape[0]
+
+
+def _has_class_token(aligner) -> bool:
+    return "class_embedding" in aligner.vision.embeddings
+
+
+def _layer(aligner) -> int:
+    """The hidden states to read, counted from the last where they are the first: transformers 5.23 takes 0 for none."""
+    return aligner.config.layer or -aligner.vision.config.num_hidden_layers - 1
+
+
+def _strategy(aligner) -> str:
+    """LLaVA's names for features without their first, and for all of them."""
+    return "default" if _has_class_token(aligner) else "full"
+
+
+def _dtype(weights: dict[str, mx.array]) -> str:
+    """The widest of the floats: transformers takes one for the whole model."""
+    return str(max((a.dtype for a in weights.values()), key=lambda dtype: dtype.size)).removeprefix("mlx.core.")
+
+
+def _without_dtype(values: dict) -> dict:
+    return {name: value for name, value in values.items() if name not in ("dtype", "torch_dtype")}

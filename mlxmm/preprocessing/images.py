@@ -1,0 +1,189 @@
+"""Pictures: from bytes to an RGB square of pixels, as a CLIP or SigLIP folder asks for it.
+
+B pictures, H x W pixels.
+"""
+
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import attrs
+import mlx.core as mx
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mlxmm.errors import UserError
+from mlxmm.storage.pretrained import read_json
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
+# What transformers' image processors do where their file does not say.
+SQUARE = {"size": {"height": 224, "width": 224}, "do_center_crop": False, "image_mean": HALF, "image_std": HALF}
+DEFAULTS = {
+    "CLIP": {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224, "resample": BICUBIC}
+    | {"image_mean": CLIP_MEAN, "image_std": CLIP_STD},
+    "Siglip": SQUARE | {"resample": BICUBIC},
+    "ViT": SQUARE | {"resample": BILINEAR},
+}
+MAX_PIXELS = 100_000_000  # 20,000 x 5,000: larger files are taken for bombs
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+MAX_STRIP_RATIO = 16  # times its width, what is looked at of a strip too long to be resized
+
+
+class UndecodableImage(UserError):
+    """A file that is no picture, or is one cut short."""
+
+
+def decode_image(value) -> Image.Image:
+    """An RGB picture from a PIL image, from bytes, from a path, or from the {"bytes", "path"} of `datasets`.
+
+    Turned as its EXIF says, transparency laid on white, the first frame of an animation.
+    Raises `UndecodableImage`.
+    """
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value["path"]
+    if value is None:
+        raise UndecodableImage("there is no picture")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large pictures, and of damaged EXIF
+            image = value if isinstance(value, Image.Image) else Image.open(_opened(value))
+            if image.width * image.height > MAX_PIXELS:
+                raise UndecodableImage(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:  # which names an address in memory
+        raise UndecodableImage("not a picture that can be decoded: it is of no known format") from None
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+        raise UndecodableImage(f"not a picture that can be decoded: {error}") from None
+
+
+def _opened(value):
+    return io.BytesIO(value) if isinstance(value, bytes) else value
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+        # Pillow clips 16-bit greys at 255 instead of scaling them.
+        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def random_square(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The largest square of `image`, anywhere along its longer edge: all that CLIP changes about pictures that it
+    trains on (section 2.3)."""
+    side = min(image.size)
+    left, top = (int(rng.integers(edge - side + 1)) for edge in image.size)
+    return image.crop((left, top, left + side, top + side))
+
+
+def _middle(image: Image.Image, length: int) -> Image.Image:
+    """`image` without what lies more than `length` / 2 pixels from its centre, along either edge."""
+    (left, right), (top, bottom) = (
+        ((edge - min(edge, length)) // 2, (edge + min(edge, length)) // 2) for edge in image.size
+    )
+    return image.crop((left, top, right, bottom))
+
+
+@attrs.frozen(kw_only=True)
+class ImageProcessor:
+    """Resize, crop and scale as `preprocessor_config.json` of the Hub says.
+
+    `resize` is the length of the shortest edge, or of both edges (then there is nothing to crop).
+    """
+
+    image_size: int
+    resize: int | tuple[int, int]
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+    @classmethod
+    def square(cls, image_size: int) -> "ImageProcessor":
+        """CLIP's own: the shortest edge to `image_size`, then the middle square."""
+        return cls(image_size=image_size, resize=image_size)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "ImageProcessor":
+        """Read `preprocessor_config.json`, or the `processor_config.json` that transformers 5 writes."""
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            if (folder / name).exists():
+                values = read_json(folder / name)
+                return cls._from_hub(values.get("image_processor", values))
+        raise UserError(f"{folder} has no preprocessor_config.json: is it a CLIP or SigLIP folder?")
+
+    @classmethod
+    def _from_hub(cls, values: dict) -> "ImageProcessor":
+        name = values.get("image_processor_type", values.get("feature_extractor_type", "CLIP"))
+        kind = next((kind for kind in DEFAULTS if name.startswith(kind)), "CLIP")
+        values = DEFAULTS[kind] | values
+        size = values["size"]
+        if isinstance(size, int):  # as files were before 2023
+            size = {"shortest_edge": size} if kind == "CLIP" else {"height": size, "width": size}
+        resize = size.get("shortest_edge", (size.get("height"), size.get("width")))
+        crop = values["crop_size"] if values["do_center_crop"] else resize
+        height, width = (crop["height"], crop["width"]) if isinstance(crop, dict) else np.broadcast_to(crop, 2)
+        is_square = height == width and None not in (height, *np.ravel(resize))
+        if not is_square or not (values["do_center_crop"] or isinstance(resize, tuple)):
+            raise UserError(f"pictures must come out square, of one size; preprocessing says size {size}, crop {crop}")
+        return cls(
+            image_size=int(height),
+            resize=resize,
+            resample=Image.Resampling(values["resample"]),
+            mean=tuple(values["image_mean"]),
+            std=tuple(values["image_std"]),
+        )
+
+    def to_hub(self) -> dict:
+        """The `preprocessor_config.json` that transformers reads."""
+        both = isinstance(self.resize, tuple)
+        side = {"height": self.image_size, "width": self.image_size}
+        return {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_resize": True,
+            "size": dict(zip(("height", "width"), self.resize)) if both else {"shortest_edge": self.resize},
+            "resample": int(self.resample),
+            "do_center_crop": not both,
+            "crop_size": side,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "do_convert_rgb": True,
+        }
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """(image_size, image_size, 3) uint8: what a loader hands over, a quarter of the floats' size."""
+        image = image.convert("RGB")
+        if isinstance(self.resize, tuple):
+            height, width = self.resize
+        else:
+            scale = self.resize / min(image.size)
+            width, height = (max(self.resize, int(edge * scale)) for edge in image.size)
+        longest = MAX_STRIP_RATIO * min(image.size)
+        if width * height > MAX_PIXELS and max(image.size) > longest:  # of a strip the middle is enough
+            return self.pixels(_middle(image, longest))
+        if (width, height) != image.size:
+            image = image.resize((width, height), self.resample)
+        left, top = (width - self.image_size) // 2, (height - self.image_size) // 2
+        if (width, height) != (self.image_size, self.image_size):
+            image = image.crop((left, top, left + self.image_size, top + self.image_size))
+        return np.asarray(image)
+
+    def normalize(self, pixels: mx.array) -> mx.array:
+        """(B, H, W, 3) uint8 to what the network was trained on: float32, about zero mean and unit variance."""
+        scale = mx.array([1 / (255 * s) for s in self.std])
+        shift = mx.array([m / s for m, s in zip(self.mean, self.std)])
+        return pixels.astype(mx.float32) * scale - shift
+
+    def __call__(self, images: Sequence[Image.Image]) -> mx.array:
+        """PIL images to (B, H, W, 3) floats."""
+        return self.normalize(mx.array(np.stack([self.pixels(image) for image in images])))

@@ -1,0 +1,77 @@
+"""Tokenizers: those of the Hub, and small ones trained on captions. All are transformers' fast tokenizers."""
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+
+from mlxmm.errors import UserError
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+IMAGES = ("<image>", "<|image_pad|>")  # LLaVA's token in the place of an image, and the one that Qwen's tokenizers have
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a folder in the Hub's layout."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        is_there = (folder / "tokenizer.json").exists()
+        reason = str(error).splitlines()[0] if is_there else "tokenizer.json is missing"
+        raise UserError(f"{folder} holds no tokenizer: {reason}") from None
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what transformers makes of a config.json alone
+        raise UserError(f"{folder} holds no tokenizer: tokenizer.json is missing")
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, adds_start_and_end: bool = False):
+    """A byte-level BPE of at most `vocab_size` tokens: nothing is unknown to it.
+
+    With `adds_start_and_end` a text becomes start, tokens, end, as CLIP's tokenizer makes it; without, tokens
+    alone, as Qwen's does. END is also what pads.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END, START],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if adds_start_and_end:
+        ids = [(token, tokenizer.token_to_id(token)) for token in (START, END)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=ids)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=START, eos_token=END, pad_token=END, unk_token=END
+    )
+
+
+def end_token(tokenizer) -> int:
+    """The id that ends a text, which captions are taught to end with."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path or 'given'} has no end token, and captions could not learn to end: "
+            'name one as "eos_token" in its tokenizer_config.json'
+        )
+    return tokenizer.eos_token_id
+
+
+def with_image_token(tokenizer):
+    """A copy of `tokenizer` with a token in the place of an image, and that token: one of `IMAGES` that it has
+    already, or a new one behind all others."""
+    tokenizer = copy.deepcopy(tokenizer)
+    image = next((token for token in IMAGES if token in tokenizer.get_added_vocab()), IMAGES[0])
+    tokenizer.add_tokens([image], special_tokens=True)
+    return tokenizer, image
+
+
+def token_length(tokenizer, texts: Iterable[str]) -> int:
+    """The tokens of the longest text, up to a multiple of four."""
+    longest = max(map(len, tokenizer(list(texts))["input_ids"]))
+    return -(-longest // 4) * 4

@@ -1,0 +1,25 @@
+"""The cache: folders that are made once and found again, under one root."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from mlxmm.distributed import collectives
+from mlxmm.storage.atomic import atomic_folder
+
+
+def cached(name: str, key, make: Callable[[Path], None]) -> Path:
+    """The folder of what `make(folder)` wrote for `key` (JSON values), now or in an earlier run.
+
+    In $MLXMM_CACHE, or ~/.cache/mlxmm; whole or absent. All processes take part in the making, and rank 0 keeps it.
+    """
+    root = Path(os.environ.get("MLXMM_CACHE", Path.home() / ".cache" / "mlxmm"))
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    folder = root / f"{name}-{digest}"
+    if not collectives.broadcast_object(folder.exists):
+        with atomic_folder(folder) if collectives.rank() == 0 else tempfile.TemporaryDirectory() as temporary:
+            make(Path(temporary))
+    return collectives.broadcast_paths(lambda: [folder])[0]

@@ -1,0 +1,108 @@
+"""A checkpoint: a folder of safetensors and a state.json, whole or absent.
+
+weights.safetensors     every parameter of the module, by its dotted name
+optimizer.safetensors   moments, step counts, learning rates
+state.json              counters, what was trainable, callbacks, loggers, and a checksum of each file
+...                     what the module's `from_pretrained` reads beside the weights
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxmm.errors import UserError
+from mlxmm.storage.atomic import atomic_folder, read_arrays, sha256, write_json
+
+FORMAT = 1
+WEIGHTS, STATE = "weights.safetensors", "state.json"
+
+
+def contents(module, optimizer, state: dict) -> dict[str, dict]:
+    """What a checkpoint holds: arrays by their dotted names, and JSON values. Later updates do not change it."""
+    weights, moments = (dict(tree_flatten(tree)) for tree in (module.parameters(), optimizer.state))
+    return {"weights": weights, "optimizer": moments, "state": copy.deepcopy(state)}
+
+
+def save(folder: Path, checkpoint: dict[str, dict], save_config: Callable[[Path], None]) -> None:
+    """Write `folder`, replacing it as a whole: "state" as JSON, every other flat dict of arrays as safetensors."""
+    with atomic_folder(folder) as temporary:
+        for name, arrays in checkpoint.items():
+            if name != "state":
+                mx.save_safetensors(str(temporary / f"{name}.safetensors"), arrays)
+        save_config(temporary)
+        files = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+        write_json(temporary / STATE, {"format": FORMAT, **checkpoint["state"], "files": files})
+
+
+def load(folder: Path) -> dict[str, dict]:
+    """What `save` wrote, after every file was compared with its checksum; arrays are read when they are used."""
+    state = read_state(folder)
+    files = [folder / name for name in state["files"] if name.endswith(".safetensors")]
+    return {"state": state} | {path.stem: mx.load(str(path)) for path in files}
+
+
+def read_state(folder: Path) -> dict:
+    """The counters of a checkpoint, after every file was compared with its checksum.
+
+    Raises `UserError` that names the file that is missing or damaged.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no checkpoint: {STATE} is missing") from None
+    except ValueError:
+        raise UserError(f"{folder / STATE} is damaged; resume from another checkpoint") from None
+    if state["format"] > FORMAT:
+        raise UserError(f"{folder} has format {state['format']}, newer than {FORMAT}: update mlxmm")
+    for name, checksum in state["files"].items():
+        if not (folder / name).exists() or sha256(folder / name) != checksum:
+            raise UserError(f"{folder / name} is missing or damaged; resume from another checkpoint")
+    return state
+
+
+def load_weights(path: Path, module) -> None:
+    """Read a safetensors file into `module`; every name and shape must be the module's own."""
+    load_arrays(path, read_arrays(path), module)
+
+
+def load_arrays(path: Path, weights: dict[str, mx.array], module) -> None:
+    """Put named arrays, read from `path`, into `module`, each in the dtype that the module has."""
+    own = dict(tree_flatten(module.parameters()))
+    misfits = {
+        "missing": sorted(set(own) - set(weights)),
+        "unexpected": sorted(set(weights) - set(own)),
+        "of another shape": [
+            f"{name} {weights[name].shape}, wanted {own[name].shape}"
+            for name in own
+            if name in weights and weights[name].shape != own[name].shape
+        ],
+    }
+    if any(misfits.values()):
+        found = "; ".join(f"{len(names)} {kind} ({names[0]})" for kind, names in misfits.items() if names)
+        raise UserError(f"{path} holds another model than {type(module).__name__}: {found}")
+    module.load_weights([(name, array.astype(own[name].dtype)) for name, array in weights.items()])
+    mx.eval(module.parameters())  # `mx.load` is lazy, and the file may be replaced or deleted later
+
+
+def load_optimizer(arrays: dict[str, mx.array], optimizer, module) -> None:
+    """Take back moments and step counts; parameters that are new to the optimizer start at zero."""
+    mx.eval(arrays)
+    optimizer.state = tree_unflatten(list(arrays.items()))
+    # Frozen layers leave empty dicts, which safetensors cannot hold: `init` puts them back.
+    optimizer.init(module.trainable_parameters())
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole, or none. Says which ones it passes over."""
+    folders = sorted(checkpoints.glob("step=*"), key=lambda path: int(path.name.removeprefix("step=")))
+    for folder in reversed(folders):
+        try:
+            read_state(folder)
+            return folder
+        except UserError as error:
+            print(f"passed over: {error}")
+    return None

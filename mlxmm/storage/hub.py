@@ -1,0 +1,76 @@
+"""The Hugging Face Hub: folders of weights, here or there. `huggingface_hub` is used here only."""
+
+import re
+from pathlib import Path
+
+from mlxmm.errors import UserError
+
+NEEDED = [
+    "*.json",
+    "*.safetensors",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+]  # no pickles, no other frameworks' weights
+
+
+def local_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
+    """The folder `path_or_id` if it is one, else the snapshot of that Hub repository, from the cache if offline."""
+    path = Path(path_or_id)
+    if path.is_dir():
+        return path
+    if not is_hub_id(path_or_id):
+        raise UserError(f"{path_or_id} is not there: neither a folder nor a Hub id (user/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=NEEDED))
+    except Exception as error:  # the client and the network raise a dozen kinds
+        raise UserError(f"{path_or_id} is neither a folder nor to be had from the Hub: {_line(error)}") from error
+
+
+def is_hub_id(path_or_id: str | Path) -> bool:
+    """Whether this is the name of a repository (user/name), and no folder here."""
+    name = str(path_or_id)
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).is_dir()
+
+
+def check_upload(repo_id: str) -> None:
+    """Raise `UserError` where `upload` could not begin: no name of a repository, or no token. Asks no network."""
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"{repo_id!r} is no name of a repository, user/name: {_line(error)}") from None
+    if repo_id.count("/") != 1:
+        raise UserError(f"{repo_id!r} is no name of a repository: it wants a user too, user/name")
+    if get_token() is None:
+        raise UserError(f"nothing can be uploaded to {repo_id} without a token: hf auth login, or set HF_TOKEN")
+
+
+def upload(folder: Path, repo_id: str, *, public: bool = False) -> str:
+    """Upload the files of `folder` to the Hub's model `repo_id`, in one commit, and return the commit's address.
+
+    A repository that is not there yet is made; one that is there stays as public as it is. Raises `UserError`.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    check_upload(repo_id)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    try:
+        api = HfApi()
+        api.create_repo(repo_id, private=not public, exist_ok=True)
+        # `upload_folder` makes several commits of large files.
+        added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+        return api.create_commit(repo_id, added, commit_message="A captioner that mlxmm trained").commit_url
+    except Exception as error:
+        again = f"hf upload {repo_id} {folder} . {'' if public else '--private'}".strip()
+        raise UserError(f"not uploaded to {repo_id}: {_line(error)}; to try again: {again}") from error
+
+
+def _line(error: Exception) -> str:
+    """What `error` says, on one line, without the number of the request."""
+    lines = [re.sub(r"\(Request ID: .*?\)", "", line).strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines if line) or type(error).__name__

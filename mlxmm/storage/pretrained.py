@@ -1,0 +1,41 @@
+"""Folders in the Hub's layout: their JSON files and their weights."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlxmm.errors import UserError
+from mlxmm.storage.atomic import read_arrays
+
+
+def read_config(folder: Path) -> dict:
+    """The `config.json` of a folder."""
+    return read_json(folder / "config.json")
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object of a file. Raises `UserError` where it is missing or damaged."""
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: it is damaged, {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} cannot be read: a JSON object was expected, {type(values).__name__} came")
+    return values
+
+
+def require_parts(folder: Path, values: dict, *names: str) -> None:
+    """Raise `UserError` where the `config.json` of a module, read as `values`, lacks a part."""
+    if missing := [name for name in names if not isinstance(values.get(name), dict)]:
+        raise UserError(f"{folder / 'config.json'} is damaged: it does not describe {', '.join(missing)}")
+
+
+def read_weights(folder: Path) -> dict[str, mx.array]:
+    """The arrays of all model*.safetensors of a folder."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} has no model.safetensors")
+    return {name: array for file in files for name, array in read_arrays(file).items()}

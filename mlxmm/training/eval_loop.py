@@ -1,0 +1,85 @@
+"""The loops over held-out data: validation, test, prediction, and a rehearsal of the first."""
+
+from collections.abc import Callable, Iterator
+
+import mlx.core as mx
+
+from mlxmm.distributed import collectives
+from mlxmm.training import batches
+from mlxmm.training.module import evaluating
+from mlxmm.training.randomness import isolated_random_state
+from mlxmm.training.train_step import add_sums, average_sums, build_eval_step, fill_empty_sums
+
+PREFIXES = {"validation": "val", "test": "test"}  # of the metrics of a stage
+
+
+class Evaluator:
+    """Evaluates the module of a `trainer`; `call(hook, *args)` is how it tells the callbacks."""
+
+    def __init__(self, trainer, call: Callable):
+        self.trainer, self.call = trainer, call
+        self._steps: dict[str, Callable] = {}
+
+    def measure(self, stage: str, loader, limit: int | float) -> dict[str, float]:
+        """The weighted means of `<stage>_step` over the data of all processes; {} where there are none."""
+        trainer, prefix = self.trainer, PREFIXES[stage]
+        if loader is None or collectives.all_max(batches.count(loader, limit) != 0) == [0]:
+            return {}
+        with trainer.profiler.phase(stage), evaluating(trainer.module):
+            step, total = self._step(stage), None
+            for batch, counts in self._lockstep(self._with_hooks(stage, loader, limit)):
+                sums = step(batch)
+                total = add_sums(total, sums) if counts else total
+                mx.eval(sums, total)
+            total = fill_empty_sums(total)
+            means = {} if total is None else average_sums(total)[0]
+            metrics = {f"{prefix}/{name}": float(value) for name, value in means.items()}
+            self.call(f"on_{stage}_epoch_end")
+            trainer.log(metrics)
+            self.call(f"on_{stage}_end", metrics)
+        return metrics
+
+    def predict(self, loader, limit: int | float) -> list:
+        """What `predict_step` returns for each batch, evaluated."""
+        module, results = self.trainer.module, []
+        if loader is None or batches.count(loader, limit) == 0:
+            return results
+        with self.trainer.profiler.phase("predict"), evaluating(module):
+            self.call("on_predict_start")
+            self.call("on_predict_epoch_start")
+            for batch_idx, batch in enumerate(batches.epoch(loader, 0, limit=limit)):
+                self.call("on_predict_batch_start", batch, batch_idx)
+                results.append(module.predict_step(batch))
+                mx.eval(results[-1])
+                self.call("on_predict_batch_end", results[-1], batch, batch_idx)
+            self.call("on_predict_epoch_end")
+            self.call("on_predict_end")
+        return results
+
+    def sanity_check(self, loader, limit: int) -> None:
+        """Try a few validation batches, so that an error in them comes now and not after an hour."""
+        with isolated_random_state(), evaluating(self.trainer.module):
+            self.call("on_sanity_check_start")
+            step = self._step("validation")
+            for batch, _ in self._lockstep(batches.epoch(loader, 0, limit=limit)):
+                mx.eval(step(batch))
+            self.call("on_sanity_check_end")
+
+    def _with_hooks(self, stage: str, loader, limit: int | float) -> Iterator:
+        """The batches, with the hooks before them all, and before and after each."""
+        self.call(f"on_{stage}_start")
+        self.call(f"on_{stage}_epoch_start")
+        for batch_idx, batch in enumerate(batches.epoch(loader, 0, limit=limit)):
+            self.call(f"on_{stage}_batch_start", batch, batch_idx)
+            yield batch
+            self.call(f"on_{stage}_batch_end", batch, batch_idx)
+
+    def _lockstep(self, loaded: Iterator) -> Iterator[tuple]:
+        """Each batch, and whether it counts: where layers are shards, a process that has no more repeats its last."""
+        return collectives.lockstep(loaded) if self.trainer.shards.names else ((batch, True) for batch in loaded)
+
+    def _step(self, stage: str) -> Callable:
+        if stage not in self._steps:
+            module, step = self.trainer.module, getattr(self.trainer.module, f"{stage}_step")
+            self._steps[stage] = build_eval_step(module, step, self.trainer.config, self.trainer.compiler)
+        return self._steps[stage]

@@ -1,0 +1,78 @@
+"""What of a module is trainable: read, set, and matched by dotted names."""
+
+import re
+from collections.abc import Iterable
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxmm.compute.quantized import is_quantized
+from mlxmm.errors import UserError
+from mlxmm.training.module import Module
+
+
+class TraceSnapshot:
+    """What a compiled step captured and never looks at again: what is frozen, and who is in training mode."""
+
+    def __init__(self, module: nn.Module):
+        self._parts = [(part, part.training, frozenset(part._no_grad)) for part in module.modules()]
+
+    def changed(self) -> bool:
+        """Whether a step compiled at the time of this snapshot would no longer do what the module says."""
+        return any(part._training is not mode or part._no_grad != frozen for part, mode, frozen in self._parts)
+
+
+def trainable_names(module: nn.Module) -> list[str]:
+    """The dotted names of the parameters that receive gradients."""
+    return [name for name, _ in tree_flatten(module.trainable_parameters())]
+
+
+def set_trainable(module: nn.Module, names: Iterable[str]) -> None:
+    """Make the named parameters trainable and freeze all others."""
+    wanted = set(names)
+    for prefix, part in module.named_modules():
+        own = [key for key, value in part.items() if isinstance(value, mx.array)]
+        part.freeze(recurse=False)
+        part.unfreeze(recurse=False, keys=[key for key in own if f"{prefix}.{key}".lstrip(".") in wanted])
+
+
+def match_parameters(module: nn.Module, pattern: str) -> list[str]:
+    """The names of the parameters under `pattern` that can be trained: dotted, layers by Python slices.
+
+    "projector", "language_model.model.layers[-2:]", "vision.layers[0].mlp"; or one of the module's
+    `parameter_groups`, "lora". What is quantized cannot be trained. Raises `UserError` when there are none.
+    """
+    groups = module.parameter_groups() if isinstance(module, Module) else {}
+    expression = re.compile(_expand(module, pattern) + r"(\.|$)")
+    packed = tuple(f"{prefix}." for prefix, part in module.named_modules() if is_quantized(part))
+    found = groups.get(pattern) or filter(expression.match, (name for name, _ in tree_flatten(module.parameters())))
+    names = [name for name in found if not name.startswith(packed)]
+    if not names:
+        parts = ", ".join(sorted({*module.children(), *groups}))
+        raise UserError(f"{pattern!r} names no parameter to train in {type(module).__name__}, whose parts are {parts}")
+    return names
+
+
+def _expand(module: nn.Module, pattern: str) -> str:
+    """`pattern` as a regular expression, its slices as the layers they choose."""
+    expression, part = "", module
+    for word in re.findall(r"[^.\[\]]+|\[[^\]]*\]", pattern):
+        if not word.startswith("["):
+            expression += ("\\." if expression else "") + re.escape(word)
+            part = part.get(word, {}) if isinstance(part, dict) else {}
+            continue
+        chosen = _choose(word[1:-1], len(part))
+        expression += rf"\.({'|'.join(map(str, chosen)) or 'none'})"
+        part = part[chosen[0]] if chosen else {}
+    return expression
+
+
+def _choose(index: str, length: int) -> list[int]:
+    """The positions that "-2:", "3" or "::2" choose out of `length`."""
+    try:
+        numbers = [int(number) if number else None for number in index.split(":")]
+        chosen = range(length)[slice(*numbers) if len(numbers) > 1 else numbers[0]]
+    except (ValueError, TypeError, IndexError):
+        raise UserError(f"[{index}] is no index or slice of {length} layers") from None
+    return [chosen] if isinstance(chosen, int) else list(chosen)
