@@ -1,27 +1,30 @@
-"""Callbacks, one a file."""
+"""Callbacks, one a file. `mlxmm.callbacks` is their name everywhere; in a checkout `callbacks` is too."""
 
-from callbacks.batch_size_finder import BatchSizeFinder
-from callbacks.cached_features import CachedFeatures
-from callbacks.device_stats_monitor import DeviceStatsMonitor
-from callbacks.early_stopping import EarlyStopping
-from callbacks.ema_weight_averaging import EMAWeightAveraging
-from callbacks.freeze_schedule import FreezeSchedule
-from callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
-from callbacks.lambda_callback import LambdaCallback
-from callbacks.learning_rate_finder import LearningRateFinder
-from callbacks.learning_rate_monitor import LearningRateMonitor
-from callbacks.linear_probe import LinearProbe
-from callbacks.loss_spike_guard import LossSpikeError, LossSpikeGuard
-from callbacks.model_checkpoint import ModelCheckpoint
-from callbacks.model_summary import ModelSummary
-from callbacks.on_exception_checkpoint import OnExceptionCheckpoint
-from callbacks.retrieval_evaluation import RetrievalEvaluation
-from callbacks.sample_captions import SampleCaptions
-from callbacks.synthetic_refresh import SyntheticRefresh
-from callbacks.throughput_monitor import ThroughputMonitor
-from callbacks.timer import Timer
-from callbacks.tqdm_progress_bar import TQDMProgressBar
-from callbacks.zero_shot_evaluation import ZeroShotEvaluation
+import sys
+from importlib import import_module
+
+from .batch_size_finder import BatchSizeFinder
+from .cached_features import CachedFeatures
+from .device_stats_monitor import DeviceStatsMonitor
+from .early_stopping import EarlyStopping
+from .ema_weight_averaging import EMAWeightAveraging
+from .freeze_schedule import FreezeSchedule
+from .gradient_accumulation_scheduler import GradientAccumulationScheduler
+from .lambda_callback import LambdaCallback
+from .learning_rate_finder import LearningRateFinder
+from .learning_rate_monitor import LearningRateMonitor
+from .linear_probe import LinearProbe
+from .loss_spike_guard import LossSpikeError, LossSpikeGuard
+from .model_checkpoint import ModelCheckpoint
+from .model_summary import ModelSummary
+from .on_exception_checkpoint import OnExceptionCheckpoint
+from .retrieval_evaluation import RetrievalEvaluation
+from .sample_captions import SampleCaptions
+from .synthetic_refresh import SyntheticRefresh
+from .throughput_monitor import ThroughputMonitor
+from .timer import Timer
+from .tqdm_progress_bar import TQDMProgressBar
+from .zero_shot_evaluation import ZeroShotEvaluation
 
 __all__ = [
     "BatchSizeFinder",
@@ -48,3 +51,10 @@ __all__ = [
     "Timer",
     "ZeroShotEvaluation",
 ]
+
+if __name__ == "callbacks":  # a second name for the same modules, so that a class has one identity
+    import_module("mlxmm.callbacks")
+    same = {
+        name.removeprefix("mlxmm."): part for name, part in sys.modules.items() if name.startswith("mlxmm.callbacks")
+    }
+    sys.modules.update(same)

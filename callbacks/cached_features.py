@@ -46,13 +46,15 @@ class CachedFeatures(Callback):
         if tree_flatten(tower.trainable_parameters()):
             self._give_pictures_back(trainer.datamodule)
         elif self._modes is None:
-            if getattr(getattr(trainer.datamodule, "config", None), "random_crop", False):
+            if trainer.datamodule.source.config.random_crop:
                 raise UserError("random_crop shows other pixels in every epoch, which cannot be cached: turn one off")
             if any(isinstance(trainer.datamodule.rows[split], StreamRows) for split in self.splits):
                 raise UserError("features of a stream cannot be cached, as its rows have no numbers: turn one off")
             self._pictures = {split: trainer.datamodule.rows[split] for split in self.splits}
             for split, rows in self._pictures.items():
-                trainer.datamodule.rows[split] = FeatureRows(rows, self._features(module, rows, trainer.datamodule))
+                trainer.datamodule.replace_rows(
+                    split, FeatureRows(rows, self._features(module, rows, trainer.datamodule))
+                )
             self._modes = TraceSnapshot(tower)
 
     def on_train_batch_start(self, trainer, module, batches):
@@ -69,7 +71,7 @@ class CachedFeatures(Callback):
 
     def _give_pictures_back(self, datamodule) -> None:
         for split, rows in self._pictures.items():
-            datamodule.rows[split] = rows
+            datamodule.replace_rows(split, rows)
         self._pictures, self._modes = {}, None
 
     def _features(self, module, rows: Sequence, datamodule) -> np.ndarray:
@@ -79,7 +81,7 @@ class CachedFeatures(Callback):
         key = cache_key(weights=weights.digest(), pictures=rows.fingerprint(), settings=module.feature_settings())
         pixels = lambda row: module.processor.pixels(row["image"])
         compute = lambda pixels: module.features(module.processor.normalize(pixels))
-        num_threads = getattr(getattr(datamodule, "config", None), "num_threads", 1)
+        num_threads = datamodule.source.config.num_threads
         with evaluating(module):
             if collectives.rank() == 0:
                 cached_features(self.folder / key, rows, pixels, compute, num_threads=num_threads)

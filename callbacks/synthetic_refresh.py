@@ -20,4 +20,4 @@ class SyntheticRefresh(Callback):
 
     def on_train_epoch_start(self, trainer, module):
         epoch = trainer.current_epoch - trainer.current_epoch % self.every_n_epochs
-        trainer.datamodule.rows["train"] = self.make_rows(epoch)
+        trainer.datamodule.replace_rows("train", self.make_rows(epoch))

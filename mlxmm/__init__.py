@@ -1,6 +1,10 @@
 """mlxmm: multimodal training on MLX."""
 
 import os
+from pathlib import Path
+
+if not (Path(__file__).parent / "callbacks").exists():  # in a checkout, callbacks/ and recipes/ lie beside this folder
+    __path__.append(str(Path(__file__).parents[1]))
 
 # transformers remarks at import that torch is missing: it is not needed. Read before anything imports it.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

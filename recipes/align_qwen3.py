@@ -16,15 +16,15 @@ from pathlib import Path
 import attrs
 import mlx.core as mx
 from attrs.validators import ge
-
-from callbacks import (
+from mlxmm.callbacks import (
     FreezeSchedule,
 )
+
 from mlxmm import TrainerConfig
 from mlxmm.cli import read_saved_config, run_recipe
 from mlxmm.compute.quantized import is_quantized
 from mlxmm.config import option, to_json
-from mlxmm.data.caption_data import CaptionData, CaptionDataConfig
+from mlxmm.data.caption_source import CaptionDataConfig, CaptionSource, open_source
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.export import llava
@@ -36,10 +36,11 @@ from mlxmm.storage.atomic import write_json
 from mlxmm.storage.cache import cached
 from mlxmm.storage.hub import check_upload, local_folder, upload
 from mlxmm.storage.runs import Run, RunConfig, check_free, open_run
-from recipes.parts.captioning import evaluate, fit, report, report_truncation
-from recipes.parts.language_model import LanguageModelConfig
-from recipes.parts.language_model import train as train_language_model
-from recipes.parts.tower import TowerConfig, data_key, tower_or_train
+
+from .parts.captioning import evaluate, fit, report, report_truncation
+from .parts.language_model import LanguageModelConfig
+from .parts.language_model import train as train_language_model
+from .parts.tower import TowerConfig, data_key, tower_or_train
 
 MAX_CAPTION_TOKENS = 128  # tokens of a caption where --module.max-caption-tokens does not say: one may be a whole page
 
@@ -91,44 +92,43 @@ def main(config: Config) -> None:
     collectives.check_strategy(config.trainer.strategy)
     if config.data.streaming and config.module.lm is None:
         raise UserError("a language model is not trained on a stream: name one with --module.lm")
-    data = CaptionData(config.data, config.seed)
-    data.setup()
+    source = open_source(config.data, config.seed)
     run = open_run(config, "align_qwen3")
-    aligner, figures = build(config, data, run)
+    aligner, figures = build(config, source, run)
     if config.push_to:
         llava.check(aligner)
-    figures |= align(config, aligner, data, run)
+    figures |= align(config, aligner, source, run)
     if run.is_global_zero:
-        figures |= evaluate(config, aligner, data, run)
-    report(figures | {"seconds": time.perf_counter() - start}, data, run)
+        figures |= evaluate(config, aligner, source, run)
+    report(figures | {"seconds": time.perf_counter() - start}, source, run)
     if config.push_to and run.is_global_zero:
         push(config, aligner, figures, run)
 
 
-def build(config: Config, data: CaptionData, run: Run) -> tuple[Qwen3Aligner, dict]:
+def build(config: Config, source: CaptionSource, run: Run) -> tuple[Qwen3Aligner, dict]:
     """The aligner of the parts that `config.module` names; those it does not name are trained on `data`."""
-    vision, figures = tower_or_train(config, data, run)
+    vision, figures = tower_or_train(config, source, run)
     module = attrs.evolve(config.module, vision=vision)
     if module.lm is None:
         key = [*data_key(config), to_json(config.language_model)]
-        folder = cached("language-model", key, lambda to: _train_lm(config, data, run, to))
+        folder = cached("language-model", key, lambda to: _train_lm(config, source, run, to))
         module = attrs.evolve(module, lm=str(folder), prompt=module.prompt or START)
     if module.max_caption_tokens == 0:
-        captions = [caption for _, caption in data.sample_texts()]
+        captions = source.sample_captions()
         length = token_length(load_tokenizer(local_folder(module.lm)), captions) + 1  # the end
         module = attrs.evolve(module, max_caption_tokens=min(length, MAX_CAPTION_TOKENS))
     mx.random.seed(config.seed)
     aligner = Qwen3Aligner.from_parts(module)
-    report_truncation(aligner, data, run, "--module.max-caption-tokens")
+    report_truncation(aligner, source, run, "--module.max-caption-tokens")
     return aligner, figures
 
 
-def align(config: Config, aligner: Qwen3Aligner, data: CaptionData, run: Run) -> dict:
+def align(config: Config, aligner: Qwen3Aligner, source: CaptionSource, run: Run) -> dict:
     """Train the projector, then adapters or the last layers too; returns the figures of the run's end."""
     schedule = FreezeSchedule(
         {0: "projector", config.unfreeze_step: ("projector", unfrozen_part(config, aligner))}, unit="step"
     )
-    return fit(config, aligner, data, run, "align", schedule)
+    return fit(config, aligner, source, run, "align", schedule)
 
 
 def unfrozen_part(config: Config, aligner: Qwen3Aligner) -> str:
@@ -151,8 +151,8 @@ def push(config: Config, aligner: Qwen3Aligner, figures: dict, run: Run) -> None
     run.print(f"uploaded: {upload(folder, config.push_to, public=config.public)}")
 
 
-def _train_lm(config: Config, data: CaptionData, run: Run, folder: Path) -> None:
-    model, figures = train_language_model(config.language_model, data, run.subrun("language_model"), config.seed)
+def _train_lm(config: Config, source: CaptionSource, run: Run, folder: Path) -> None:
+    model, figures = train_language_model(config.language_model, source, run.subrun("language_model"), config.seed)
     model.save_pretrained(folder)
     write_json(folder / "figures.json", figures)
 

@@ -12,7 +12,7 @@ import attrs
 
 from mlxmm.cli import run_recipe
 from mlxmm.config import option
-from mlxmm.data.caption_data import CaptionData, CaptionDataConfig
+from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.errors import UserError
 from mlxmm.evaluation.captions import Pictures, encode_images, evaluate, perplexities, require_room, shuffled
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
@@ -38,10 +38,9 @@ def main(config: Config) -> None:
         raise UserError("--module is missing: name a checkpoint, for example runs/align_qwen3/mine/checkpoints/best")
     captioner = load_captioner(config.module)
     clip = None if config.clip is None else ContrastiveCLIP.from_pretrained(config.clip)
-    data = CaptionData(config.data, config.seed)
-    data.setup()
-    data.check_split(config.split)
-    rows = data.rows[config.split]
+    source = open_source(config.data, config.seed)
+    source.require_split(config.split)
+    rows = source.rows[config.split]
     references = [rows[i]["captions"] for i in range(len(rows))]
     if clip is not None:
         require_room(clip, [text for refs in references for text in refs])

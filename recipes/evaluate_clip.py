@@ -17,7 +17,7 @@ from attrs.validators import ge
 
 from mlxmm.cli import run_recipe
 from mlxmm.config import option
-from mlxmm.data.caption_data import CaptionData, CaptionDataConfig
+from mlxmm.data.caption_source import CaptionDataConfig, CaptionSource, open_source
 from mlxmm.errors import UserError
 from mlxmm.evaluation.clip import evaluate_shapes, labelled_objects, retrieval_figures, with_prefix
 from mlxmm.evaluation.clip_features import probe
@@ -48,41 +48,40 @@ def main(config: Config) -> None:
     if config.labels and config.class_column is not None:
         raise UserError("--labels and --class-column both say what the classes are: leave one out")
     clip = ContrastiveCLIP.from_pretrained(config.module)
-    data = CaptionData(config.data, config.seed)
-    data.setup()
-    data.check_split(config.split)
-    _check(config, data)
+    source = open_source(config.data, config.seed)
+    source.require_split(config.split)
+    _check(config, source)
     run = open_run(config, "evaluate_clip")
-    figures = evaluate(config, clip, data)
+    figures = evaluate(config, clip, source)
     run.write_summary(figures)
     run.print(table(figures))
     run.print(f"summary: {run.folder / 'summary.json'}")
 
 
-def _check(config: Config, data: CaptionData) -> None:
+def _check(config: Config, source: CaptionSource) -> None:
     """Raise `UserError` where `data` cannot give what is asked for."""
-    if config.labels and data.config.streaming:
+    if config.labels and source.config.streaming:
         raise UserError("--labels reads all training pictures, which a stream has not at once: no --data.streaming")
-    if config.probe and not (config.labels or data.is_synthetic):
+    if config.probe and not (config.labels or source.is_synthetic):
         raise UserError("--probe wants class names: add --labels, and --data.caption-column if it is not `caption`")
     if config.class_column is not None:
-        _one_each(config, data)
+        _one_each(config, source)
 
 
-def evaluate(config: Config, clip: ContrastiveCLIP, data: CaptionData) -> dict[str, float]:
+def evaluate(config: Config, clip: ContrastiveCLIP, source: CaptionSource) -> dict[str, float]:
     """All figures that `config` asks for, by name; chance for "x" is called "x_chance"."""
-    if data.is_synthetic:
-        figures = evaluate_shapes(clip, data, config.seed) | retrieval_figures(clip, data.rows[config.split])
-        parts = [labelled_objects(data, config.seed + i) for i in (1, 2, 0)]
+    if source.is_synthetic:
+        figures = evaluate_shapes(clip, source, config.seed) | retrieval_figures(clip, source.rows[config.split])
+        parts = [labelled_objects(source, config.seed + i) for i in (1, 2, 0)]
     elif not config.labels:
-        figures, parts = retrieval_figures(clip, _limited(data.rows[config.split], config.max_images)), None
+        figures, parts = retrieval_figures(clip, _limited(source.rows[config.split], config.max_images)), None
     else:
-        parts = [_labelled(data.rows[split], config.max_images) for split in ("train", "val", config.split)]
+        parts = [_labelled(source.rows[split], config.max_images) for split in ("train", "val", config.split)]
         images, labels = zip(*parts[2])
         names = sorted({label for part in parts for _, label in part})
         figures = _zero_shot(config, clip, names, images, labels)
     if config.class_column is not None:
-        images, labels = zip(*_labelled(_one_each(config, data), config.max_images))
+        images, labels = zip(*_labelled(_one_each(config, source), config.max_images))
         figures |= _zero_shot(config, clip, list(dict.fromkeys(labels)), images, labels)
     return figures | (with_prefix("linear_probe", probe(clip, *parts)) if config.probe else {})
 
@@ -92,10 +91,10 @@ def _zero_shot(config: Config, clip: ContrastiveCLIP, names: list[str], images: 
     return with_prefix("zero_shot", classifier.top_k(images, labels))
 
 
-def _one_each(config: Config, data: CaptionData) -> Sequence[dict]:
-    if data.is_synthetic:
+def _one_each(config: Config, source: CaptionSource) -> Sequence[dict]:
+    if source.is_synthetic:
         raise UserError("--class-column is for pictures from a source: `shapes` has no columns")
-    return data.rows[config.split].first_of_each(config.class_column)
+    return source.rows[config.split].first_of_each(config.class_column)
 
 
 def _labelled(rows: Sequence[dict], most: int) -> list[tuple]:

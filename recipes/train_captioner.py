@@ -17,14 +17,15 @@ from attrs.validators import ge
 from mlxmm import TrainerConfig
 from mlxmm.cli import read_saved_config, run_recipe
 from mlxmm.config import option
-from mlxmm.data.caption_data import CaptionData, CaptionDataConfig
+from mlxmm.data.caption_source import CaptionDataConfig, CaptionSource, open_source
 from mlxmm.distributed import collectives
 from mlxmm.modules.caption_decoder import CaptionDecoder, CaptionDecoderConfig
 from mlxmm.preprocessing.tokenizers import load_tokenizer, token_length, train_tokenizer
 from mlxmm.storage.hub import local_folder
 from mlxmm.storage.runs import Run, RunConfig, check_free, open_run
-from recipes.parts.captioning import evaluate, fit, report, report_truncation
-from recipes.parts.tower import TowerConfig, tower_or_train
+
+from .parts.captioning import evaluate, fit, report, report_truncation
+from .parts.tower import TowerConfig, tower_or_train
 
 
 @attrs.frozen(kw_only=True)
@@ -45,20 +46,19 @@ def main(config: Config) -> None:
     start = time.perf_counter()
     check_free(config)
     collectives.check_strategy(config.trainer.strategy)
-    data = CaptionData(config.data, config.seed)
-    data.setup()
+    source = open_source(config.data, config.seed)
     run = open_run(config, "train_captioner")
-    captioner, figures = build(config, data, run)
-    figures |= fit(config, captioner, data, run, "captioner")
+    captioner, figures = build(config, source, run)
+    figures |= fit(config, captioner, source, run, "captioner")
     if run.is_global_zero:
-        figures |= evaluate(config, captioner, data, run)
-    report(figures | {"seconds": time.perf_counter() - start}, data, run)
+        figures |= evaluate(config, captioner, source, run)
+    report(figures | {"seconds": time.perf_counter() - start}, source, run)
 
 
-def build(config: Config, data: CaptionData, run: Run) -> tuple[CaptionDecoder, dict]:
+def build(config: Config, source: CaptionSource, run: Run) -> tuple[CaptionDecoder, dict]:
     """The tower that `config.module` names, or one trained on `data`, under a decoder with fresh weights."""
-    vision, figures = tower_or_train(config, data, run)
-    captions = [caption for _, caption in data.sample_texts()]
+    vision, figures = tower_or_train(config, source, run)
+    captions = source.sample_captions()
     if config.tokenizer is None:
         tokenizer = train_tokenizer(captions, config.vocab_size)
     else:
@@ -67,7 +67,7 @@ def build(config: Config, data: CaptionData, run: Run) -> tuple[CaptionDecoder, 
     decoder = attrs.evolve(config.module.decoder, max_position_embeddings=length)
     mx.random.seed(config.seed)
     captioner = CaptionDecoder.from_parts(attrs.evolve(config.module, vision=vision, decoder=decoder), tokenizer)
-    report_truncation(captioner, data, run, "--module.decoder.max-position-embeddings")
+    report_truncation(captioner, source, run, "--module.decoder.max-position-embeddings")
     return captioner, figures
 
 

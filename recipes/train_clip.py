@@ -9,12 +9,13 @@ import attrs
 
 from mlxmm import TrainerConfig
 from mlxmm.cli import read_saved_config, run_recipe
-from mlxmm.data.caption_data import CaptionData, CaptionDataConfig
+from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.modules.contrastive_clip import CLIPConfig
 from mlxmm.networks.towers import TextConfig, VisionConfig
 from mlxmm.optimizers import OptimizerConfig
 from mlxmm.storage.runs import RunConfig, check_free, open_run, table
-from recipes.parts.tower import TowerConfig, train
+
+from .parts.tower import TowerConfig, train
 
 
 @attrs.frozen(kw_only=True)
@@ -66,10 +67,9 @@ PRESETS = {
 
 def main(config: Config) -> None:
     check_free(config)
-    data = CaptionData(config.data, config.seed)
-    data.setup()
+    source = open_source(config.data, config.seed)
     run = open_run(config, "train_clip")
-    clip, figures = train(config.tower, data, run, config.seed)
+    clip, figures = train(config.tower, source, run, config.seed)
     if run.is_global_zero:
         clip.save_pretrained(run.folder / "model")
     run.write_summary(figures)

@@ -6,9 +6,10 @@ python -m recipes.train_language_model
 import attrs
 
 from mlxmm.cli import read_saved_config, run_recipe
-from mlxmm.data.caption_data import CaptionData, CaptionDataConfig
+from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.storage.runs import RunConfig, open_run
-from recipes.parts.language_model import LanguageModelConfig, train
+
+from .parts.language_model import LanguageModelConfig, train
 
 
 @attrs.frozen(kw_only=True)
@@ -20,8 +21,9 @@ class Config(RunConfig):
 
 
 def main(config: Config) -> None:
+    source = open_source(config.data, config.seed)
     run = open_run(config, "train_language_model")
-    model, figures = train(config.lm, CaptionData(config.data, config.seed), run, config.seed)
+    model, figures = train(config.lm, source, run, config.seed)
     if run.is_global_zero:
         model.save_pretrained(run.folder / "model")
     run.write_summary(figures)

@@ -19,7 +19,8 @@ from PIL import Image
 
 from callbacks import CachedFeatures
 from mlxmm import Callback, CaptionDecoder, Trainer
-from mlxmm.data.caption_data import CaptionData, CaptionDataConfig
+from mlxmm.data.caption_data import CaptionData
+from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.modules.caption_decoder import CaptionDecoderConfig
 from mlxmm.networks.clip import CLIPVisionTower
 from mlxmm.networks.decoder import DecoderConfig
@@ -70,7 +71,10 @@ def second_epoch(source: Path, *callbacks: Callback) -> float:
     config = CaptionDecoderConfig(layer=-2, decoder=DecoderConfig(max_position_embeddings=16))
     tower = CLIPVisionTower(TOWER)
     module = CaptionDecoder(config, tower, attrs.asdict(TOWER), ImageProcessor.square(224), tokenizer)
-    data = CaptionData(CaptionDataConfig(source=str(source), split_column="split", batch_size=32), 0, module.transform)
+    data = CaptionData(
+        open_source(CaptionDataConfig(source=str(source), split_column="split", batch_size=32), 0),
+        transform=module.transform,
+    )
     epochs = Epochs()
     trainer = Trainer(max_epochs=2, logger=False, num_sanity_val_steps=0, callbacks=[epochs, *callbacks])
     trainer.fit(module, data)

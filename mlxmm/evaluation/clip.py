@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mlxmm.data.caption_data import CaptionData
+from mlxmm.data.caption_source import CaptionSource
 from mlxmm.data.sources.shapes import names_several, single_objects
 from mlxmm.evaluation.clip_features import retrieve
 from mlxmm.evaluation.prompt_templates import TEMPLATES
@@ -12,14 +12,14 @@ from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 NUM_EACH = 10  # new pictures of each object of `shapes`
 
 
-def evaluate_shapes(clip: ContrastiveCLIP, data: CaptionData, seed: int) -> dict[str, float]:
+def evaluate_shapes(clip: ContrastiveCLIP, source: CaptionSource, seed: int) -> dict[str, float]:
     """Zero-shot accuracy on `shapes`: of single objects by name, and of two objects by their whole caption, among
     all such captions of the test part, whose combinations were seen in training or not."""
-    images, labels = zip(*labelled_objects(data, seed))
-    names = [str(thing) for thing in data.grammar.trainable_things()]
+    images, labels = zip(*labelled_objects(source, seed))
+    names = [str(thing) for thing in source.grammar.trainable_things()]
     figures = _accuracy("accuracy", clip, names, images, labels)
-    for part in data.test_parts:
-        rows = [row for row in data.rows[part] if names_several(row["captions"][0])]
+    for part in source.test_splits:
+        rows = [row for row in source.rows[part] if names_several(row["captions"][0])]
         captions = [row["captions"][0] for row in rows]
         name = "pairs" + part.removeprefix("test")
         figures |= _accuracy(name, clip, sorted(set(captions)), [row["image"] for row in rows], captions)
@@ -38,8 +38,8 @@ def _accuracy(name: str, clip: ContrastiveCLIP, names: list[str], images: Sequen
     return {f"zero_shot/{name}": figures["top1"], f"zero_shot/{name}_chance": figures["top1_chance"]}
 
 
-def labelled_objects(data: CaptionData, seed: int) -> list[tuple]:
-    return [(image, str(thing)) for image, thing in single_objects(data.grammar, seed, NUM_EACH)]
+def labelled_objects(source: CaptionSource, seed: int) -> list[tuple]:
+    return [(image, str(thing)) for image, thing in single_objects(source.grammar, seed, NUM_EACH)]
 
 
 def with_prefix(name: str, figures: dict[str, float]) -> dict[str, float]:

@@ -1,8 +1,7 @@
 """What the recipes that train a captioner share: training, judging, reporting."""
 
 import attrs
-
-from callbacks import (
+from mlxmm.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     ModelSummary,
@@ -10,8 +9,10 @@ from callbacks import (
     SyntheticRefresh,
     TQDMProgressBar,
 )
+
 from mlxmm import Callback, Trainer
 from mlxmm.data.caption_data import CaptionData
+from mlxmm.data.caption_source import CaptionSource
 from mlxmm.evaluation.caption_metrics import bleu, exact_match
 from mlxmm.evaluation.contact_sheet import contact_sheet
 from mlxmm.modules.captioning_module import CaptioningModule
@@ -21,19 +22,19 @@ from mlxmm.storage.runs import Run
 SHEET_ROWS = 24
 
 
-def report_truncation(captioner: CaptioningModule, data: CaptionData, run: Run, flag: str) -> None:
+def report_truncation(captioner: CaptioningModule, source: CaptionSource, run: Run, flag: str) -> None:
     """Print how many of the first captions are longer than those that `captioner` learns; `flag` says how long."""
-    texts, length = [caption for _, caption in data.sample_texts()], captioner.max_new_tokens
+    texts, length = source.sample_captions(), captioner.max_new_tokens
     tokens = captioner.tokenizer(texts, add_special_tokens=False)["input_ids"]
     if num_cut := sum(len(ids) >= length for ids in tokens):
         run.print(f"cut: {num_cut} of {len(texts)} captions do not end within {length} tokens, see {flag}")
 
 
-def fit(config, captioner: CaptioningModule, data: CaptionData, run: Run, name: str, *callbacks: Callback) -> dict:
+def fit(config, captioner: CaptioningModule, source: CaptionSource, run: Run, name: str, *callbacks: Callback) -> dict:
     """Train a captioner with the callbacks that all have; returns the figures of the run's end."""
-    data.transform, data.collate = captioner.transform, captioner.collate
-    refresh = [SyntheticRefresh(data.fresh_rows)] if data.is_synthetic else []
-    samples = [SampleCaptions(data.rows["val"])] if config.trainer.strategy != "fsdp" else []
+    data = CaptionData(source, transform=captioner.transform, collate=captioner.collate)
+    refresh = [SyntheticRefresh(source.fresh_rows)] if source.is_synthetic else []
+    samples = [SampleCaptions(source.rows["val"])] if config.trainer.strategy != "fsdp" else []
     trainer = Trainer(
         attrs.evolve(config.trainer, seed=config.seed, default_root_dir=run.folder),
         callbacks=[
@@ -50,11 +51,11 @@ def fit(config, captioner: CaptioningModule, data: CaptionData, run: Run, name: 
     return dict(trainer.callback_metrics)
 
 
-def evaluate(config, captioner: CaptioningModule, data: CaptionData, run: Run) -> dict:
+def evaluate(config, captioner: CaptioningModule, source: CaptionSource, run: Run) -> dict:
     """Caption every test part; the control gives each picture's caption to another picture."""
     figures = {}
-    for part in data.test_parts:
-        rows = [data.rows[part][i] for i in range(min(config.max_test, len(data.rows[part])))]
+    for part in source.test_splits:
+        rows = [source.rows[part][i] for i in range(min(config.max_test, len(source.rows[part])))]
         captions = captioner.caption([row["image"] for row in rows])
         references = [row["captions"] for row in rows]
         name = part.removeprefix("test")
@@ -69,8 +70,8 @@ def evaluate(config, captioner: CaptioningModule, data: CaptionData, run: Run) -
     return figures
 
 
-def report(figures: dict, data: CaptionData, run: Run) -> None:
+def report(figures: dict, source: CaptionSource, run: Run) -> None:
     """Write summary.json, and print the figures and where to look."""
-    run.write_summary(figures | {"data/skipped": len(data.skipped), "data/skipped_rows": data.skipped})
+    run.write_summary(figures | {"data/skipped": len(source.skipped), "data/skipped_rows": source.skipped})
     run.print("\n".join(f"{name:<36}{value:>10.4f}" for name, value in figures.items()))
     run.print(f"samples: {run.folder / 'samples.png'}\ncurves: tensorboard --logdir {run.folder}")

@@ -3,11 +3,11 @@
 import attrs
 import mlx.core as mx
 from attrs.validators import ge
+from mlxmm.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, TQDMProgressBar
 
-from callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, TQDMProgressBar
 from mlxmm import Trainer, TrainerConfig
 from mlxmm.config import option
-from mlxmm.data.caption_data import CaptionData
+from mlxmm.data.caption_source import CaptionSource
 from mlxmm.data.loader import Loader
 from mlxmm.modules.text_model import TextModel, TextModelConfig
 from mlxmm.preprocessing.tokenizers import token_length, train_tokenizer
@@ -24,16 +24,15 @@ class LanguageModelConfig:
     trainer: TrainerConfig = TrainerConfig(max_steps=250)
 
 
-def train(config: LanguageModelConfig, data: CaptionData, run: Run, seed: int) -> tuple[TextModel, dict]:
+def train(config: LanguageModelConfig, source: CaptionSource, run: Run, seed: int) -> tuple[TextModel, dict]:
     """Train a language model on the text of `data`; returns it with the figures of the run's end."""
-    data.setup()
-    sample = [f"{notes} {caption}" for notes, caption in data.sample_texts()]
+    sample = [f"{notes} {caption}" for notes, caption in source.sample_texts()]
     tokenizer = train_tokenizer(sample, config.vocab_size)
     longest = token_length(tokenizer, sample) + 2  # start and end
     mx.random.seed(seed)
     model = TextModel(attrs.evolve(config.module, max_tokens=longest), tokenizer)
     loader = Loader(
-        rows=data.texts(),
+        rows=source.texts(),
         transform=lambda text, rng: model.transform(text),
         batch_size=config.batch_size,
         seed=seed,

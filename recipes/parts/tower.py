@@ -6,17 +6,18 @@ from pathlib import Path
 import attrs
 import mlx.core as mx
 from attrs.validators import ge
-
-from callbacks import (
+from mlxmm.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     ModelSummary,
     SyntheticRefresh,
     TQDMProgressBar,
 )
+
 from mlxmm import Trainer, TrainerConfig
 from mlxmm.config import option, to_json
 from mlxmm.data.caption_data import CaptionData
+from mlxmm.data.caption_source import CaptionSource
 from mlxmm.evaluation.clip import evaluate_shapes, retrieval_figures
 from mlxmm.modules.contrastive_clip import CLIPConfig, ContrastiveCLIP
 from mlxmm.preprocessing.images import ImageProcessor
@@ -26,12 +27,12 @@ from mlxmm.storage.cache import cached
 from mlxmm.storage.runs import Run
 
 
-def tower_or_train(config, data: CaptionData, run: Run) -> tuple[str, dict]:
+def tower_or_train(config, source: CaptionSource, run: Run) -> tuple[str, dict]:
     """The tower that `config.module` names, or one trained on `data`, now or in an earlier run, with its figures."""
     if config.module.vision is not None:
         return config.module.vision, {}
     key = [*data_key(config), to_json(config.tower)]
-    folder = cached("tower", key, lambda to: _train_tower(config, data, run, to))
+    folder = cached("tower", key, lambda to: _train_tower(config, source, run, to))
     return str(folder), read_figures(folder, "zero_shot/accuracy")
 
 
@@ -39,8 +40,8 @@ def data_key(config) -> list:
     return [to_json(config.data), config.seed]
 
 
-def _train_tower(config, data: CaptionData, run: Run, folder: Path) -> None:
-    clip, figures = train(config.tower, data, run.subrun("tower"), config.seed)
+def _train_tower(config, source: CaptionSource, run: Run, folder: Path) -> None:
+    clip, figures = train(config.tower, source, run.subrun("tower"), config.seed)
     clip.save_pretrained(folder)
     write_json(folder / "figures.json", figures)
 
@@ -66,12 +67,11 @@ class TowerConfig:
     trainer: TrainerConfig = TrainerConfig(max_steps=700)
 
 
-def train(config: TowerConfig, data: CaptionData, run: Run, seed: int) -> tuple[ContrastiveCLIP, dict]:
+def train(config: TowerConfig, source: CaptionSource, run: Run, seed: int) -> tuple[ContrastiveCLIP, dict]:
     """Train a CLIP on `data`; returns it with the figures of the run's end."""
-    data.setup()
-    clip = build(config, data, seed)
-    data.transform = clip.transform
-    refresh = [SyntheticRefresh(data.fresh_rows)] if data.is_synthetic else []
+    clip = build(config, source, seed)
+    data = CaptionData(source, transform=clip.transform)
+    refresh = [SyntheticRefresh(source.fresh_rows)] if source.is_synthetic else []
     trainer = Trainer(
         attrs.evolve(config.trainer, seed=seed, default_root_dir=run.folder),
         callbacks=[
@@ -85,12 +85,12 @@ def train(config: TowerConfig, data: CaptionData, run: Run, seed: int) -> tuple[
     )
     trainer.fit(clip, data, ckpt_path=run.ckpt_path)
     figures = dict(trainer.callback_metrics)
-    if data.is_synthetic and run.is_global_zero:
-        figures |= evaluate_shapes(clip, data, seed) | retrieval_figures(clip, data.rows["test"])
+    if source.is_synthetic and run.is_global_zero:
+        figures |= evaluate_shapes(clip, source, seed) | retrieval_figures(clip, source.rows["test"])
     return clip, figures
 
 
-def build(config: TowerConfig, data: CaptionData, seed: int) -> ContrastiveCLIP:
+def build(config: TowerConfig, source: CaptionSource, seed: int) -> ContrastiveCLIP:
     """A CLIP with fresh weights, and a tokenizer trained on the captions of `data`; or one that is there already,
     for pictures of the size that the configuration says."""
     size = config.module.vision.image_size
@@ -99,7 +99,7 @@ def build(config: TowerConfig, data: CaptionData, seed: int) -> ContrastiveCLIP:
         clip.resize_images(size)
         clip.config = attrs.evolve(clip.config, **{name: getattr(config.module, name) for name in TRAINING_SETTINGS})
         return clip
-    captions = [caption for _, caption in data.sample_texts()]
+    captions = source.sample_captions()
     tokenizer = train_tokenizer(captions, config.vocab_size, adds_start_and_end=True)
     text = attrs.evolve(
         config.module.text,
@@ -108,7 +108,7 @@ def build(config: TowerConfig, data: CaptionData, seed: int) -> ContrastiveCLIP:
         max_position_embeddings=min(config.max_tokens, token_length(tokenizer, captions)),
     )
     processor = ImageProcessor.square(size)
-    if data.is_synthetic:
+    if source.is_synthetic:
         processor = attrs.evolve(processor, mean=LIGHT_MEAN, std=UNIT_STD)
     mx.random.seed(seed)
     return ContrastiveCLIP(attrs.evolve(config.module, text=text), tokenizer, processor)

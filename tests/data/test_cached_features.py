@@ -8,7 +8,8 @@ from test_captioner import make
 
 from callbacks import CachedFeatures, FreezeSchedule
 from mlxmm import Trainer
-from mlxmm.data.caption_data import CaptionData, CaptionDataConfig
+from mlxmm.data.caption_data import CaptionData
+from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.data.sources import shapes
 from mlxmm.data.sources.shapes import ShapesConfig
 from mlxmm.errors import UserError
@@ -27,7 +28,7 @@ def drawn(monkeypatch):
 def fit(*callbacks, module=None, max_epochs=3, random_crop=False, **settings):
     module = module or make(**settings)
     config = CaptionDataConfig(shapes=SHAPES, batch_size=16, random_crop=random_crop)
-    data = CaptionData(config, 0, module.transform)
+    data = CaptionData(open_source(config, 0), transform=module.transform)
     trainer = Trainer(max_epochs=max_epochs, logger=False, callbacks=callbacks, num_sanity_val_steps=0)
     trainer.fit(module, data)
     return module, data, trainer
@@ -67,7 +68,10 @@ def test_what_is_stale_is_computed_again(tmp_path, change):
         module.vision.embeddings.class_embedding = module.vision.embeddings.class_embedding + 1e-3
     if change == "preprocessing":
         module.processor = attrs.evolve(module.processor, mean=(0.5, 0.5, 0.5))
-    data = CaptionData(CaptionDataConfig(shapes=SHAPES, batch_size=16), int(change == "pictures"), module.transform)
+    data = CaptionData(
+        open_source(CaptionDataConfig(shapes=SHAPES, batch_size=16), int(change == "pictures")),
+        transform=module.transform,
+    )
     Trainer(max_epochs=1, logger=False, callbacks=[CachedFeatures(tmp_path)]).fit(module, data)
     assert len(set(tmp_path.iterdir()) - before) == 2  # of training and of validation
 

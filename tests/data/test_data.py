@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlxmm.data.caption_data import CaptionData, CaptionDataConfig
+from mlxmm.data.caption_data import CaptionData
+from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.data.loader import Loader
 from mlxmm.data.sources.shapes import ShapesConfig, ShapesGrammar, ShapesTexts
 from mlxmm.errors import UserError
@@ -99,8 +100,9 @@ def test_five_captions_train_one_a_picture_and_the_first_validates(make_parquet)
     path = make_parquet([png()] * 8, captions, split=["train"] * 6 + ["val", "test"])
     config = CaptionDataConfig(source=path, split_column="split", batch_size=6)
     seen = []
-    data = CaptionData(config, 0, lambda row, caption: seen.append(caption) or {"x": np.zeros(1)})
-    data.setup()
+    data = CaptionData(
+        open_source(config, 0), transform=lambda row, caption: seen.append(caption) or {"x": np.zeros(1)}
+    )
     for epoch in range(8):
         list(data.train_dataloader().epoch(epoch))
     assert len(seen) == 48 and {caption.split()[1] for caption in seen} == set("012345")
@@ -108,7 +110,7 @@ def test_five_captions_train_one_a_picture_and_the_first_validates(make_parquet)
     seen.clear()
     list(data.val_dataloader().epoch(0))
     assert seen == ["picture 6 caption 0"]
-    assert len(data.texts()) == 30
+    assert len(data.source.texts()) == 30
 
 
 def test_an_image_folder_is_read_with_its_captions(tmp_path):
@@ -117,8 +119,7 @@ def test_an_image_folder_is_read_with_its_captions(tmp_path):
         (tmp_path / f"{i}.png").write_bytes(png())
         lines.append(json.dumps({"file_name": f"{i}.png", "caption": f"picture {i}"}))
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    data = CaptionData(CaptionDataConfig(source=str(tmp_path)), 0)
-    data.setup()
+    data = open_source(CaptionDataConfig(source=str(tmp_path)), 0)
     assert [len(data.rows[split]) for split in ("train", "val", "test")] == [36, 2, 2]
     assert data.rows["train"][0]["captions"][0].startswith("picture")
 
@@ -126,14 +127,9 @@ def test_an_image_folder_is_read_with_its_captions(tmp_path):
 def test_a_picture_that_cannot_be_decoded_is_skipped_and_named(make_parquet, capsys):
     images = [png()] * 200
     images[7] = png()[:60]
-    data = CaptionData(
-        CaptionDataConfig(
-            source=make_parquet(images, split=["train"] * 180 + ["val", "test"] * 10), split_column="split"
-        ),
-        0,
-    )
-    data.setup()
-    assert len(data.rows["train"]) == 179 and data.skipped == ["7.png (row 7)"]
+    path = make_parquet(images, split=["train"] * 180 + ["val", "test"] * 10)
+    data = open_source(CaptionDataConfig(source=path, split_column="split"), 0)
+    assert len(data.rows["train"]) == 179 and data.skipped == ("7.png (row 7)",)
     assert "7.png" in capsys.readouterr().out
 
 
@@ -143,15 +139,14 @@ def test_more_than_one_bad_picture_in_a_hundred_stops_the_run_and_names_five(mak
         source=make_parquet(images, split=["val", "test"] * 10 + ["train"] * 80), split_column="split"
     )
     with pytest.raises(UserError, match=r"6 of 80 .*94\.png.*98\.png") as caught:
-        CaptionData(config, 0).setup()
+        open_source(config, 0)
     assert "99.png" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_caption_missing_in_a_hundred_rows_is_skipped_and_named(make_parquet, capsys):
     captions = [["", "  "] if i == 7 else [f"picture {i}", ""] for i in range(220)]
-    data = CaptionData(CaptionDataConfig(source=make_parquet([png()] * 220, captions)), 0)
-    data.setup()
-    assert data.skipped == ["7.png (row 7)"] and "skipped, has no caption: 7.png (row 7)\n" in capsys.readouterr().out
+    data = open_source(CaptionDataConfig(source=make_parquet([png()] * 220, captions)), 0)
+    assert data.skipped == ("7.png (row 7)",) and "skipped, has no caption: 7.png (row 7)\n" in capsys.readouterr().out
     assert sum(map(len, data.rows.values())) == 219 and "picture 8" in data.rows["train"].captions()
 
 
@@ -160,12 +155,11 @@ def test_pictures_that_the_metadata_do_not_name_are_counted_and_named(tmp_path, 
         (tmp_path / f"{i:02}.png").write_bytes(png())
     lines = [json.dumps({"file_name": f"{i:02}.png", "caption": "a thing"}) for i in range(10)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    data = CaptionData(CaptionDataConfig(source=str(tmp_path)), 0)
-    data.setup()
+    open_source(CaptionDataConfig(source=str(tmp_path)), 0)
     names = f"{tmp_path / '10.png'}, {tmp_path / '11.png'}"
     assert f"skipped, 2 pictures that the metadata do not name: {names}\n" in capsys.readouterr().out
     (tmp_path / "10.png").unlink(), (tmp_path / "11.png").unlink()
-    CaptionData(CaptionDataConfig(source=str(tmp_path)), 0).setup()
+    open_source(CaptionDataConfig(source=str(tmp_path)), 0)
     assert "skipped" not in capsys.readouterr().out
 
 
@@ -180,7 +174,7 @@ def test_pictures_that_the_metadata_do_not_name_are_counted_and_named(tmp_path, 
 def test_a_source_that_does_not_fit_is_one_clear_line(make_parquet, settings, message):
     config = CaptionDataConfig(**({"source": make_parquet([png()] * 4)} | settings))
     with pytest.raises(UserError, match=message) as caught:
-        CaptionData(config, 0).setup()
+        open_source(config, 0)
     assert "\n" not in str(caught.value)
 
 

@@ -17,7 +17,8 @@ from small_clip import small_clip
 
 from callbacks import CachedFeatures
 from mlxmm import Trainer
-from mlxmm.data.caption_data import CaptionData, CaptionDataConfig
+from mlxmm.data.caption_data import CaptionData
+from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.tokenizers import train_tokenizer
@@ -71,8 +72,7 @@ def opened(source, seed=0, **settings) -> CaptionData:
     config = CaptionDataConfig(
         **({"source": source, "batch_size": 6, "streaming": True, "shuffle_buffer": 8} | settings)
     )
-    data = CaptionData(config, seed, transform)
-    data.setup()
+    data = CaptionData(open_source(config, seed), transform=transform)
     return data
 
 
@@ -96,12 +96,12 @@ def test_a_stream_gives_each_row_of_the_files_once_in_whole_batches(make_folder,
             assert (pixels == (i, 255 - i, 7)).all()  # the picture of its caption
     assert [len(data.rows[split]) for split in ("val", "test")] == [4, 6]
     assert data.rows["test"][3]["captions"] == [f"picture 203 caption {j}" for j in range(5)]
-    assert len(seen(opened(data.config.source))) == 36  # 40 rows in sixes: what is left over makes no batch
+    assert len(seen(opened(data.source.config.source))) == 36  # 40 rows in sixes: what is left over makes no batch
 
 
 def test_another_epoch_or_seed_is_another_order_with_other_captions(make_folder):
     data = opened(make_folder(), batch_size=8)
-    orders = [seen(data), seen(data, epoch=1), seen(opened(data.config.source, seed=1, batch_size=8))]
+    orders = [seen(data), seen(data, epoch=1), seen(opened(data.source.config.source, seed=1, batch_size=8))]
     assert len({tuple(order) for order in [*orders, list(range(NUM_TRAIN))]}) == 4
     captions = [np.concatenate([b["caption"] for b in data.train_dataloader().epoch(i)]) for i in range(4)]
     assert set(np.concatenate(captions)) == {0, 1, 2, 3, 4}
@@ -115,7 +115,7 @@ def test_an_epoch_resumed_gives_the_batches_it_would_have_given(make_folder, bro
     data = opened(make_folder(broken), random_crop=True)
     whole = list(data.train_dataloader().epoch(2))
     for start in (0, 1, 4):
-        again = opened(data.config.source, random_crop=True)  # as another process would
+        again = opened(data.source.config.source, random_crop=True)  # as another process would
         assert_same(again.train_dataloader().epoch(2, start), whole[start:])
 
 
@@ -180,7 +180,7 @@ def test_a_column_of_classes_and_a_folder_of_images_are_streamed_too(tmp_path):
     table = table.cast_column("label", labels).cast_column("image", datasets.Image(decode=False))
     table.to_parquet(tmp_path / "classes.parquet")
     data = opened(str(tmp_path / "classes.parquet"), caption_column="label", split_column="split")
-    assert [caption for _, caption in data.sample_texts()] == ["cat", "dog"] * 2
+    assert [caption for _, caption in data.source.sample_texts()] == ["cat", "dog"] * 2
 
 
 def test_pictures_in_an_archive_are_fetched_from_it(tmp_path):
@@ -208,7 +208,7 @@ def test_pictures_that_come_decoded_as_from_the_hub_are_decoded_here_instead(mak
 
 
 def test_the_first_captions_train_a_tokenizer(make_folder):
-    texts = [caption for _, caption in opened(make_folder()).sample_texts(12)]
+    texts = [caption for _, caption in opened(make_folder()).source.sample_texts(12)]
     assert texts == [f"picture {i} caption {j}" for i in (0, 1, 2) for j in range(5)][:12]
     assert len(train_tokenizer(texts, 300)) > 256
 
@@ -284,15 +284,15 @@ def test_what_needs_all_rows_at_once_is_refused(make_folder, tmp_path):
     clip, data = small_clip(), opened(make_folder())
     data.transform = clip.transform
     with pytest.raises(UserError, match="a language model is not trained on a stream"):
-        data.texts()
+        data.source.texts()
     clip.freeze()
     trainer = Trainer(max_steps=1, logger=False, callbacks=[CachedFeatures(tmp_path, tower="network")])
     with pytest.raises(UserError, match="features of a stream cannot be cached"):
         trainer.fit(clip, data)
     with pytest.raises(UserError, match="--labels reads all training pictures"):
-        evaluate_clip._check(evaluate_clip.Config(data=data.config, labels=True), data)
+        evaluate_clip._check(evaluate_clip.Config(data=data.source.config, labels=True), data.source)
     with pytest.raises(UserError, match="--split train: choose one of val, test"):
-        data.check_split("train")
+        data.source.require_split("train")
 
 
 def test_a_row_without_a_caption_is_passed_over_and_named(tmp_path, capsys):

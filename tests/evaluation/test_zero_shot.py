@@ -15,7 +15,7 @@ from small_clip import small_clip
 
 from mlxmm import ZeroShotClassifier
 from mlxmm.compute.layer_calls import replaced_calls
-from mlxmm.data.caption_data import CaptionData, CaptionDataConfig
+from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.errors import UserError
 from mlxmm.evaluation.prompt_templates import IMAGENET_7, IMAGENET_80, TEMPLATES
 
@@ -199,8 +199,7 @@ def test_the_first_picture_of_each_class_of_a_column_is_classified_by_first_capt
     }
     table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     table.to_parquet(tmp_path / "rows.parquet")
-    data = CaptionData(CaptionDataConfig(source=str(tmp_path / "rows.parquet"), split_column="split"), 0)
-    data.setup()
+    data = open_source(CaptionDataConfig(source=str(tmp_path / "rows.parquet"), split_column="split"), 0)
     clip, config = small_clip(), evaluate_clip.Config(data=data.config, class_column="kind", templates="a {}")
     figures = evaluate_clip.evaluate(config, clip, data)
     names = ["thing 10", "thing 11", "thing 13"]  # of the classes a, b, c of the test split

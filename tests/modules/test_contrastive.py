@@ -11,7 +11,8 @@ from PIL import Image
 from small_clip import SIGLIP, pairs, small_clip
 
 from mlxmm.compute.dropout import PatchDropout
-from mlxmm.data.caption_data import CaptionData, CaptionDataConfig
+from mlxmm.data.caption_data import CaptionData
+from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.data.sources.shapes import ShapesConfig
 from mlxmm.losses import clip_loss
 from mlxmm.preprocessing.images import random_square
@@ -119,8 +120,8 @@ def test_crops_are_a_function_of_seed_epoch_and_place_and_no_picture_comes_twice
 
     def epochs(*numbers, start=0, random_crop=True):
         config = CaptionDataConfig(batch_size=6, random_crop=random_crop, shapes=ShapesConfig())
-        data = CaptionData(config, 5, transform)
-        data.rows = {"train": Wide()}
+        data = CaptionData(open_source(config, 5), transform=transform)
+        data.replace_rows("train", Wide())
         loader = data.train_dataloader()
         return [
             [{name: np.array(array) for name, array in batch.items()} for batch in loader.epoch(number, start)]

@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxmm import ContrastiveCLIP, Qwen3Aligner
-from mlxmm.data.caption_data import CaptionData, CaptionDataConfig
+from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.data.sources.shapes import ShapesConfig
 from mlxmm.errors import UserError
 from mlxmm.losses import siglip_loss
@@ -124,7 +124,7 @@ def test_a_run_can_go_on_from_a_clip_at_another_image_size():
     )
     before = ContrastiveCLIP.from_pretrained(config.pretrained)
     images = mx.random.normal((2, 32, 32, 3))
-    module = build(config, CaptionData(CaptionDataConfig(shapes=ShapesConfig()), 0), 0)
+    module = build(config, open_source(CaptionDataConfig(shapes=ShapesConfig()), 0), 0)
     assert module.config.vision.image_size == module.processor.image_size == 32
     assert len(module.vision.embeddings.position_embedding.weight) == 1 + 16
     assert mx.allclose(module.encode_image(images), before.encode_image(images), atol=1e-5)
