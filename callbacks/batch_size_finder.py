@@ -92,7 +92,7 @@ class BatchSizeFinder(Callback):
             raise UserError(f"BatchSizeFinder: {kind} has no {self.attribute!r}; name its `attribute`") from None
 
     def _set(self, trainer, size: int) -> None:
-        trainer.datamodule = _replaced(trainer.datamodule, self.attribute, size)
+        trainer.replace_datamodule(_replaced(trainer.datamodule, self.attribute, size))
 
     def state_dict(self):
         return {"batch_size": self.batch_size}

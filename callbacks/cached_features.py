@@ -27,8 +27,6 @@ class CachedFeatures(Callback):
     are read again; to open it within an epoch is an error. Needs a datamodule with `rows`, as CaptionData is.
     """
 
-    needs_whole_layers = True  # rank 0 calls them alone
-
     folder: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path))
     splits: Sequence[str] = ("train", "val")
     tower: str = attrs.field(default="vision", kw_only=True)

@@ -8,6 +8,7 @@ from attrs.validators import ge, le
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxmm.compute.compiled import can_compile
+from mlxmm.errors import UserError
 from mlxmm.training.callback import Callback
 from mlxmm.training.trainable import trainable_names
 
@@ -25,8 +26,6 @@ class EMAWeightAveraging(Callback):
     "raw_weights", from which a resumed run goes on.
     """
 
-    needs_whole_layers = True  # averages of shards would outlive the shards
-
     decay: float = attrs.field(default=0.999, validator=[ge(0), le(1)])
     update_every_n_steps: int = attrs.field(default=1, validator=ge(1), kw_only=True)
     update_starting_at_step: int = attrs.field(default=0, validator=ge(0), kw_only=True)
@@ -38,6 +37,8 @@ class EMAWeightAveraging(Callback):
     _averaged: Callable | None = attrs.field(default=None, init=False)
 
     def setup(self, trainer, module, stage):
+        if trainer.config.strategy == "fsdp":  # averages of shards would outlive the shards
+            raise UserError("EMAWeightAveraging averages whole layers, which strategy fsdp does not have: use ddp")
         if stage == "fit" or module is not self._module:
             self.n_averaged, self.averages, self._raw, self._stays = 0, {}, None, False
         self._module = module

@@ -31,4 +31,4 @@ class GradientAccumulationScheduler(Callback):
 
     def on_train_epoch_start(self, trainer, module):
         begun = [epoch for epoch in self.scheduling if epoch <= trainer.current_epoch]
-        trainer.accumulate_grad_batches = self.scheduling[max(begun)] if begun else 1
+        trainer.accumulate(self.scheduling[max(begun)] if begun else 1)

@@ -8,23 +8,20 @@ from mlxmm.training.callback import Callback
 
 
 class SampleCaptions(Callback):
-    """After each validation: the pictures of a few rows, and expected and given captions as text.
+    """After each validation: the pictures of a few rows, and expected and generated captions as text.
 
-    The update's random key is a function of the step, so what is sampled here cannot change training.
+    Every rank captions them, since the layers of strategy fsdp are gathered by all; rank 0 writes. The random key of
+    an update is a function of the step, so what is sampled here cannot change training.
     """
-
-    needs_whole_layers = True  # rank 0 calls them alone
 
     def __init__(self, rows: Sequence, num_samples: int = 8):
         self.rows, self.num_samples = rows, num_samples
 
     def on_validation_end(self, trainer, module, metrics):
-        if not trainer.is_global_zero:
-            return
         rows = [self.rows[i] for i in range(min(self.num_samples, len(self.rows)))]
         captions = module.caption([row["image"] for row in rows])
-        lines = [f"| {i} | {row['captions'][0]} | {said} |" for i, (row, said) in enumerate(zip(rows, captions))]
-        table = "\n".join(["| | expected | said |", "| --- | --- | --- |", *lines])
+        lines = [f"| {i} | {row['captions'][0]} | {text} |" for i, (row, text) in enumerate(zip(rows, captions))]
+        table = "\n".join(["| | expected | generated |", "| --- | --- | --- |", *lines])
         pixels = np.stack([module.processor.pixels(row["image"]) for row in rows])
         for logger in trainer.loggers:
             logger.log_images("samples", pixels, trainer.global_step)

@@ -10,7 +10,6 @@ from mlx.utils import tree_flatten
 
 from mlxmm.distributed import collectives
 from mlxmm.training.callback import Callback
-from mlxmm.training.profiler import NoProfiler, Profiler
 
 
 def leading_axis(batch) -> int:
@@ -44,10 +43,8 @@ class ThroughputMonitor(Callback):
         return deque(maxlen=self.window_size)
 
     def on_train_start(self, trainer, module):
-        if isinstance(trainer.profiler, NoProfiler):
-            trainer.profiler = Profiler()  # the Trainer alone can tell when it waits for data
         self._window.clear()
-        self._waited = trainer.profiler.seconds["data"]
+        self._waited = trainer.measure_phases().seconds["data"]  # the Trainer alone can tell when it waits for data
 
     def on_train_batch_start(self, trainer, module, batches):
         self._started = time.perf_counter()

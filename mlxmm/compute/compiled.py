@@ -29,21 +29,22 @@ class Compiled:
 
     def __call__(self, *args):
         shapes = tuple(_shape(leaf) for _, leaf in tree_flatten(args))
-        variant = self._variants.get(shapes)
-        if variant is None:
-            return self._trace(shapes, args)
-        self._variants.move_to_end(shapes)
-        return variant(*args)
-
-    def _trace(self, shapes: tuple, args):
+        if (variant := self._variants.get(shapes)) is not None:
+            self._variants.move_to_end(shapes)
+            return variant(*args)
         restore = snapshot(self._state)
-        # MLX knows compiled functions by the identity of what they compile: each variant needs a function of its own.
-        variant = mx.compile(lambda *a: self._function(*a), inputs=self._state, outputs=self._state)
+        # MLX identifies a compiled function by the object it was made from: each variant needs an object of its own.
+        variant = mx.compile(functools.partial(self._function), inputs=self._state, outputs=self._state)
         try:
-            outputs = variant(*args)
+            outputs = variant(*args)  # traces: this is the call that runs `function` as Python
         except BaseException:
             restore()  # MLX leaves its tracers in the state, which nothing can evaluate
             raise
+        self._keep(shapes, variant)
+        return outputs
+
+    def _keep(self, shapes: tuple, variant: Callable) -> None:
+        """Keep a new variant, in place of the one that was not used for the longest time."""
         if len(self._variants) == self._most:
             self._variants.popitem(last=False)
         self._variants[shapes] = variant
@@ -52,9 +53,8 @@ class Compiled:
             warnings.warn(
                 f"more than {self._most} batch shapes: those used least are compiled again when they return. "
                 "Pad to fewer lengths, or raise max_compiled_variants",
-                stacklevel=3,
+                stacklevel=4,
             )
-        return outputs
 
 
 @attrs.frozen

@@ -1,6 +1,7 @@
-"""Half precision: where numbers are bfloat16, and where they stay float32."""
+"""Mixed precision: where numbers are bfloat16, and where they stay float32."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 
 import mlx.core as mx
 from mlx.utils import tree_map
@@ -13,23 +14,21 @@ def to_bfloat16(tree):
     return tree_map(lambda x: x.astype(mx.bfloat16) if x.dtype == mx.float32 else x, tree)
 
 
-def autocast(module, step: Callable, precision: str) -> Callable:
-    """`step(batch)`, computed in bfloat16 from the module's float32 weights where `precision` is "bf16-mixed".
+@contextlib.contextmanager
+def autocast(module, precision: str) -> Iterator[None]:
+    """Within the block, where `precision` is "bf16-mixed", the module's float32 weights are bfloat16.
 
-    Gradients come back in float32, to the float32 weights. Networks cast their inputs to the type of their weights.
+    Gradients come back in float32, to the float32 weights. Networks cast their inputs to the dtype of their weights.
     """
     if precision != "bf16-mixed":
-        return step
-
-    def run(batch):
-        own = module.parameters()
-        cast = to_bfloat16(own)
-        module.update(cast)
-        try:
-            return step(batch)
-        finally:
-            # What the step itself wrote (running means) stays, in the type it had.
-            keep = lambda now, cast, own: own if now is cast else now.astype(own.dtype)
-            module.update(tree_map(keep, module.parameters(), cast, own))
-
-    return run
+        yield
+        return
+    own = module.parameters()
+    cast = to_bfloat16(own)
+    module.update(cast)
+    try:
+        yield
+    finally:
+        # What the block itself wrote (running means) stays, in the dtype it had.
+        keep = lambda now, cast, own: own if now is cast else now.astype(own.dtype)
+        module.update(tree_map(keep, module.parameters(), cast, own))

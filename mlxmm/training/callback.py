@@ -15,7 +15,6 @@ class Callback:
     """
 
     saves_checkpoints = False  # such callbacks come last: what they save includes what the others did
-    needs_whole_layers = False  # such callbacks cannot work with strategy fsdp, under which processes have shards
 
     def setup(self, trainer, module, stage) -> None:
         """Before anything else of `fit`, `validate`, `test` or `predict` (the `stage`)."""

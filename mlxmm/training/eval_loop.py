@@ -27,7 +27,7 @@ class Evaluator:
             return {}
         with trainer.profiler.phase(stage), evaluating(trainer.module):
             step, total = self._step(stage), None
-            for batch, counts in self._lockstep(self._with_hooks(stage, loader, limit)):
+            for batch, counts in trainer.strategy.lockstep(self._with_hooks(stage, loader, limit)):
                 sums = step(batch)
                 total = add_sums(total, sums) if counts else total
                 mx.eval(sums, total)
@@ -61,7 +61,7 @@ class Evaluator:
         with isolated_random_state(), evaluating(self.trainer.module):
             self.call("on_sanity_check_start")
             step = self._step("validation")
-            for batch, _ in self._lockstep(batches.epoch(loader, 0, limit=limit)):
+            for batch, _ in self.trainer.strategy.lockstep(batches.epoch(loader, 0, limit=limit)):
                 mx.eval(step(batch))
             self.call("on_sanity_check_end")
 
@@ -73,10 +73,6 @@ class Evaluator:
             self.call(f"on_{stage}_batch_start", batch, batch_idx)
             yield batch
             self.call(f"on_{stage}_batch_end", batch, batch_idx)
-
-    def _lockstep(self, loaded: Iterator) -> Iterator[tuple]:
-        """Each batch, and whether it counts: where layers are shards, a process that has no more repeats its last."""
-        return collectives.lockstep(loaded) if self.trainer.shards.names else ((batch, True) for batch in loaded)
 
     def _step(self, stage: str) -> Callable:
         if stage not in self._steps:

@@ -4,10 +4,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from mlxmm.distributed import collectives
 
 
 class Logger:
@@ -117,3 +119,12 @@ def _flatten(params: dict, prefix: str = "") -> Iterator[tuple[str, bool | float
             yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value if isinstance(value, bool | int | float | str) else str(value)
+
+
+def make_loggers(logger: Logger | Sequence[Logger] | bool, root: Path | None) -> list[Logger]:
+    """The loggers of a Trainer's `logger` argument; none on ranks other than 0, which alone writes."""
+    if logger is False or collectives.rank() > 0 or (logger is True and root is None):
+        return []
+    if logger is True:
+        return [JSONLLogger(root), TensorBoardLogger(root)]
+    return [logger] if isinstance(logger, Logger) else list(logger)

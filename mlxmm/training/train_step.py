@@ -1,7 +1,7 @@
 """One optimizer update: loss -> gradients -> clip -> update, compiled.
 
-A micro-batch counts in proportion to its `weight`, so the update is the one a single large batch would have
-given, however the examples were split (over micro-batches, over processes).
+A micro-batch counts in proportion to its `weight`, so the update is the one a single large batch would have given,
+however the examples were split (over micro-batches, over processes). Sums are added up; means are made once.
 """
 
 from collections.abc import Callable
@@ -15,103 +15,115 @@ from mlxmm.compute.compiled import Compiler, snapshot
 from mlxmm.compute.precision import autocast
 from mlxmm.distributed import collectives
 from mlxmm.training.randomness import isolated_random_state
-from mlxmm.training.strategy import Shards
-
-REPLICATED = Shards()
+from mlxmm.training.strategy import REPLICATED, Replicated
 
 
-def build_train_step(
-    module,
-    optimizer,
-    config,
-    compiler: Compiler,
-    on_gradients: Callable | None = None,
-    shards: Shards = REPLICATED,
-) -> Callable:
-    """Return `train_step(batches) -> metrics`: one update from a few micro-batches.
+class TrainStep:
+    """`step(batches) -> metrics`: one update from the micro-batches of `batches`.
 
-    Compiling captures what is trainable, the training modes and the state dicts as they are now: build again
-    after any of them is changed or replaced. With `on_gradients(grads)` the update is a second compiled
-    function, so that Python sees real gradients in between.
+    Compiling captures what is trainable, the training modes and the state dicts as they are now: make a new one
+    after any of them is changed or replaced. With `on_gradients(grads)` the update is a second compiled function,
+    so that Python sees real gradients in between.
     """
-    compiled = partial(compiler, state=[module.state, optimizer.state, mx.random.state])
-    average = partial(_average, shards=shards)
-    gradients, accumulate = _gradient_functions(module, config, average)
-    update = _update_function(module, optimizer, config, shards)
-    whole, finish = compiled(lambda batch: update(*gradients(batch))), compiled(lambda total: update(*average(total)))
-    gradients_alone, accumulate_alone = compiled(gradients), compiled(accumulate)
-    average_alone, update_alone = compiled(average), compiled(update)
 
-    def train_step(batches):
-        if len(batches) == 1 and on_gradients is None:
-            return whole(batches[0])
+    def __init__(
+        self,
+        module,
+        optimizer,
+        config,
+        compiler: Compiler,
+        strategy: Replicated = REPLICATED,
+        on_gradients: Callable | None = None,
+    ):
+        self.module, self.optimizer, self.config = module, optimizer, config
+        self.strategy, self.on_gradients = strategy, on_gradients
+        self._loss_and_grad = nn.value_and_grad(module, self._loss)
+        self._sums_and_grad = nn.value_and_grad(module, self._weighted_loss)
+        compiled = partial(compiler, state=[module.state, optimizer.state, mx.random.state])
+        self._compiled_whole, self._compiled_gradients = compiled(self._whole), compiled(self._gradients)
+        self._compiled_accumulate, self._compiled_average = compiled(self._accumulate), compiled(self._average)
+        self._compiled_finish = compiled(lambda total: self._update(*self._average(total)))
+        self._compiled_update = compiled(self._update)
+
+    def __call__(self, batches: tuple) -> dict[str, mx.array]:
+        if self.on_gradients is None:
+            if len(batches) == 1:
+                return self._compiled_whole(batches[0])
+            return self._compiled_finish(self._total(batches))
         if len(batches) == 1:
-            metrics, grads = gradients_alone(batches[0])
+            metrics, grads = self._compiled_gradients(batches[0])
         else:
-            total = None
-            for batch in batches:
-                mx.eval(total)  # finish, and free, one micro-batch before starting the next
-                total = accumulate_alone(batch, total)
-            if on_gradients is None:
-                return finish(total)
-            metrics, grads = average_alone(total)
-        on_gradients(grads)
-        return update_alone(metrics, grads)
+            metrics, grads = self._compiled_average(self._total(batches))
+        self.on_gradients(grads)
+        return self._compiled_update(metrics, grads)
 
-    return train_step
+    def _total(self, batches: tuple) -> dict:
+        """Sums and gradients of all micro-batches, one after another."""
+        total = None
+        for batch in batches:
+            mx.eval(total)  # finish, and free, one micro-batch before starting the next
+            total = self._compiled_accumulate(batch, total)
+        return total
 
+    # ---- what is compiled
 
-def _gradient_functions(module, config, average: Callable) -> tuple[Callable, Callable]:
-    """`gradients(batch) -> (means, grads)` of a lone micro-batch, and `accumulate(batch, total)` of one among more."""
-    step = autocast(module, module.training_step, config.precision)
+    def _whole(self, batch):
+        """The usual case, an update from one micro-batch, in one compiled function."""
+        (_, measured), grads = self._loss_and_grad(batch)
+        return self._update(*self._averaged(measured, grads))
 
-    def weighted_loss(batch):
-        sums = weighted_sums(step(batch))
-        return sums["loss"], sums
+    def _gradients(self, batch):
+        (_, measured), grads = self._loss_and_grad(batch)
+        return self._averaged(measured, grads)
 
-    def mean_loss(batch):
-        (means,) = average_sums(weighted_sums(step(batch)))
-        return means["loss"], means
-
-    def accumulate(batch, total):
-        (_, sums), grads = nn.value_and_grad(module, weighted_loss)(batch)
+    def _accumulate(self, batch, total):
+        (_, sums), grads = self._sums_and_grad(batch)
         return add_sums(total, {"sums": sums, "grads": grads})
 
-    def gradients(batch):
-        if collectives.world_size() > 1:
-            return average(accumulate(batch, None))
-        (_, means), grads = nn.value_and_grad(module, mean_loss)(batch)  # spares a division of every gradient
-        return means, grads
+    def _average(self, total):
+        return average_sums(total["sums"], total["grads"], all_sum=self.strategy.all_sum)
 
-    return gradients, accumulate
-
-
-def _update_function(module, optimizer, config, shards: Shards) -> Callable:
-    """`update(metrics, grads) -> metrics`: clip, update, and the gradients' norm among the metrics."""
-
-    def update(metrics, grads):
-        metrics["grad_norm"] = norm = global_norm(grads, shards)
-        if config.gradient_clip_val is not None:
-            grads = clip(grads, norm, config.gradient_clip_val, config.gradient_clip_algorithm)
-        optimizer.update(module, grads)
-        module.after_update()
+    def _update(self, metrics, grads):
+        """Clip, update, and add the gradients' norm to the metrics."""
+        metrics["grad_norm"] = norm = global_norm(grads, self.strategy)
+        if self.config.gradient_clip_val is not None:
+            grads = clip(grads, norm, self.config.gradient_clip_val, self.config.gradient_clip_algorithm)
+        self.optimizer.update(self.module, grads)
+        self.module.after_update()
         return metrics
 
-    return update
+    # ---- the loss of a micro-batch, and what the module measured beside it
 
+    def _weighted_loss(self, batch):
+        with autocast(self.module, self.config.precision):
+            sums = weighted_sums(self.module.training_step(batch))
+        return sums["loss"], sums
 
-def _average(total: dict, shards: Shards):
-    return average_sums(total["sums"], total["grads"], all_sum=shards.all_sum)
+    def _loss(self, batch):
+        """Means of one process; sums of several, which `_averaged` divides. A lone process spares that division."""
+        with autocast(self.module, self.config.precision):
+            sums = weighted_sums(self.module.training_step(batch))
+        measured = sums if collectives.world_size() > 1 else average_sums(sums)[0]
+        return measured["loss"], measured
+
+    def _averaged(self, measured, grads):
+        if collectives.world_size() == 1:
+            return measured, grads
+        return self._average({"sums": measured, "grads": grads})
 
 
 def build_eval_step(module, step: Callable, config, compiler: Compiler) -> Callable:
     """Return `eval_step(batch) -> sums`: the weighted sums of what `step` measures on a batch."""
-    step = autocast(module, step, config.precision)
-    return compiler(lambda batch: weighted_sums(step(batch)), state=[module.state, mx.random.state])
+
+    def eval_step(batch):
+        with autocast(module, config.precision):
+            return weighted_sums(step(batch))
+
+    return compiler(eval_step, state=[module.state, mx.random.state])
 
 
 def checked_twice(train_step: Callable, module, optimizer) -> Callable:
-    """`train_step` that computes its first update twice, and raises where the two differ by a bit."""
+    """`train_step` that computes its first update twice. Raises `RuntimeError` where the two differ by a bit."""
     checked = False
 
     def run(batches):
@@ -140,12 +152,12 @@ def weighted_sums(outputs: dict) -> dict:
 
 
 def add_sums(total: dict | None, sums: dict) -> dict:
-    """Add the sums of a batch to those before it, if there were any."""
+    """Add the sums of a batch to those of the batches before it; `total` is None for the first batch."""
     return sums if total is None else tree_map(mx.add, total, sums)
 
 
 def fill_empty_sums(total: dict | None) -> dict | None:
-    """`total`; or zeros by the same names, where only other processes had batches. None where none had any."""
+    """On a rank without batches, zeros under the other ranks' names; None if no rank had any."""
     names = next((names for names in collectives.all_gather_object(list(total or ())) if names), None)
     return total or (names and {name: mx.array(0.0) for name in names})
 
@@ -158,15 +170,15 @@ def average_sums(sums: dict, *trees, all_sum: Callable = collectives.all_sum):
     return (means, *(tree_map(lambda x: x / weight.astype(x.dtype), tree) for tree in trees))
 
 
-def clip(grads, norm: mx.array, most: float, algorithm: str):
-    """Scale all gradients so that their `norm` is at most `most`; or, by "value", bound each number."""
+def clip(grads, norm: mx.array, limit: float, algorithm: str):
+    """Scale all gradients so that their `norm` is at most `limit`; or, with "value", bound each number by it."""
     if algorithm == "value":
-        return tree_map(lambda g: mx.clip(g, -most, most), grads)
-    scale = mx.minimum(most / (norm + 1e-6), 1.0)
+        return tree_map(lambda g: mx.clip(g, -limit, limit), grads)
+    scale = mx.minimum(limit / (norm + 1e-6), 1.0)
     return tree_map(lambda g: g * scale.astype(g.dtype), grads)
 
 
-def global_norm(grads, shards: Shards = REPLICATED) -> mx.array:
-    """The length of all gradients as one vector, in float32 (squares of half floats overflow)."""
+def global_norm(grads, strategy: Replicated = REPLICATED) -> mx.array:
+    """The length of all gradients as one vector, in float32: squares of half-precision floats overflow."""
     squares = {name: mx.square(grad.astype(mx.float32)).sum() for name, grad in tree_flatten(grads)}
-    return mx.sqrt(shards.total(squares))
+    return mx.sqrt(strategy.sum_over_parameters(squares))

@@ -12,7 +12,7 @@ from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.training import batches
 from mlxmm.training.randomness import isolated_random_state, seed_everything, step_seed
-from mlxmm.training.train_step import build_train_step
+from mlxmm.training.train_step import TrainStep
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def trial_updates(trainer, num_updates: int) -> Iterator[dict]:
     No hook is called, nothing is counted or logged. Raises `UserError` where the data cannot be read twice.
     """
     module, optimizer = trainer.module, trainer.optimizer
-    train_step = build_train_step(module, optimizer, trainer.config, trainer.compiler, shards=trainer.shards)
+    train_step = TrainStep(module, optimizer, trainer.config, trainer.compiler, trainer.strategy)
     groups = _groups(trainer)
     for step in range(num_updates):
         seed_everything(step_seed(trainer.config.seed, collectives.rank(), step))

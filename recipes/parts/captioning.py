@@ -34,7 +34,7 @@ def fit(config, captioner: CaptioningModule, source: CaptionSource, run: Run, na
     """Train a captioner with the callbacks that all have; returns the figures of the run's end."""
     data = CaptionData(source, transform=captioner.transform, collate=captioner.collate)
     refresh = [SyntheticRefresh(source.fresh_rows)] if source.is_synthetic else []
-    samples = [SampleCaptions(source.rows["val"])] if config.trainer.strategy != "fsdp" else []
+    samples = [SampleCaptions(source.rows["val"])]
     trainer = Trainer(
         attrs.evolve(config.trainer, seed=config.seed, default_root_dir=run.folder),
         callbacks=[

@@ -133,7 +133,10 @@ def test_frozen_layers_are_of_half_precision_in_the_second_pass_too():
     def watched(name, call):
         return lambda self, x: seen.append((self.weight.dtype, len(x))) or call(self, x)
 
-    step = autocast(clip, lambda batch: clip.training_step(batch)["loss"], "bf16-mixed")
+    def step(batch):
+        with autocast(clip, "bf16-mixed"):
+            return clip.training_step(batch)["loss"]
+
     with replaced_calls({"out_proj": clip.vision.encoder.layers[0].self_attn.out_proj}, watched):
         gradient(clip, step, {name: mx.array(array) for name, array in pairs(8).items()}, compiled=False)
     assert seen == [(mx.bfloat16, 4)] * 4  # two chunks, twice

@@ -123,11 +123,11 @@ def test_max_time_ends_a_run_and_counts_what_came_before_a_resume(make_trainer, 
 
     save = ModelCheckpoint(dirpath=tmp_path / "c")
     first, _ = fit(make_trainer, Slow(), save, max_steps=2, val=0)
-    assert first.seconds >= 0.6
+    assert first.training_seconds >= 0.6
     trainer = make_trainer(max_time="00:01", callbacks=[Slow()])
     start = time.perf_counter()
     trainer.fit(TinyRegression(), train_dataloaders=DistinctBatches(), ckpt_path=tmp_path / "c/last")
-    assert time.perf_counter() - start < 1.0 < trainer.seconds < 1.9
+    assert time.perf_counter() - start < 1.0 < trainer.training_seconds < 1.9
     assert 2 < trainer.global_step < 6
 
 
@@ -148,7 +148,7 @@ def test_should_stop_waits_for_min_steps_and_min_epochs(make_trainer, settings, 
                 trainer.should_stop = True
 
     if settings:
-        with pytest.warns(UserWarning, match="goes on until"):
+        with pytest.warns(UserWarning, match="training continues until"):
             trainer, seen = fit(make_trainer, Stop(), max_epochs=5, **settings)
     else:
         trainer, seen = fit(make_trainer, Stop(), max_epochs=5)

@@ -173,6 +173,9 @@ def test_new_rows_of_an_epoch_are_the_same_rows_after_a_resume(make_trainer, tmp
         val_dataloader = lambda self: None
         train_dataloader = lambda self: self.rows["train"]
 
+        def replace_rows(self, split, rows):
+            self.rows[split] = rows
+
     def make(epoch):
         data = DistinctBatches(4)
         for batch in data.batches:

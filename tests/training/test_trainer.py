@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import traceback
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +14,7 @@ import pytest
 from conftest import DistinctBatches, TinyRegression
 from mlx.utils import tree_flatten
 
+import mlxmm
 from callbacks import FreezeSchedule, LearningRateMonitor, ModelCheckpoint
 from mlxmm import Callback, JSONLLogger
 from mlxmm.distributed.signals import Interrupted
@@ -335,3 +338,75 @@ def test_metrics_leave_the_device_once_in_log_every_n_steps(make_trainer, tmp_pa
     rows = [json.loads(line) for line in (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "train/loss" in row] == [50, 100]
     assert [row["step"] for row in rows if "lr" in row] == [50, 100] and len(rows) == 4
+
+
+BEFORE_FIT = {
+    "global_step": 0,
+    "current_epoch": 0,
+    "batch_idx": 0,
+    "accumulate_grad_batches": 1,
+    "training_seconds": 0.0,
+    "num_compiled_variants": 0,
+    "callback_metrics": {},
+    "logged_metrics": {},
+    "estimated_stepping_batches": 7,
+    "should_stop": False,
+    "is_global_zero": True,
+    "state": "initializing",
+    "ckpt_path": None,
+    "module": None,
+    "optimizer": None,
+    "datamodule": None,
+}
+
+
+@pytest.mark.parametrize("name", BEFORE_FIT)
+def test_every_attribute_answers_before_fit(make_trainer, name):
+    assert getattr(make_trainer(max_steps=7), name) == BEFORE_FIT[name]
+
+
+@pytest.mark.parametrize("call", ["dump_checkpoint", "save_checkpoint"])
+def test_what_needs_a_fit_says_so_before_it(make_trainer, tmp_path, call):
+    arguments = (tmp_path / "c",) if call == "save_checkpoint" else ()
+    with pytest.raises(UserError, match="nothing to save yet"):
+        getattr(make_trainer(), call)(*arguments)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_run_without_limits_says_before_fit_that_max_steps_is_missing(make_trainer):
+    with pytest.raises(UserError, match="set max_steps"):
+        _ = make_trainer(max_epochs=-1).estimated_stepping_batches
+
+
+def test_no_attribute_of_the_trainer_is_born_after_init(make_trainer):
+    trainer = make_trainer(max_epochs=1)
+    born = set(vars(trainer))
+    trainer.fit(TinyRegression(), train_dataloaders=DistinctBatches(2), val_dataloaders=DistinctBatches(1))
+    trainer.test(TinyRegression(), dataloaders=DistinctBatches(1))
+    assert set(vars(trainer)) == born
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_at_most_six_frames_in_three_files_lie_between_the_loop_and_training_step(make_trainer, compiled):
+    class Raises(TinyRegression):
+        def training_step(self, batch):
+            raise RuntimeError("here")
+
+    with pytest.raises(RuntimeError, match="here") as error:
+        make_trainer(max_steps=1, compile=compiled).fit(Raises(), train_dataloaders=DistinctBatches(1))
+    frames = traceback.extract_tb(error.value.__traceback__)
+    root = str(Path(mlxmm.__file__).parent)
+    own = [frame for frame in frames if frame.filename.startswith(root)]
+    from_loop = own[[frame.name for frame in own].index("_train") :]
+    assert len(from_loop) <= 6 and len({frame.filename for frame in from_loop}) <= 3, from_loop
+
+
+def test_callbacks_change_the_trainer_by_its_methods(make_trainer):
+    class Doubles(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            trainer.accumulate(trainer.current_epoch + 1)
+            assert trainer.measure_phases() is trainer.profiler
+
+    trainer = make_trainer(max_epochs=2, callbacks=[Doubles()])
+    trainer.fit(TinyRegression(), train_dataloaders=DistinctBatches(6))
+    assert trainer.global_step == 6 + 3 and trainer.profiler.counts["step"] == 9

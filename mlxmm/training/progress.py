@@ -1,0 +1,31 @@
+"""Progress: the counters of a run, which a checkpoint keeps."""
+
+import attrs
+
+
+@attrs.define
+class Progress:
+    """How far a run is. Order of data and random keys are functions of these counters and of the seed."""
+
+    global_step: int = 0  # optimizer updates, and nothing else
+    current_epoch: int = 0
+    batch_idx: int = 0  # micro-batches of this epoch that are done
+    seconds: float = 0.0  # of training, those before a resume included
+
+    def finish_update(self, num_batches: int) -> None:
+        """Count an update made from `num_batches` micro-batches."""
+        self.global_step += 1
+        self.batch_idx += num_batches
+
+    def finish_epoch(self) -> None:
+        """Count an epoch; the next one starts at its first batch."""
+        self.current_epoch, self.batch_idx = self.current_epoch + 1, 0
+
+    def state_dict(self) -> dict:
+        """The counters as JSON values."""
+        return attrs.asdict(self)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take back what `state_dict` gave; other entries of `state` are ignored."""
+        for field in attrs.fields(type(self)):
+            setattr(self, field.name, state[field.name])

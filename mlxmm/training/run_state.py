@@ -1,0 +1,57 @@
+"""The state of a run beside its weights and moments: dumped into a checkpoint, and restored from one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mlxmm.errors import UserError
+from mlxmm.storage import checkpoint
+from mlxmm.training.trainable import set_trainable, trainable_names
+
+
+def dump(trainer) -> dict[str, dict]:
+    """What `restore` takes back: arrays by their dotted names, and JSON values as "state".
+
+    Raises `UserError` where `trainer` has not been fitting anything.
+    """
+    if trainer.module is None or trainer.optimizer is None:
+        raise UserError("there is nothing to save yet: a checkpoint holds the module and the optimizer of a `fit`")
+    if trainer.state == "interrupted":
+        trainer.strategy.check_interrupted()
+    for logger in trainer.loggers:
+        logger.flush()
+    state = trainer.progress.state_dict() | {
+        "seconds": trainer.training_seconds,
+        "callback_metrics": trainer.callback_metrics,
+        "trainable": trainable_names(trainer.module),
+        "callbacks": {callback.state_key: callback.state_dict() for callback in trainer.callbacks},
+        "loggers": [logger.position() for logger in trainer.loggers],
+    }
+    return checkpoint.contents(trainer.module, trainer.optimizer, state)
+
+
+def restore(trainer, saved: dict[str, dict], on_load: Callable[[], None]) -> None:
+    """Take back what `dump` gave. The optimizer comes later: it is made for what is trainable.
+
+    `on_load` runs once callbacks have their state, before the module gets its weights.
+    """
+    state = saved["state"]
+    trainer.progress.load_state_dict(state)
+    trainer.callback_metrics = state["callback_metrics"]
+    for callback in trainer.callbacks:
+        if callback.state_key in state["callbacks"]:
+            callback.load_state_dict(state["callbacks"][callback.state_key])
+    on_load()
+    checkpoint.load_arrays(trainer.ckpt_path, saved["weights"], trainer.module)
+    set_trainable(trainer.module, state["trainable"])
+    for logger, position in zip(trainer.loggers, state["loggers"]):
+        logger.rewind(position, trainer.global_step)
+
+
+def find(ckpt_path: Path | str, root: Path | None) -> Path:
+    """The folder that `ckpt_path` names; "last" is the newest undamaged checkpoint of the run in `root`."""
+    if ckpt_path != "last":
+        return Path(ckpt_path)
+    folder = checkpoint.latest(Path(root) / "checkpoints") if root else None
+    if folder is None:
+        raise UserError(f"ckpt_path='last': there is no checkpoint in {root}")
+    return folder

@@ -1,0 +1,81 @@
+"""Schedule: when a run validates, when it may stop and when it ends."""
+
+import warnings
+
+import attrs
+
+from mlxmm.errors import UserError
+from mlxmm.training.progress import Progress
+from mlxmm.training.trainer_config import TrainerConfig, duration
+
+
+@attrs.define
+class Schedule:
+    """The limits of a `TrainerConfig`, held against the progress of a run.
+
+    `updates_in_epoch` is None where the training data do not tell their length. `accumulate_grad_batches` is the
+    number of micro-batches of an update now: a callback may change it between epochs.
+    """
+
+    config: TrainerConfig
+    progress: Progress
+    accumulate_grad_batches: int = 1
+    updates_in_epoch: int | None = None
+    time_is_up: bool = False
+    _warned_of_minimum: bool = attrs.field(default=False, init=False)
+
+    def is_done(self, should_stop: bool) -> bool:
+        """Whether training ends here: a limit is reached, or a stop was requested and is allowed."""
+        config, progress = self.config, self.progress
+        if 0 <= config.max_steps <= progress.global_step or 0 <= config.max_epochs <= progress.current_epoch:
+            return True
+        return self.time_is_up or (should_stop and self._may_stop())
+
+    def _may_stop(self) -> bool:
+        config, progress = self.config, self.progress
+        if progress.global_step >= config.min_steps and progress.current_epoch >= config.min_epochs:
+            return True
+        if not self._warned_of_minimum:
+            minimum = f"min_steps={config.min_steps}, min_epochs={config.min_epochs}"
+            warnings.warn(f"a stop was requested; training continues until {minimum}", stacklevel=2)
+        self._warned_of_minimum = True
+        return False
+
+    def is_out_of_time(self, seconds: float) -> bool:
+        """Whether `max_time` is used up after so many seconds of training."""
+        return self.config.max_time is not None and seconds >= duration(self.config.max_time)
+
+    def validation_due(self, is_last: bool, should_stop: bool) -> bool:
+        """Whether to validate after this update; `is_last` says that it is its epoch's last."""
+        config, progress = self.config, self.progress
+        ends = is_last and 0 <= config.max_epochs <= progress.current_epoch + 1
+        if ends or self.is_done(should_stop):
+            return True
+        if (progress.current_epoch + 1) % config.check_val_every_n_epoch:
+            return False
+        interval = config.val_check_interval
+        if isinstance(interval, int):
+            return progress.global_step % interval == 0
+        if self.updates_in_epoch is None or interval == 1.0:
+            return is_last
+        done = -(-progress.batch_idx // self.accumulate_grad_batches)
+        return done % max(1, int(self.updates_in_epoch * interval)) == 0
+
+    def check_interval(self) -> None:
+        """Raise `UserError` for a `val_check_interval` that is a fraction of an epoch of unknown length."""
+        interval = self.config.val_check_interval
+        if self.updates_in_epoch is None and isinstance(interval, float) and interval != 1.0:
+            raise UserError(
+                f"val_check_interval={interval} is a fraction of an epoch, but the training data have no length: "
+                "give it as a number of updates"
+            )
+
+    @property
+    def num_updates(self) -> int:
+        """How many updates the run will have. Raises `UserError` where nothing limits them."""
+        limits = [self.config.max_steps] if self.config.max_steps >= 0 else []
+        if self.updates_in_epoch is not None and self.config.max_epochs >= 0:
+            limits.append(self.updates_in_epoch * self.config.max_epochs)
+        if not limits:
+            raise UserError("set max_steps: the training data do not tell how many batches they have")
+        return min(limits)
