@@ -1,7 +1,6 @@
 """CachedFeatures: what a frozen tower sees is computed once, and read from disk from then on."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from mlxmm.data.feature_cache import FeatureRows, cache_key, cached_features
 from mlxmm.data.sources.stream import StreamRows
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
+from mlxmm.storage.cache import cache_folder
 from mlxmm.training.callback import Callback
 from mlxmm.training.module import evaluating
 from mlxmm.training.trainable import TraceSnapshot
@@ -36,8 +36,7 @@ class CachedFeatures(Callback):
     def setup(self, trainer, module, stage):
         self._pictures, self._modes = {}, None
         if self.folder is None:
-            root = Path(os.environ.get("MLXMM_CACHE", Path.home() / ".cache" / "mlxmm"))
-            self.folder = root / "features"
+            self.folder = cache_folder("features")
 
     def on_train_epoch_start(self, trainer, module):
         tower = module[self.tower]

@@ -1,13 +1,13 @@
 """mlxmm: multimodal training on MLX."""
 
-import os
 from pathlib import Path
 
 if not (Path(__file__).parent / "callbacks").exists():  # in a checkout, callbacks/ and recipes/ lie beside this folder
     __path__.append(str(Path(__file__).parents[1]))
 
-# transformers remarks at import that torch is missing: it is not needed. Read before anything imports it.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+from mlxmm import environment
+
+environment.quiet_transformers()  # before anything imports it
 
 from mlxmm.compute import linux_blas
 from mlxmm.evaluation.zero_shot import ZeroShotClassifier
@@ -37,4 +37,5 @@ __all__ = [
     "seed_everything",
 ]
 
-linux_blas.enable()
+if environment.uses_linux_blas():
+    linux_blas.enable()

@@ -1,55 +1,67 @@
-"""The command line: flags become a config, a `UserError` one line and exit code 2."""
+"""The command line: flags become a config, a `UserError` becomes one line and exit code 2. tyro is used here only."""
 
 import contextlib
+import inspect
 import io
-import json
+import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, get_args
 
 import attrs
 
-from mlxmm.config import from_json
+from mlxmm.config import Preset, from_json
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
-from mlxmm.storage.runs import RunConfig, find_run
+from mlxmm.storage.pretrained import read_json
+from mlxmm.storage.runs import find_run
+
+METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
+COLUMN = 42  # where the explanations of flags begin
+MAX_WIDTH = 120
 
 
-def run_recipe(main: Callable, presets: Mapping[str, Any], read_saved: Callable = lambda argv: None) -> None:
+def run_recipe(recipe: str, main: Callable, presets: Mapping[str, Preset]) -> None:
     """Run `main(config)` on the command line's flags; a `UserError` becomes one line and exit code 2.
 
-    `presets` maps names to configs, "default" among them. `read_saved(argv)` may return a config to
-    start from instead: the one that a run to be resumed was started with.
+    `presets` has a "default" among its names. With `--resume`, the settings that the run was started with
+    take the place of the default.
     """
-
     try:
         with collectives.watched(waits=False):
-            main(parse_config(presets, sys.argv[1:], read_saved))
+            main(parse_config(recipe, presets, sys.argv[1:]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def parse_config(presets: Mapping[str, Any], argv: Sequence[str], read_saved: Callable = lambda argv: None):
+def parse_config(recipe: str, presets: Mapping[str, Preset], argv: Sequence[str]):
     """The config that `argv` asks for: a preset, or a saved config, with single settings changed by flags.
 
-    Raises `UserError` for flags and values that do not fit, before anything else happens.
+    Raises `UserError` for flags and values that do not fit. Nothing else happens: no file is touched.
     """
-    import tyro
-
     name, flags = take_flag("--preset", argv)
     if name is not None and name not in presets:
         raise UserError(f"--preset {name}: choose one of {', '.join(presets)}")
-    default = presets[name or "default"] if name else read_saved(flags) or presets["default"]
-    described = f"{sys.modules[type(default).__module__].__doc__}\n\n--preset: {', '.join(presets)}"
+    chosen = presets[name or "default"].config
+    default = chosen if name else _saved_config(recipe, type(chosen), flags) or chosen
+    if help_flags := {"-h", "--help", "--help-all"} & set(flags):
+        print(help_text(default, presets, everything="--help-all" in help_flags))
+        raise SystemExit(0)
+    return _parse(default, flags)
+
+
+def _parse(default, flags: Sequence[str]):
+    import tyro
+
     explanation = io.StringIO()
     try:
         with contextlib.redirect_stderr(explanation):
-            return tyro.cli(type(default), default=default, args=flags, description=described, registry=_with_help())
-    except SystemExit as exit:
-        if exit.code in (0, None):  # --help
-            raise
+            return tyro.cli(type(default), default=default, args=flags, add_help=False, registry=_registry(default))
+    except SystemExit:
         raise UserError(_unboxed(explanation.getvalue())) from None
 
 
@@ -60,7 +72,7 @@ def take_flag(flag: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
         if word == flag:
             value = next(words, None)
             if value is None:
-                raise UserError(f"{flag} wants a value")
+                raise UserError(f"{flag} needs a value")
         elif word.startswith(flag + "="):
             value = word.removeprefix(flag + "=")
         else:
@@ -68,28 +80,97 @@ def take_flag(flag: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return value, rest
 
 
-def _with_help():
-    """What tells tyro to take a flag's help from its `option`."""
+def _saved_config(recipe: str, cls: type, flags: Sequence[str]):
+    """The config that the run to be resumed was started with; None where none is to be resumed."""
+    if "resume" not in attrs.fields_dict(cls):
+        return None
+    resume, rest = take_flag("--resume", flags)
+    run_dir, _ = take_flag("--run-dir", rest)
+    if resume is None or {"-h", "--help", "--help-all"} & set(flags):
+        return None
+    path = find_run(recipe, resume, run_dir and Path(run_dir)) / "config.json"
+    return from_json(cls, read_json(path)) if path.exists() else None
+
+
+# ---- the flags of a config
+
+
+@attrs.frozen
+class Flag:
+    """A setting as a flag: its dotted path in the config, its field and its default."""
+
+    path: tuple[str, ...]
+    field: attrs.Attribute
+    default: Any
+    rare: bool
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.path).replace("_", "-")
+
+
+def flags_of(config, path: tuple[str, ...] = (), rare: bool = False) -> Iterator[Flag]:
+    """The flags of a config, section by section."""
+    sections = []
+    for field in attrs.fields(type(config)):
+        value, here = getattr(config, field.name), rare or field.metadata.get("rare", False)
+        if field.metadata.get("internal"):
+            continue
+        if attrs.has(type(value)):
+            sections.append((field, value, here))
+        else:
+            yield Flag((*path, field.name), field, value, here)
+    for field, value, here in sections:
+        without = {(*path, field.name, name) for name in field.metadata.get("without", ())}
+        yield from (flag for flag in flags_of(value, (*path, field.name), here) if flag.path not in without)
+
+
+def _registry(default):
+    """Tells tyro which fields are flags, and their second names."""
     import tyro
 
-    registry = tyro.constructors.ConstructorRegistry()
+    flags, registry = {flag.path for flag in flags_of(default)}, tyro.constructors.ConstructorRegistry()
+    names_of = _names_by_class(default, flags)
 
     @registry.struct_rule
     def describe(info: tyro.constructors.StructTypeInfo):
-        if not attrs.has(info.type):
+        if info.type not in names_of:
             return None
-        fields = tuple(
-            tyro.constructors.StructFieldSpec(
-                name=field.name,
-                type=tyro.conf.Positional[field.type] if field.metadata.get("positional") else field.type,
-                default=getattr(info.default, field.name, field.default),
-                helptext=field.metadata.get("help"),
-            )
+        fields = [field for field in attrs.fields(info.type) if field.name in names_of[info.type]]
+        fixed = {
+            field.name: getattr(info.default, field.name)
             for field in attrs.fields(info.type)
+            if field not in fields and field.init
+        }
+        specs = tuple(
+            tyro.constructors.StructFieldSpec(
+                name=field.name, type=_type_of_flag(field), default=getattr(info.default, field.name)
+            )
+            for field in fields
         )
-        return tyro.constructors.StructConstructorSpec(instantiate=info.type, fields=fields)
+        return tyro.constructors.StructConstructorSpec(lambda **values: info.type(**fixed | values), specs)
 
     return registry
+
+
+def _names_by_class(config, flags: set[tuple[str, ...]], path: tuple[str, ...] = ()) -> dict[type, set[str]]:
+    """For each class of settings in `config`, the fields that are flags or hold some."""
+    used = {flag[len(path)] for flag in flags if flag[: len(path)] == path}
+    names = {type(config): used}
+    for name in used:
+        if attrs.has(type(getattr(config, name))):
+            names |= _names_by_class(getattr(config, name), flags, (*path, name))
+    return names
+
+
+def _type_of_flag(field: attrs.Attribute):
+    import tyro
+
+    if field.metadata.get("positional"):
+        return tyro.conf.Positional[field.type]
+    if second := field.metadata.get("flag"):
+        return Annotated[field.type, tyro.conf.arg(aliases=[second])]
+    return field.type
 
 
 def _unboxed(box: str) -> str:
@@ -100,16 +181,50 @@ def _unboxed(box: str) -> str:
     return "; ".join(part for part in parts if part and "full helptext" not in part)
 
 
-def read_saved_config(cls: type, recipe: str) -> Callable[[Sequence[str]], RunConfig | None]:
-    """What reads, for the flags of a run to be resumed, the config that it was started with."""
+# ---- help
 
-    def read(argv):
-        resume, rest = take_flag("--resume", argv)
-        run_dir, _ = take_flag("--run-dir", rest)
-        if resume is None:
-            return None
-        folder, ckpt_path = find_run(resume, run_dir and Path(run_dir), recipe)
-        path = (ckpt_path.resolve().parent.parent if ckpt_path else folder) / "config.json"
-        return from_json(cls, json.loads(path.read_text())) if path.exists() else None
 
-    return read
+def help_text(default, presets: Mapping[str, Preset], *, everything: bool) -> str:
+    """What a recipe is for, its presets, and its flags: those that matter first, then section by section."""
+    module = sys.modules[type(default).__module__]
+    flags = [flag for flag in flags_of(default) if everything or not flag.rare]
+    first = [flag for flag in flags if flag.field.metadata.get("first")]
+    parts = [inspect.cleandoc(module.__doc__ or "")]
+    if len(presets) > 1:
+        parts.append(_block("presets", ((f"--preset {name}", preset.about) for name, preset in presets.items())))
+    parts.append(_block("most used", map(_described, first)))
+    rest = [flag for flag in flags if flag not in first]
+    for title in dict.fromkeys(flag.path[0] if len(flag.path) > 1 else "" for flag in rest):
+        own = [flag for flag in rest if (flag.path[0] if len(flag.path) > 1 else "") == title]
+        parts.append(_block(title or "run", map(_described, own)))
+    if not everything:
+        parts.append("--help-all shows every flag.")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _block(title: str, rows) -> str:
+    lines = [line for left, right in rows for line in _row(left, right)]
+    return "\n".join([f"{title}:", *lines]) if lines else ""
+
+
+def _row(left: str, right: str) -> list[str]:
+    width = min(MAX_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 40)).columns) - COLUMN
+    lines = textwrap.wrap(right, max(30, width)) or [""]
+    head = f"  {left}".ljust(COLUMN - 1)
+    first = [f"{head} {lines[0]}"] if len(head) < COLUMN else [head, " " * COLUMN + lines[0]]
+    return first + [" " * COLUMN + line for line in lines[1:]]
+
+
+def _described(flag: Flag) -> tuple[str, str]:
+    metadata = flag.field.metadata
+    if metadata.get("positional"):
+        return flag.name.upper(), metadata["help"]
+    names = f"--{flag.name}" + (f", {metadata['flag']}" if metadata.get("flag") else "")
+    default = "none" if flag.default is None else flag.default
+    shown = ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return f"{names} {_metavar(flag.field.type)}".rstrip(), f"{metadata.get('help', '')} [{shown or 'none'}]"
+
+
+def _metavar(kind) -> str:
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return "|".join(dict.fromkeys(METAVARS[one] for one in kinds if one in METAVARS))

@@ -1,5 +1,6 @@
-"""Settings: attrs classes whose fields carry their help text and their checks, and the flags made from them."""
+"""Settings: attrs classes whose fields carry their help text and their checks, to and from JSON."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
@@ -10,36 +11,87 @@ import attrs
 from mlxmm.errors import UserError
 
 
-def option(default, help: str, *checks):
-    """An attrs field that knows its `--help` text and checks its own value."""
-    return attrs.field(default=default, validator=list(checks), metadata={"help": help})
+def option(default, help: str, *checks, flag: str | None = None, first: bool = False, rare: bool = False):
+    """An attrs field that knows its `--help` text and checks its own value.
+
+    `flag` is a second, shorter name on the command line. `first` shows it at the top of a recipe's `--help`, `rare`
+    in `--help-all` only.
+    """
+    metadata = {"help": help, "flag": flag, "first": first, "rare": rare}
+    return attrs.field(default=default, validator=list(checks), metadata=metadata)
 
 
-def positional(default, help, *checks):
+def positional(default, help: str, *checks):
     """An `option` that is given on the command line without its name."""
-    return attrs.field(default=default, validator=list(checks), metadata={"help": help, "positional": True})
+    metadata = {"help": help, "positional": True, "first": True}
+    return attrs.field(default=default, validator=list(checks), metadata=metadata)
+
+
+def section(default, *, without: tuple[str, ...] = (), rare: bool = False):
+    """A field that holds settings of its own. Those named in `without` are set by the program: they are no flags."""
+    return attrs.field(default=default, metadata={"without": without, "rare": rare})
+
+
+def internal(default):
+    """A field that presets set: it is part of a run's settings, but no flag."""
+    return attrs.field(default=default, metadata={"internal": True})
+
+
+@attrs.frozen
+class Preset:
+    """A config with a name of its own on the command line, and a line that says what it is for."""
+
+    about: str
+    config: Any
 
 
 def to_json(config) -> dict:
     """`config` as plain JSON values; paths become strings, tuples lists."""
-    return attrs.asdict(config, value_serializer=lambda _, __, v: str(v) if isinstance(v, Path) else v)
+    return _converter().unstructure(config)
 
 
 def from_json(cls: type, values: Mapping[str, Any]):
-    """Build `cls` from what `to_json` gave. Unknown names raise `UserError`; missing ones keep their default."""
-    types = {field.name: field.type for field in attrs.fields(cls)}
-    if unknown := sorted(set(values) - set(types)):
-        raise UserError(f"{cls.__name__} has no setting {', '.join(unknown)}; it has {', '.join(types)}")
-    return cls(**{name: _typed(types[name], value) for name, value in values.items()})
+    """Build `cls` from what `to_json` gave; settings that are missing keep their default.
+
+    Raises `UserError` for names that `cls` does not have, and for values of another type or out of bounds.
+    """
+    try:
+        return _converter().structure(values, cls)
+    except Exception as error:  # cattrs and the checks of the fields raise several kinds
+        raise UserError(f"{cls.__name__} cannot be read: {_first_line(error)}") from None
 
 
-def _typed(kind, value):
-    """`value` as JSON has it, as `kind` wants it."""
-    if attrs.has(kind):
-        return from_json(kind, value)
+@functools.cache
+def _converter():
+    import cattrs
+    from cattrs.strategies import configure_union_passthrough
+
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    for kind in (int, str, bool):
+        converter.register_structure_hook(kind, _exactly)
+    converter.register_structure_hook(float, lambda value, _: float(_exactly(value, int | float)))
+    converter.register_structure_hook(Path, lambda value, _: Path(_exactly(value, str)))
+    converter.register_unstructure_hook(Path, str)
+    converter.register_unstructure_hook(tuple, list)
+    configure_union_passthrough(int | float | str | bool | None, converter)
+    return converter
+
+
+def _exactly(value, kind):
+    """`value` if JSON gave this type: a string is no number, and a truth value no integer."""
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    if isinstance(value, list):
-        return tuple(value)
-    if isinstance(value, str) and Path in kinds:
-        return Path(value)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise TypeError(f"{value!r} is not of type {' or '.join(k.__name__ for k in kinds)}")
     return value
+
+
+def _first_line(error: Exception) -> str:
+    """What went wrong, and in which setting, on one line."""
+    from cattrs import transform_error
+
+    if not hasattr(error, "exceptions"):
+        return " ".join(str(error).split())
+    [line, *_] = transform_error(error, path="settings")
+    while hasattr(error, "exceptions"):
+        error = error.exceptions[0]
+    return line + (f": {error.args[0]}" if isinstance(error, ValueError) and error.args else "")

@@ -14,13 +14,13 @@ from mlxmm.config import option
 class OptimizerConfig:
     """AdamW with warm-up and cosine decay."""
 
-    learning_rate: float = option(1e-3, "highest learning rate", gt(0))
-    warmup_steps: int = option(50, "updates in which the rate rises from zero", ge(0))
-    final_fraction: float = option(0.0, "the last rate, as a fraction of the highest", ge(0), le(1))
+    learning_rate: float = option(1e-3, "highest learning rate", gt(0), flag="--lr", first=True)
+    warmup_steps: int = option(50, "updates in which the learning rate rises from zero", ge(0))
+    final_fraction: float = option(0.0, "last learning rate, as a fraction of the highest", ge(0), le(1), rare=True)
     weight_decay: float = option(0.1, "decoupled decay of matrices; gains and biases have none", ge(0))
-    beta1: float = option(0.9, "decay of the mean of gradients", ge(0), lt(1))
-    beta2: float = option(0.98, "decay of the mean of their squares (CLIP's for ViTs)", ge(0), lt(1))
-    eps: float = option(1e-6, "added to the root of the squares", gt(0))
+    beta1: float = option(0.9, "decay of the mean of gradients", ge(0), lt(1), rare=True)
+    beta2: float = option(0.98, "decay of the mean of squared gradients (CLIP's for ViTs)", ge(0), lt(1), rare=True)
+    eps: float = option(1e-6, "added to the root of the mean square", gt(0), rare=True)
 
     def build(self, num_steps: int, *, scale: float = 1.0) -> "AdamW":
         """The optimizer of a run of `num_steps` updates, its rate multiplied by `scale`."""

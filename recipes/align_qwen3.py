@@ -1,5 +1,4 @@
-"""Teach Qwen3 to read what a CLIP tower sees: the projector first, then the language model's last two layers, or
-with --module.lora.rank 8 the adapters of all its layers.
+"""Teach Qwen3 to read what a CLIP tower sees: the projector first, then the language model's last layers or adapters.
 
     python -m recipes.align_qwen3
     python -m recipes.align_qwen3 --module.vision openai/clip-vit-base-patch32 --module.lm Qwen/Qwen3-0.6B-Base \\
@@ -10,21 +9,18 @@ With `--push-to user/name` the trained captioner goes to the Hub, as a LLaVA tha
 """
 
 import shutil
-import time
-from pathlib import Path
 
 import attrs
 import mlx.core as mx
 from attrs.validators import ge
-from mlxmm.callbacks import (
-    FreezeSchedule,
-)
+from mlxmm.callbacks import FreezeSchedule
 
 from mlxmm import TrainerConfig
-from mlxmm.cli import read_saved_config, run_recipe
+from mlxmm.cli import run_recipe
 from mlxmm.compute.quantized import is_quantized
-from mlxmm.config import option, to_json
+from mlxmm.config import Preset, internal, option, section
 from mlxmm.data.caption_source import CaptionDataConfig, CaptionSource, open_source
+from mlxmm.data.sources.shapes import ShapesConfig
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.export import llava
@@ -32,36 +28,33 @@ from mlxmm.modules.qwen3_aligner import Qwen3Aligner, Qwen3AlignerConfig
 from mlxmm.networks.adapters import LoRAConfig
 from mlxmm.optimizers import OptimizerConfig
 from mlxmm.preprocessing.tokenizers import START, load_tokenizer, token_length
-from mlxmm.storage.atomic import write_json
-from mlxmm.storage.cache import cached
 from mlxmm.storage.hub import check_upload, local_folder, upload
-from mlxmm.storage.runs import Run, RunConfig, check_free, open_run
+from mlxmm.storage.runs import Run, TrainingRunConfig, open_run
 
-from .parts.captioning import evaluate, fit, report, report_truncation
-from .parts.language_model import LanguageModelConfig
-from .parts.language_model import train as train_language_model
-from .parts.tower import TowerConfig, data_key, tower_or_train
+from .parts.captioning import evaluate, fit, report_truncation
+from .parts.language_model import LanguageModelConfig, language_model_or_train
+from .parts.tower import TowerConfig, tower_or_train
 
-MAX_CAPTION_TOKENS = 128  # tokens of a caption where --module.max-caption-tokens does not say: one may be a whole page
+MAX_NEW_TOKENS = 128  # of a caption where --module.max-new-tokens does not say: a caption may be a whole page
 
 
 @attrs.frozen(kw_only=True)
-class Config(RunConfig):
-    """Tower, projector and language model; data; when to open what."""
+class Config(TrainingRunConfig):
+    """Tower, projector and language model; data; what is trained when."""
 
-    data: CaptionDataConfig = CaptionDataConfig()
-    module: Qwen3AlignerConfig = Qwen3AlignerConfig()
-    trainer: TrainerConfig = TrainerConfig(max_steps=1_170, val_check_interval=390)
-    unfreeze_step: int = option(
-        120, "update from which the language model's adapters, if any, or its last layers are trained too", ge(0)
+    data: CaptionDataConfig = section(CaptionDataConfig())
+    module: Qwen3AlignerConfig = section(Qwen3AlignerConfig())
+    trainer: TrainerConfig = section(
+        TrainerConfig(max_steps=1_170, val_check_interval=390), without=("seed", "default_root_dir")
     )
-    unfreeze_layers: int = option(2, "how many of its last layers", ge(1))
+    unfreeze_step: int = option(120, "update at which LoRA adapters, or the last layers, are unfrozen", ge(0))
+    unfreeze_layers: int = option(2, "how many of the language model's last layers are unfrozen", ge(1))
     checkpoint_every: int = option(200, "updates between checkpoints", ge(1))
-    max_test: int = option(1_000, "most pictures of each test part to caption", ge(1))
-    push_to: str | None = option(None, "repository of the Hub, user/name, for the captioner; made where there is none")
-    public: bool = option(False, "whether the repository that --push-to makes is public")
-    tower: TowerConfig = TowerConfig()
-    language_model: LanguageModelConfig = LanguageModelConfig()
+    max_test: int = option(1_000, "most pictures of each test split to caption", ge(1))
+    push_to: str | None = option(None, "Hub repository, user/name, to upload the captioner to; created if missing")
+    public: bool = option(False, "make the repository that --push-to creates public")
+    tower: TowerConfig = internal(TowerConfig())
+    language_model: LanguageModelConfig = internal(LanguageModelConfig())
 
 
 FLICKR30K = Config(
@@ -73,7 +66,7 @@ FLICKR30K = Config(
         lm="Qwen/Qwen3-0.6B-Base",
         layer=-2,
         projector_width=1_024,
-        max_caption_tokens=32,
+        max_new_tokens=32,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=200, weight_decay=0.0),
     ),
     trainer=TrainerConfig(max_steps=6_000, val_check_interval=600),
@@ -81,54 +74,54 @@ FLICKR30K = Config(
     checkpoint_every=600,
 )
 FLICKR30K_LORA = attrs.evolve(FLICKR30K, module=attrs.evolve(FLICKR30K.module, lora=LoRAConfig(rank=8)))
-PRESETS = {"default": Config(), "flickr30k": FLICKR30K, "flickr30k-lora": FLICKR30K_LORA}
+TINY = Config(
+    data=CaptionDataConfig(batch_size=16, shapes=ShapesConfig(num_train=64, num_val=16, num_test=8)),
+    trainer=TrainerConfig(max_steps=8, val_check_interval=4, log_every_n_steps=2),
+    unfreeze_step=4,
+    checkpoint_every=3,
+    tower=TowerConfig(trainer=TrainerConfig(max_steps=4)),
+    language_model=LanguageModelConfig(trainer=TrainerConfig(max_steps=4)),
+)
+PRESETS = {
+    "default": Preset("the demo: drawn pictures, a small tower and a small Qwen3, a few minutes", Config()),
+    "tiny": Preset("all of the demo's steps in seconds, to try things out; the captions are useless", TINY),
+    "flickr30k": Preset("CLIP ViT-B/32 and Qwen3-0.6B on Flickr30k; the last two layers are unfrozen", FLICKR30K),
+    "flickr30k-lora": Preset("the same with LoRA adapters in all layers", FLICKR30K_LORA),
+}
 
 
 def main(config: Config) -> None:
-    start = time.perf_counter()
     if config.push_to and collectives.rank() == 0:
         check_upload(config.push_to)  # hours before it is needed
-    check_free(config)
-    collectives.check_strategy(config.trainer.strategy)
     if config.data.streaming and config.module.lm is None:
         raise UserError("a language model is not trained on a stream: name one with --module.lm")
-    source = open_source(config.data, config.seed)
-    run = open_run(config, "align_qwen3")
-    aligner, figures = build(config, source, run)
-    if config.push_to:
-        llava.check(aligner)
-    figures |= align(config, aligner, source, run)
-    if run.is_global_zero:
-        figures |= evaluate(config, aligner, source, run)
-    report(figures | {"seconds": time.perf_counter() - start}, source, run)
-    if config.push_to and run.is_global_zero:
-        push(config, aligner, figures, run)
+    with open_run(config, "align_qwen3") as run:
+        source = open_source(config.data, config.seed)
+        aligner = build(config, source, run)
+        if config.push_to:
+            llava.check(aligner)
+        stages = {0: "projector", config.unfreeze_step: ("projector", unfrozen_part(config, aligner))}
+        fit(config, aligner, source, run, "align", FreezeSchedule(stages, unit="step"))
+        if run.is_global_zero:
+            evaluate(config, aligner, source, run)
+    if config.push_to and run.is_global_zero:  # once the run's summary is written
+        push(config, aligner, run)
 
 
-def build(config: Config, source: CaptionSource, run: Run) -> tuple[Qwen3Aligner, dict]:
-    """The aligner of the parts that `config.module` names; those it does not name are trained on `data`."""
-    vision, figures = tower_or_train(config, source, run)
-    module = attrs.evolve(config.module, vision=vision)
-    if module.lm is None:
-        key = [*data_key(config), to_json(config.language_model)]
-        folder = cached("language-model", key, lambda to: _train_lm(config, source, run, to))
-        module = attrs.evolve(module, lm=str(folder), prompt=module.prompt or START)
-    if module.max_caption_tokens == 0:
-        captions = source.sample_captions()
-        length = token_length(load_tokenizer(local_folder(module.lm)), captions) + 1  # the end
-        module = attrs.evolve(module, max_caption_tokens=min(length, MAX_CAPTION_TOKENS))
+def build(config: Config, source: CaptionSource, run: Run) -> Qwen3Aligner:
+    """The aligner of the parts that `config.module` names; those it does not name are trained on `source`."""
+    vision, metrics = tower_or_train(config, source, run)
+    run.report(metrics)
+    prompt = config.module.prompt or (START if config.module.lm is None else "")
+    lm = language_model_or_train(config, source, run)
+    module = attrs.evolve(config.module, vision=vision, lm=lm, prompt=prompt)
+    if module.max_new_tokens == 0:
+        length = token_length(load_tokenizer(local_folder(lm)), source.sample_captions()) + 1  # the end
+        module = attrs.evolve(module, max_new_tokens=min(length, MAX_NEW_TOKENS))
     mx.random.seed(config.seed)
     aligner = Qwen3Aligner.from_parts(module)
-    report_truncation(aligner, source, run, "--module.max-caption-tokens")
-    return aligner, figures
-
-
-def align(config: Config, aligner: Qwen3Aligner, source: CaptionSource, run: Run) -> dict:
-    """Train the projector, then adapters or the last layers too; returns the figures of the run's end."""
-    schedule = FreezeSchedule(
-        {0: "projector", config.unfreeze_step: ("projector", unfrozen_part(config, aligner))}, unit="step"
-    )
-    return fit(config, aligner, source, run, "align", schedule)
+    report_truncation(aligner, source, run)
+    return aligner
 
 
 def unfrozen_part(config: Config, aligner: Qwen3Aligner) -> str:
@@ -137,25 +130,19 @@ def unfrozen_part(config: Config, aligner: Qwen3Aligner) -> str:
         return "lora"
     if any(map(is_quantized, aligner.language_model.modules())):
         raise UserError(
-            "layers of a quantized language model cannot be opened: set --module.lora.rank, to 8 for example"
+            "layers of a quantized language model cannot be trained: set --module.lora.rank, to 8 for example"
         )
     return f"language_model.model.layers[-{config.unfreeze_layers}:]"
 
 
-def push(config: Config, aligner: Qwen3Aligner, figures: dict, run: Run) -> None:
-    """Write the captioner with its `figures` into the run's folder, and upload that."""
+def push(config: Config, aligner: Qwen3Aligner, run: Run) -> None:
+    """Export the captioner into the run's folder, with the metrics in its card, and upload that."""
     folder = run.folder / "export"
     if folder.exists():  # of this run, before it was resumed
         shutil.rmtree(folder)
-    aligner.save_pretrained(folder, figures)
+    aligner.save_pretrained(folder, run.metrics)
     run.print(f"uploaded: {upload(folder, config.push_to, public=config.public)}")
 
 
-def _train_lm(config: Config, source: CaptionSource, run: Run, folder: Path) -> None:
-    model, figures = train_language_model(config.language_model, source, run.subrun("language_model"), config.seed)
-    model.save_pretrained(folder)
-    write_json(folder / "figures.json", figures)
-
-
 if __name__ == "__main__":
-    run_recipe(main, PRESETS, read_saved_config(Config, "align_qwen3"))
+    run_recipe("align_qwen3", main, PRESETS)

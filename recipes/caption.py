@@ -9,7 +9,7 @@ from pathlib import Path
 import attrs
 
 from mlxmm.cli import run_recipe
-from mlxmm.config import option, positional
+from mlxmm.config import Preset, option, positional, section
 from mlxmm.errors import UserError
 from mlxmm.modules.captioning_module import CaptioningModule
 from mlxmm.modules.loading import load_captioner
@@ -24,7 +24,7 @@ class Config:
     images: tuple[Path, ...] = positional((), "pictures, and folders of pictures")
     module: str | None = option(None, "checkpoint or folder of a Qwen3Aligner or CaptionDecoder, or its Hub id")
     prompt: str = option("", "text between picture and caption; none: the one it was trained with")
-    generation: GenerationConfig = GenerationConfig()
+    generation: GenerationConfig = section(GenerationConfig())
 
 
 def main(config: Config) -> None:
@@ -63,4 +63,4 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 
 if __name__ == "__main__":
-    run_recipe(main, {"default": Config()})
+    run_recipe("caption", main, {"default": Preset("", Config())})

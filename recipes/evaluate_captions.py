@@ -1,8 +1,8 @@
-"""Judge a captioner over a whole split: one caption a picture against all its references, and against others'.
+"""Evaluate a captioner over a whole split: one caption a picture against all its references, and against others'.
 
     python -m recipes.evaluate_captions --module runs/align_qwen3/mine/checkpoints/best --data.source pictures.parquet
 
-Writes summary.json with all figures and captions.jsonl with every caption. Figures that end in "_shuffled" are the
+Writes summary.json with all metrics and captions.jsonl with every caption. Metrics that end in "_shuffled" are the
 control: the same captions held against other pictures.
 """
 
@@ -11,10 +11,10 @@ import json
 import attrs
 
 from mlxmm.cli import run_recipe
-from mlxmm.config import option
+from mlxmm.config import Preset, option, section
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.errors import UserError
-from mlxmm.evaluation.captions import Pictures, encode_images, evaluate, perplexities, require_room, shuffled
+from mlxmm.evaluation.captions import evaluate_captioner, require_room
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.modules.loading import load_captioner
 from mlxmm.networks.generation import GenerationConfig
@@ -26,40 +26,31 @@ from mlxmm.storage.runs import RunConfig, open_run
 class Config(RunConfig):
     """Which model, which pictures, and how to choose words."""
 
-    module: str | None = option(None, "checkpoint or folder of a Qwen3Aligner or CaptionDecoder, or its Hub id")
-    clip: str | None = option(None, "CLIP folder or Hub id for CLIPScore and RefCLIPScore; none: without them")
-    split: str = option("test", "part of the data to evaluate on")
-    data: CaptionDataConfig = CaptionDataConfig()
-    generation: GenerationConfig = GenerationConfig()
+    module: str | None = option(
+        None, "checkpoint or folder of a Qwen3Aligner or CaptionDecoder, or its Hub id", first=True
+    )
+    clip: str | None = option(None, "CLIP folder or Hub id for CLIPScore and RefCLIPScore; none: without", first=True)
+    split: str = option("test", "split of the data to evaluate on", first=True)
+    data: CaptionDataConfig = section(CaptionDataConfig(), without=("random_crop", "shuffle_buffer"))
+    generation: GenerationConfig = section(GenerationConfig())
 
 
 def main(config: Config) -> None:
     if config.module is None:
         raise UserError("--module is missing: name a checkpoint, for example runs/align_qwen3/mine/checkpoints/best")
-    captioner = load_captioner(config.module)
-    clip = None if config.clip is None else ContrastiveCLIP.from_pretrained(config.clip)
-    source = open_source(config.data, config.seed)
-    source.require_split(config.split)
-    rows = source.rows[config.split]
-    references = [rows[i]["captions"] for i in range(len(rows))]
-    if clip is not None:
-        require_room(clip, [text for refs in references for text in refs])
-    run = open_run(config, "evaluate_captions")
-    captions = captioner.caption(Pictures(rows), **attrs.asdict(config.generation))
-    images = None if clip is None else encode_images(clip, Pictures(rows))
-    figures, each = evaluate(captions, references, clip, images)
-    control, _ = evaluate(shuffled(captions), references, clip, images)
-    figures |= {f"{name}_shuffled": value for name, value in control.items() if not name.startswith("distinct")}
-    figures |= perplexities(captioner, rows, config.data.batch_size)
-    lines = [
-        json.dumps({"id": rows[i]["id"], "caption": captions[i], "references": references[i]} | each[i])
-        for i in range(len(rows))
-    ]
-    write_text(run.folder / "captions.jsonl", "\n".join(lines) + "\n")
-    run.write_summary({"pictures": len(rows)} | figures)
-    print("\n".join(f"{name:<28}{value:>10.4f}" for name, value in figures.items()))
-    print(f"captions: {run.folder / 'captions.jsonl'}")
+    with open_run(config, "evaluate_captions") as run:
+        captioner = load_captioner(config.module)
+        clip = None if config.clip is None else ContrastiveCLIP.from_pretrained(config.clip)
+        source = open_source(config.data, config.seed)
+        source.require_split(config.split)
+        rows = source.rows[config.split]
+        if clip is not None:
+            require_room(clip, rows)
+        settings = attrs.asdict(config.generation)
+        metrics, each = evaluate_captioner(captioner, rows, clip, batch_size=config.data.batch_size, **settings)
+        write_text(run.folder / "captions.jsonl", "".join(json.dumps(one) + "\n" for one in each))
+        run.report({"pictures": len(rows)} | metrics)
 
 
 if __name__ == "__main__":
-    run_recipe(main, {"default": Config()})
+    run_recipe("evaluate_captions", main, {"default": Preset("", Config())})

@@ -1,4 +1,4 @@
-"""Judge a CLIP: retrieval, zero-shot classification, linear probe, with chance beside each figure.
+"""Evaluate a CLIP: retrieval, zero-shot classification, linear probe, with chance beside each figure.
 
     python -m recipes.evaluate_clip --module runs/train_clip/mine/model
     python -m recipes.evaluate_clip --module openai/clip-vit-base-patch32 --data.source flickr.parquet \\
@@ -16,24 +16,24 @@ import attrs
 from attrs.validators import ge
 
 from mlxmm.cli import run_recipe
-from mlxmm.config import option
+from mlxmm.config import Preset, option, section
 from mlxmm.data.caption_source import CaptionDataConfig, CaptionSource, open_source
 from mlxmm.errors import UserError
-from mlxmm.evaluation.clip import evaluate_shapes, labelled_objects, retrieval_figures, with_prefix
+from mlxmm.evaluation.clip import evaluate_shapes, labelled_objects, retrieval_metrics, with_prefix
 from mlxmm.evaluation.clip_features import probe
 from mlxmm.evaluation.prompt_templates import CHOICES, read_templates
 from mlxmm.evaluation.zero_shot import ZeroShotClassifier
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
-from mlxmm.storage.runs import RunConfig, open_run, table
+from mlxmm.storage.runs import RunConfig, open_run
 
 
 @attrs.frozen(kw_only=True)
 class Config(RunConfig):
-    """A CLIP, and what to judge it on."""
+    """A CLIP, and what to evaluate it on."""
 
-    module: str = option("openai/clip-vit-base-patch32", "CLIP or SigLIP: folder or Hub id")
-    data: CaptionDataConfig = CaptionDataConfig()
-    split: str = option("test", "part of the data to judge on")
+    module: str = option("openai/clip-vit-base-patch32", "CLIP or SigLIP: folder or Hub id", first=True)
+    data: CaptionDataConfig = section(CaptionDataConfig(), without=("batch_size", "random_crop", "shuffle_buffer"))
+    split: str = option("test", "split of the data to evaluate on", first=True)
     labels: bool = option(False, "captions are class names: classify, do not retrieve")
     class_column: str | None = option(
         None, "column of classes: the first picture of each is classified too, its first caption the class's name"
@@ -47,15 +47,12 @@ def main(config: Config) -> None:
     read_templates(config.templates)
     if config.labels and config.class_column is not None:
         raise UserError("--labels and --class-column both say what the classes are: leave one out")
-    clip = ContrastiveCLIP.from_pretrained(config.module)
-    source = open_source(config.data, config.seed)
-    source.require_split(config.split)
-    _check(config, source)
-    run = open_run(config, "evaluate_clip")
-    figures = evaluate(config, clip, source)
-    run.write_summary(figures)
-    run.print(table(figures))
-    run.print(f"summary: {run.folder / 'summary.json'}")
+    with open_run(config, "evaluate_clip") as run:
+        clip = ContrastiveCLIP.from_pretrained(config.module)
+        source = open_source(config.data, config.seed)
+        source.require_split(config.split)
+        _check(config, source)
+        run.report(evaluate(config, clip, source))
 
 
 def _check(config: Config, source: CaptionSource) -> None:
@@ -69,21 +66,21 @@ def _check(config: Config, source: CaptionSource) -> None:
 
 
 def evaluate(config: Config, clip: ContrastiveCLIP, source: CaptionSource) -> dict[str, float]:
-    """All figures that `config` asks for, by name; chance for "x" is called "x_chance"."""
+    """All metrics that `config` asks for, by name; chance for "x" is called "x_chance"."""
     if source.is_synthetic:
-        figures = evaluate_shapes(clip, source, config.seed) | retrieval_figures(clip, source.rows[config.split])
+        metrics = evaluate_shapes(clip, source, config.seed) | retrieval_metrics(clip, source.rows[config.split])
         parts = [labelled_objects(source, config.seed + i) for i in (1, 2, 0)]
     elif not config.labels:
-        figures, parts = retrieval_figures(clip, _limited(source.rows[config.split], config.max_images)), None
+        metrics, parts = retrieval_metrics(clip, _limited(source.rows[config.split], config.max_images)), None
     else:
         parts = [_labelled(source.rows[split], config.max_images) for split in ("train", "val", config.split)]
         images, labels = zip(*parts[2])
         names = sorted({label for part in parts for _, label in part})
-        figures = _zero_shot(config, clip, names, images, labels)
+        metrics = _zero_shot(config, clip, names, images, labels)
     if config.class_column is not None:
         images, labels = zip(*_labelled(_one_each(config, source), config.max_images))
-        figures |= _zero_shot(config, clip, list(dict.fromkeys(labels)), images, labels)
-    return figures | (with_prefix("linear_probe", probe(clip, *parts)) if config.probe else {})
+        metrics |= _zero_shot(config, clip, list(dict.fromkeys(labels)), images, labels)
+    return metrics | (with_prefix("linear_probe", probe(clip, *parts)) if config.probe else {})
 
 
 def _zero_shot(config: Config, clip: ContrastiveCLIP, names: list[str], images: Sequence, labels: Sequence[str]):
@@ -106,4 +103,4 @@ def _limited(rows: Sequence[dict], most: int) -> Sequence[dict]:
 
 
 if __name__ == "__main__":
-    run_recipe(main, {"default": Config()})
+    run_recipe("evaluate_clip", main, {"default": Preset("", Config())})

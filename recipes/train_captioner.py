@@ -8,68 +8,78 @@
 Without flags it draws its own pictures and trains a small tower first, which is kept in a cache.
 """
 
-import time
-
 import attrs
 import mlx.core as mx
 from attrs.validators import ge
 
 from mlxmm import TrainerConfig
-from mlxmm.cli import read_saved_config, run_recipe
-from mlxmm.config import option
+from mlxmm.cli import run_recipe
+from mlxmm.config import Preset, internal, option, section
 from mlxmm.data.caption_source import CaptionDataConfig, CaptionSource, open_source
-from mlxmm.distributed import collectives
+from mlxmm.data.sources.shapes import ShapesConfig
 from mlxmm.modules.caption_decoder import CaptionDecoder, CaptionDecoderConfig
 from mlxmm.preprocessing.tokenizers import load_tokenizer, token_length, train_tokenizer
 from mlxmm.storage.hub import local_folder
-from mlxmm.storage.runs import Run, RunConfig, check_free, open_run
+from mlxmm.storage.runs import Run, TrainingRunConfig, open_run
 
-from .parts.captioning import evaluate, fit, report, report_truncation
+from .parts.captioning import evaluate, fit, report_truncation
 from .parts.tower import TowerConfig, tower_or_train
+
+MAX_NEW_TOKENS = 128  # of a caption where --module.max-new-tokens does not say
 
 
 @attrs.frozen(kw_only=True)
-class Config(RunConfig):
+class Config(TrainingRunConfig):
     """Tower and decoder; data; how long."""
 
-    data: CaptionDataConfig = CaptionDataConfig()
-    module: CaptionDecoderConfig = CaptionDecoderConfig()
-    trainer: TrainerConfig = TrainerConfig(max_steps=1_400, val_check_interval=350)
+    data: CaptionDataConfig = section(CaptionDataConfig())
+    module: CaptionDecoderConfig = section(CaptionDecoderConfig())
+    trainer: TrainerConfig = section(
+        TrainerConfig(max_steps=1_400, val_check_interval=350), without=("seed", "default_root_dir")
+    )
     tokenizer: str | None = option(None, "folder or Hub id of a tokenizer; none: one is trained on the captions")
     vocab_size: int = option(2_000, "most tokens of a tokenizer that is trained", ge(1))
     checkpoint_every: int = option(200, "updates between checkpoints", ge(1))
-    max_test: int = option(1_000, "most pictures of each test part to caption", ge(1))
-    tower: TowerConfig = TowerConfig()
+    max_test: int = option(1_000, "most pictures of each test split to caption", ge(1))
+    tower: TowerConfig = internal(TowerConfig())
+
+
+TINY = Config(
+    data=CaptionDataConfig(batch_size=16, shapes=ShapesConfig(num_train=64, num_val=16, num_test=8)),
+    trainer=TrainerConfig(max_steps=8, val_check_interval=4, log_every_n_steps=2),
+    checkpoint_every=3,
+    tower=TowerConfig(trainer=TrainerConfig(max_steps=4)),
+)
+PRESETS = {
+    "default": Preset("drawn pictures, a small tower and a small decoder, a few minutes", Config()),
+    "tiny": Preset("all steps in seconds, to try things out; the captions are useless", TINY),
+}
 
 
 def main(config: Config) -> None:
-    start = time.perf_counter()
-    check_free(config)
-    collectives.check_strategy(config.trainer.strategy)
-    source = open_source(config.data, config.seed)
-    run = open_run(config, "train_captioner")
-    captioner, figures = build(config, source, run)
-    figures |= fit(config, captioner, source, run, "captioner")
-    if run.is_global_zero:
-        figures |= evaluate(config, captioner, source, run)
-    report(figures | {"seconds": time.perf_counter() - start}, source, run)
+    with open_run(config, "train_captioner") as run:
+        source = open_source(config.data, config.seed)
+        captioner = build(config, source, run)
+        fit(config, captioner, source, run, "captioner")
+        if run.is_global_zero:
+            evaluate(config, captioner, source, run)
 
 
-def build(config: Config, source: CaptionSource, run: Run) -> tuple[CaptionDecoder, dict]:
-    """The tower that `config.module` names, or one trained on `data`, under a decoder with fresh weights."""
-    vision, figures = tower_or_train(config, source, run)
+def build(config: Config, source: CaptionSource, run: Run) -> CaptionDecoder:
+    """The tower that `config.module` names, or one trained on `source`, under a decoder with fresh weights."""
+    vision, metrics = tower_or_train(config, source, run)
+    run.report(metrics)
     captions = source.sample_captions()
     if config.tokenizer is None:
         tokenizer = train_tokenizer(captions, config.vocab_size)
     else:
         tokenizer = load_tokenizer(local_folder(config.tokenizer))
-    length = min(config.module.decoder.max_position_embeddings, token_length(tokenizer, captions) + 1)  # the end
-    decoder = attrs.evolve(config.module.decoder, max_position_embeddings=length)
+    length = config.module.max_new_tokens or min(token_length(tokenizer, captions) + 1, MAX_NEW_TOKENS)  # the end
     mx.random.seed(config.seed)
-    captioner = CaptionDecoder.from_parts(attrs.evolve(config.module, vision=vision, decoder=decoder), tokenizer)
-    report_truncation(captioner, source, run, "--module.decoder.max-position-embeddings")
-    return captioner, figures
+    captioner = CaptionDecoder.from_parts(attrs.evolve(config.module, vision=vision, max_new_tokens=length), tokenizer)
+    report_truncation(captioner, source, run)
+    return captioner
 
 
 if __name__ == "__main__":
-    run_recipe(main, {"default": Config()}, read_saved_config(Config, "train_captioner"))
+    run_recipe("train_captioner", main, PRESETS)

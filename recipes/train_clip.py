@@ -1,29 +1,31 @@
 """Train CLIP from scratch on pictures with captions; tiny by default.
 
 python -m recipes.train_clip
-python -m recipes.train_clip --data.source pictures.parquet --tower.trainer.max-steps 2000
-python -m recipes.train_clip --preset vit-b-32 --data.source pictures.parquet --data.batch-size 256
+python -m recipes.train_clip --data.source pictures.parquet --max-steps 2000
+python -m recipes.train_clip --preset vit-b-32 --data.source pictures.parquet --batch-size 256
 """
 
 import attrs
 
 from mlxmm import TrainerConfig
-from mlxmm.cli import read_saved_config, run_recipe
+from mlxmm.cli import run_recipe
+from mlxmm.config import Preset, section
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
+from mlxmm.data.sources.shapes import ShapesConfig
 from mlxmm.modules.contrastive_clip import CLIPConfig
 from mlxmm.networks.towers import TextConfig, VisionConfig
 from mlxmm.optimizers import OptimizerConfig
-from mlxmm.storage.runs import RunConfig, check_free, open_run, table
+from mlxmm.storage.runs import TrainingRunConfig, open_run
 
 from .parts.tower import TowerConfig, train
 
 
 @attrs.frozen(kw_only=True)
-class Config(RunConfig):
+class Config(TrainingRunConfig, TowerConfig):
     """CLIP from scratch."""
 
-    data: CaptionDataConfig = CaptionDataConfig()
-    tower: TowerConfig = TowerConfig(trainer=TrainerConfig(max_steps=1_000))
+    data: CaptionDataConfig = section(CaptionDataConfig())
+    trainer: TrainerConfig = section(TrainerConfig(max_steps=1_000), without=("seed", "default_root_dir"))
 
 
 def paper_preset(
@@ -45,8 +47,8 @@ def paper_preset(
     trainer = TrainerConfig(
         max_epochs=epochs, gradient_clip_val=None, precision="bf16-mixed", gradient_checkpointing=True
     )
-    tower = TowerConfig(module=module, vocab_size=49_408, max_tokens=77, trainer=trainer)
-    return Config(data=CaptionDataConfig(batch_size=32_768), tower=tower)
+    data = CaptionDataConfig(batch_size=32_768)
+    return Config(data=data, module=module, vocab_size=49_408, max_tokens=77, trainer=trainer)
 
 
 def _sizes(layers: int, width: int, heads: int) -> dict:
@@ -55,27 +57,31 @@ def _sizes(layers: int, width: int, heads: int) -> dict:
 
 
 BASE, LARGE = (12, 768, 12), (24, 1_024, 16)
+TINY = Config(
+    data=CaptionDataConfig(batch_size=16, shapes=ShapesConfig(num_train=64, num_val=16, num_test=8)),
+    trainer=TrainerConfig(max_steps=8, log_every_n_steps=2),
+)
 PRESETS = {
-    "default": Config(),
-    "vit-b-32": paper_preset(5e-4, 32, vision=BASE, text=(12, 512, 8)),
-    "vit-b-16": paper_preset(5e-4, 16, vision=BASE, text=(12, 512, 8)),
-    "vit-l-14": paper_preset(4e-4, 14, vision=LARGE, text=(12, 768, 12)),
-    # One epoch more, with --tower.pretrained naming a ViT-L/14.
-    "vit-l-14-336px": paper_preset(2e-5, 14, vision=LARGE, text=(12, 768, 12), image_size=336, epochs=1),
+    "default": Preset("drawn pictures, small towers, about a minute", Config()),
+    "tiny": Preset("all steps in seconds, to try things out; the CLIP is useless", TINY),
+    "vit-b-32": Preset("CLIP paper, table 20", paper_preset(5e-4, 32, vision=BASE, text=(12, 512, 8))),
+    "vit-b-16": Preset("CLIP paper, table 20", paper_preset(5e-4, 16, vision=BASE, text=(12, 512, 8))),
+    "vit-l-14": Preset("CLIP paper, table 20", paper_preset(4e-4, 14, vision=LARGE, text=(12, 768, 12))),
+    "vit-l-14-336px": Preset(
+        "one epoch more at 336 pixels: --pretrained names a ViT-L/14",
+        paper_preset(2e-5, 14, vision=LARGE, text=(12, 768, 12), image_size=336, epochs=1),
+    ),
 }
 
 
 def main(config: Config) -> None:
-    check_free(config)
-    source = open_source(config.data, config.seed)
-    run = open_run(config, "train_clip")
-    clip, figures = train(config.tower, source, run, config.seed)
-    if run.is_global_zero:
-        clip.save_pretrained(run.folder / "model")
-    run.write_summary(figures)
-    run.print(table(figures))
-    run.print(f"model: {run.folder / 'model'}\ncurves: tensorboard --logdir {run.folder}")
+    with open_run(config, "train_clip") as run:
+        source = open_source(config.data, config.seed)
+        clip, metrics = train(config, source, run, config.seed)
+        run.report(metrics)
+        if run.is_global_zero:
+            clip.save_pretrained(run.folder / "model")
 
 
 if __name__ == "__main__":
-    run_recipe(main, PRESETS, read_saved_config(Config, "train_clip"))
+    run_recipe("train_clip", main, PRESETS)

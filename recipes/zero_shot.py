@@ -14,7 +14,7 @@ import numpy as np
 from attrs.validators import ge
 
 from mlxmm.cli import run_recipe
-from mlxmm.config import option, positional
+from mlxmm.config import Preset, option, positional
 from mlxmm.errors import UserError
 from mlxmm.evaluation.prompt_templates import CHOICES, read_templates
 from mlxmm.evaluation.zero_shot import ZeroShotClassifier
@@ -84,4 +84,4 @@ def table(paths: tuple[Path, ...], probabilities: np.ndarray, names: list[str], 
 
 
 if __name__ == "__main__":
-    run_recipe(main, {"default": Config()})
+    run_recipe("zero_shot", main, {"default": Preset("", Config())})

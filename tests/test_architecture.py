@@ -24,7 +24,7 @@ LAYERS = [
     ("mlxmm/storage",),
     ("mlxmm/distributed",),
     ("mlxmm/compute",),
-    ("mlxmm/config",),
+    ("mlxmm/config", "mlxmm/environment"),
     ("mlxmm/errors",),
 ]
 LAYER_OF = {room: -place for place, rooms in enumerate(LAYERS) for room in rooms}

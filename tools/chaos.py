@@ -21,9 +21,9 @@ from pathlib import Path
 import mlx.core as mx
 
 ALIGN = """
-    --data.batch-size 32 --data.shapes.num-train 640 --data.shapes.num-val 64 --data.shapes.num-test 32
-    --tower.trainer.max-steps 40 --language-model.trainer.max-steps 20
-    --trainer.max-steps 600 --trainer.val-check-interval 30 --trainer.log-every-n-steps 5
+    --preset tiny
+    --batch-size 32 --data.shapes.num-train 640 --data.shapes.num-val 64 --data.shapes.num-test 32
+    --max-steps 600 --trainer.val-check-interval 30 --trainer.log-every-n-steps 5
     --unfreeze-step 50 --checkpoint-every 5
 """.split()
 ALIGN_MOMENTS = 3.0, 7.0  # seconds after a start at which it may be killed: the run takes several times as long
@@ -103,7 +103,7 @@ def fit_tiny(run: Path) -> None:
     from mlxmm import Module, Trainer
     from mlxmm.data.loader import Loader
     from mlxmm.optimizers import OptimizerConfig
-    from mlxmm.storage.runs import RunConfig, open_run
+    from mlxmm.storage.runs import TrainingRunConfig, open_run
 
     class Tiny(Module):
         def __init__(self):
@@ -121,16 +121,17 @@ def fit_tiny(run: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [{"x": x, "y": x.sum()} for x in rng.normal(size=(200, 16)).astype(np.float32)]
     data = Loader(rows=rows, transform=lambda row, rng: row, batch_size=8, shuffle=True, drop_last=True)
-    opened = open_run(RunConfig(run_dir=run, resume="last" if run.exists() else None), "chaos")
-    trainer = Trainer(
-        max_steps=TINY_UPDATES,
-        default_root_dir=opened.folder,
-        log_every_n_steps=5,
-        val_check_interval=20,
-        callbacks=[ModelCheckpoint(every_n_train_steps=5, monitor="val/loss", save_top_k=2)],
-    )
-    print("training", flush=True)
-    trainer.fit(Tiny(), train_dataloaders=data, val_dataloaders=data, ckpt_path=opened.ckpt_path)
+    config = TrainingRunConfig(run_dir=run, resume="last" if run.exists() else None)
+    with open_run(config, "chaos") as opened:
+        trainer = Trainer(
+            max_steps=TINY_UPDATES,
+            default_root_dir=opened.folder,
+            log_every_n_steps=5,
+            val_check_interval=20,
+            callbacks=[ModelCheckpoint(every_n_train_steps=5, monitor="val/loss", save_top_k=2)],
+        )
+        print("training", flush=True)
+        trainer.fit(Tiny(), train_dataloaders=data, val_dataloaders=data, ckpt_path=opened.ckpt_path)
 
 
 # ---- killing and comparing

@@ -12,12 +12,12 @@ to the system. Float32 on the CPU only;
 MLXMM_FAST=off (read at each call; a compiled function keeps what it was traced with) gives MLX's own everywhere.
 """
 
-import os
 import sys
 
 import mlx.core as mx
 from mlx import nn
 
+from mlxmm import environment
 from mlxmm.compute import linux_functions
 
 
@@ -27,7 +27,7 @@ def uses_fast_forms(x: mx.array) -> bool:
         x.dtype == mx.float32
         and sys.platform.startswith("linux")
         and mx.default_device().type == mx.DeviceType.cpu
-        and os.environ.get("MLXMM_FAST") != "off"
+        and environment.uses_linux_functions()
     )
 
 

@@ -1,4 +1,4 @@
-"""On Linux CPUs: a fast BLAS under MLX, at import; off by MLXMM_BLAS=off.
+"""On Linux CPUs: a fast BLAS under MLX, at import, unless MLXMM_BLAS=off.
 
 MLX's Linux wheels carry the reference BLAS and LAPACK, whose products take some 40 times as long as OpenBLAS's.
 libmlx.so calls them through its procedure linkage table: one slot of memory for each function, which the dynamic
@@ -81,8 +81,6 @@ def num_threads() -> int | None:
 
 def _enable() -> str:
     global _provider
-    if os.environ.get("MLXMM_BLAS") == "off":
-        return "off by MLXMM_BLAS"
     if not sys.platform.startswith("linux"):
         return "not Linux"
     import mlx.core  # noqa: F401  (maps libmlx.so)

@@ -8,7 +8,7 @@ from types import MappingProxyType
 import attrs
 from attrs.validators import ge
 
-from mlxmm.config import option
+from mlxmm.config import option, section
 from mlxmm.data.sources.rows import open_rows, unlisted_pictures
 from mlxmm.data.sources.shapes import ShapesConfig, ShapesGrammar, ShapesTexts
 from mlxmm.data.sources.stream import open_stream
@@ -23,19 +23,22 @@ class CaptionDataConfig:
 
     source: str = option(
         "shapes",
-        "`shapes`, a parquet file or glob, a folder of images with metadata, or a data set on the Hub",
+        "`shapes` (drawn), a parquet file or glob, a folder of images with metadata, or a data set on the Hub",
+        first=True,
     )
     revision: str | None = option(None, "commit, tag or branch of a data set on the Hub")
     image_column: str = option("image", "column that holds the picture")
-    caption_column: str = option("caption", "column that holds a caption or a list of them")
+    caption_column: str = option("caption", "column that holds a caption or a list of captions")
     split_column: str | None = option(None, "column that says train, val or test; none: the source's own splits")
-    batch_size: int = option(64, "pictures in a batch of each process", ge(1))
+    batch_size: int = option(64, "pictures in a batch of each process", ge(1), flag="--batch-size", first=True)
     num_threads: int = option(1, "threads that decode pictures ahead", ge(1))
     random_crop: bool = option(False, "train on a random square of each picture, not on its middle")
     streaming: bool = option(False, "train on pictures as they are read, without loading all of them first")
-    shuffle_buffer: int = option(1_000, "pictures that the next one of a stream is drawn from", ge(1))
-    held_out: int = option(1_000, "most pictures of a stream's val and of its test, which are kept in memory", ge(1))
-    shapes: ShapesConfig = ShapesConfig()
+    shuffle_buffer: int = option(1_000, "pictures of a stream that the next one is drawn from", ge(1), rare=True)
+    held_out: int = option(
+        1_000, "most pictures of a stream's val and test splits, which are kept in memory", ge(1), rare=True
+    )
+    shapes: ShapesConfig = section(ShapesConfig(), rare=True)
 
     def __attrs_post_init__(self):
         if self.streaming and self.source == "shapes":

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
+from mlxmm import environment
 from mlxmm.compute import linux_blas
 from mlxmm.distributed import watchdog
 from mlxmm.errors import UserError
@@ -31,9 +32,9 @@ def _group() -> mx.distributed.Group:
     global _watchdog
     hosts = watchdog.read_hosts()
     if not hosts:
-        _share_cores(int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)))  # of Open MPI's mpirun
+        _share_cores(environment.num_local_mpi_ranks())
         return mx.distributed.init()
-    rank = int(os.environ["MLX_RANK"])
+    rank = environment.ring_rank()
     addresses = [host[0].rpartition(":")[0] for host in hosts]
     _share_cores(addresses.count(addresses[rank]))
     _watchdog = watchdog.gather(hosts, rank)
@@ -46,7 +47,7 @@ def _group() -> mx.distributed.Group:
 
 def _share_cores(ranks: int) -> None:
     """Divide the cores among the ranks of this machine: BLAS threads of two that share one wait for each other."""
-    if ranks > 1 and "OPENBLAS_NUM_THREADS" not in os.environ:
+    if ranks > 1 and not environment.blas_threads_are_set():
         linux_blas.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
 
 

@@ -16,10 +16,10 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import attrs
 
+from mlxmm import environment
 from mlxmm.distributed.signals import Interrupted
 from mlxmm.errors import UserError
 
@@ -157,28 +157,17 @@ class Watchdog:
 
 def read_hosts() -> list[list[str]]:
     """The "ip:port" addresses of each rank's ring, as `mlx.launch --backend ring` gives them; [] for a lone process."""
-    if "MLX_RANK" not in os.environ or not os.environ.get("MLX_HOSTFILE"):
+    hostfile = environment.ring_hostfile()
+    if environment.ring_rank() is None or hostfile is None:
         return []
-    hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text().strip() or "[]")
+    hosts = json.loads(hostfile.read_text().strip() or "[]")
     return hosts if len(hosts) > 1 else []
-
-
-def time_limit() -> float:
-    """For how many seconds ranks wait for one another: MLXMM_RANK_TIMEOUT, or 600."""
-    text = os.environ.get("MLXMM_RANK_TIMEOUT", "600")
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not seconds > 0:
-        raise UserError(f"MLXMM_RANK_TIMEOUT={text}: a number of seconds above 0 is wanted")
-    return seconds
 
 
 def gather(hosts: Sequence[Sequence[str]], rank: int) -> Watchdog:
     """Connect with the other ranks. Raises `UserError` that names those who do not come within the time limit."""
     address, _, port = hosts[0][0].rpartition(":")
-    place, limit = (address.strip("[]"), int(port)), time_limit()
+    place, limit = (address.strip("[]"), int(port)), environment.rank_timeout()
     peers = _receive_others(place, len(hosts), limit) if rank == 0 else [_join(place, rank, limit)]
     return Watchdog(rank, peers, limit)
 

@@ -12,10 +12,10 @@ import mlx.nn as nn
 from attrs.validators import ge, lt
 from mlx.utils import tree_flatten
 
-from mlxmm.config import from_json, option, to_json
+from mlxmm.config import from_json, option, section, to_json
 from mlxmm.errors import UserError
 from mlxmm.losses import token_accuracy, token_loss
-from mlxmm.modules.captioning_module import CaptioningModule
+from mlxmm.modules.captioning_module import MAX_NEW_TOKENS_HELP, CaptioningModule
 from mlxmm.networks.decoder import CachedDecoder, Decoder, DecoderConfig
 from mlxmm.networks.generation import GenerationConfig
 from mlxmm.networks.pretrained_vision import build_vision_tower, load_vision_tower
@@ -34,10 +34,13 @@ MODEL_TYPE = "mlxmm_caption_decoder"
 class CaptionDecoderConfig:
     """What is read, by what, and how it is trained."""
 
-    vision: str | None = option(None, "CLIP, SigLIP or ViT folder or Hub id; none: a small CLIP is trained first")
+    vision: str | None = option(
+        None, "CLIP, SigLIP or ViT: folder or Hub id; none: a small CLIP is trained first", first=True
+    )
     layer: int = option(1, "hidden states of the tower to read, counted as transformers does")
     mix_layers: bool = option(False, "read a learned mix of all hidden states instead")
-    decoder: DecoderConfig = DecoderConfig()
+    max_new_tokens: int = option(0, MAX_NEW_TOKENS_HELP, ge(0), first=True)
+    decoder: DecoderConfig = section(DecoderConfig(), without=("vocab_size", "max_position_embeddings"))
     label_smoothing: float = option(0.0, "part of each target that is spread over all tokens", ge(0), lt(1))
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=3e-3, warmup_steps=50, final_fraction=0.02, weight_decay=0.05
@@ -70,8 +73,10 @@ class CaptionDecoder(CaptioningModule):
         tokenizer,
     ):
         super().__init__()
-        decoder = attrs.evolve(config.decoder, vocab_size=len(tokenizer))
-        self.config = attrs.evolve(config, decoder=decoder)
+        # The start token takes the first position, and the end needs none: a caption has as many tokens as positions.
+        length = config.max_new_tokens or config.decoder.max_position_embeddings
+        decoder = attrs.evolve(config.decoder, vocab_size=len(tokenizer), max_position_embeddings=length)
+        self.config = attrs.evolve(config, decoder=decoder, max_new_tokens=length)
         self.processor, self.tokenizer, self.vision_config = processor, tokenizer, vision_config
         self.vision, width = vision, vision.config.hidden_size
         if config.mix_layers:
@@ -125,13 +130,13 @@ class CaptionDecoder(CaptioningModule):
 
     @property
     def max_new_tokens(self) -> int:
-        """The positions that the decoder has: the start token takes the first, the end needs none."""
-        return self.config.decoder.max_position_embeddings
+        """Longest caption with its end, in tokens: as many as the decoder has positions."""
+        return self.config.max_new_tokens
 
     def _generation(self, settings: dict, prompt: str) -> GenerationConfig:
         config, before = super()._generation(settings, prompt), self._start(prompt)
         room = self.config.decoder.max_position_embeddings + 1 - len(before)
-        return attrs.evolve(config, max_new_tokens=max(1, min(config.max_new_tokens, room)))
+        return attrs.evolve(config, max_new_tokens=max(1, min(config.limit, room)))
 
     def _start(self, prompt: str) -> list[int]:
         return [self._start_id, *self.tokenizer(prompt, add_special_tokens=False)["input_ids"]]

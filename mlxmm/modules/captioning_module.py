@@ -8,9 +8,19 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 import numpy as np
 
-from mlxmm.networks.generation import DecoderInterface, GenerationConfig, generate, sequence_keys, stream
+from mlxmm.networks.generation import (
+    DEFAULT_MAX_NEW_TOKENS,
+    DecoderInterface,
+    GenerationConfig,
+    generate,
+    sequence_keys,
+    stream,
+)
 from mlxmm.training.module import Module, evaluating
 
+MAX_NEW_TOKENS_HELP = (
+    "longest caption with its end, in tokens, also when captions are generated; 0: as the data have it"
+)
 BUCKET = 8  # tokens between one length of a batch and the next
 BATCH = 256  # sequences decoded at a time: pictures, times beams
 
@@ -18,7 +28,7 @@ BATCH = 256  # sequences decoded at a time: pictures, times beams
 class CaptioningModule(Module):
     """What `caption` needs beside a `tokenizer` and a `processor` of pictures:"""
 
-    max_new_tokens = 32  # where neither caller nor module says how long a caption may be
+    max_new_tokens = DEFAULT_MAX_NEW_TOKENS  # longest caption with its end, in training and when one is generated
 
     @property
     def decoder(self) -> DecoderInterface:
@@ -102,7 +112,8 @@ class CaptioningModule(Module):
         yield self._text(tokens)[len(said) :]
 
     def _generation(self, settings: dict, prompt: str) -> GenerationConfig:
-        return GenerationConfig(**({"max_new_tokens": self.max_new_tokens} | settings))
+        given = {name: value for name, value in settings.items() if value is not None}
+        return GenerationConfig(**{"max_new_tokens": self.max_new_tokens} | given)
 
     def _text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()

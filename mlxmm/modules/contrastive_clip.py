@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from mlxmm.compute.dropout import PatchDropout
 from mlxmm.compute.gradcache import chunked_calls
-from mlxmm.config import option
+from mlxmm.config import option, section
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.losses import clip_loss, siglip_loss
@@ -43,7 +43,7 @@ class CLIPConfig:
 
     model_type: str = option("clip", "clip, or siglip: other towers, and a loss of each pair by itself", in_(KINDS))
     vision: VisionConfig = VisionConfig()
-    text: TextConfig = TextConfig()
+    text: TextConfig = section(TextConfig(), without=("vocab_size", "eos_token_id", "max_position_embeddings"))
     projection_dim: int = option(96, "features of the shared space; of a siglip, those of its vision tower", ge(1))
     initialization: str = option("small", "small: for narrow towers; openai: CLIP's own", in_(("small", "openai")))
     chunk_size: int = option(0, "pairs of a batch in memory at a time, with the same gradient; 0: all", ge(0))

@@ -16,7 +16,7 @@ from attrs.validators import ge, gt, in_
 from mlxmm.config import from_json, option, to_json
 from mlxmm.errors import UserError
 from mlxmm.export import llava
-from mlxmm.modules.captioning_module import CaptioningModule
+from mlxmm.modules.captioning_module import MAX_NEW_TOKENS_HELP, CaptioningModule
 from mlxmm.modules.token_metrics import fuses_head, label_positions, token_metrics
 from mlxmm.networks.adapters import LoRAConfig, adapter_names, add_adapters
 from mlxmm.networks.generation import GenerationConfig
@@ -48,19 +48,25 @@ MODEL_TYPE = "mlxmm_qwen3_aligner"
 class Qwen3AlignerConfig:
     """What is put together, and how it is trained."""
 
-    vision: str | None = option(None, "CLIP, SigLIP or ViT folder or Hub id; none: a small CLIP is trained first")
-    lm: str | None = option(None, "language model folder or Hub id; none: a small one is trained first")
+    vision: str | None = option(
+        None, "CLIP, SigLIP or ViT: folder or Hub id; none: a small CLIP is trained first", first=True
+    )
+    lm: str | None = option(None, "language model: folder or Hub id; none: a small one is trained first", first=True)
     lm_bits: int = option(0, "quantize the language model when it is loaded, to 4 or 8 bits; 0: do not", in_((0, 4, 8)))
     lora: LoRAConfig = LoRAConfig()
     layer: int = option(1, "hidden states of the tower to read, counted as transformers does")
     projector: str = option(
         "mlp", "linear, mlp (two layers, as LLaVA's), or pixel_shuffle (as SmolVLM's)", in_(PROJECTORS)
     )
-    projector_factor: int = option(2, "side of the squares of patches that pixel_shuffle makes one of", ge(1))
+    projector_factor: int = option(
+        2, "pixel_shuffle makes one patch of a square with this many patches on a side", ge(1), rare=True
+    )
     projector_width: int = option(256, "features inside the mlp", ge(1))
     prompt: str = option("", "text between image and caption")
-    max_caption_tokens: int = option(0, "longest caption with its end, in tokens; 0: as the data have it", ge(0))
-    lm_lr_scale: float = option(1.0, "learning rate of the language model, as a fraction of the projector's", gt(0))
+    max_new_tokens: int = option(0, MAX_NEW_TOKENS_HELP, ge(0), first=True)
+    lm_lr_scale: float = option(
+        1.0, "learning rate of the language model, as a fraction of the projector's", gt(0), rare=True
+    )
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=5e-3, warmup_steps=20, final_fraction=0.02, weight_decay=0.01
     )
@@ -182,7 +188,7 @@ class Qwen3Aligner(CaptioningModule):
     @property
     def max_new_tokens(self) -> int:
         """As long as captions were in training."""
-        return self.config.max_caption_tokens or CaptioningModule.max_new_tokens
+        return self.config.max_new_tokens or CaptioningModule.max_new_tokens
 
     def _room(self, prompt: Sequence[int]) -> int:
         """Tokens that a caption may have after image and `prompt`; its end needs no position."""
@@ -191,12 +197,12 @@ class Qwen3Aligner(CaptioningModule):
 
     def _check_context(self) -> None:
         """Raise `UserError` where image, prompt and the longest caption are more than the language model reads."""
-        room, wanted = self._room(self._prompt), self.config.max_caption_tokens
+        room, wanted = self._room(self._prompt), self.config.max_new_tokens
         if room < max(1, wanted):
             raise UserError(
                 f"the language model reads {self.lm_config['max_position_embeddings']} tokens: after image and prompt "
                 f"there is room for {max(0, room)} of a caption, not for {max(1, wanted)}; "
-                + (f"set --module.max-caption-tokens to {room} or less" if room > 0 else "shorten --module.prompt")
+                + (f"set --module.max-new-tokens to {room} or less" if room > 0 else "shorten --module.prompt")
             )
 
     def _generation(self, settings: dict, prompt: str) -> GenerationConfig:
@@ -204,7 +210,7 @@ class Qwen3Aligner(CaptioningModule):
         if room < 1:
             most = self.lm_config["max_position_embeddings"]
             raise UserError(f"the language model reads {most} tokens: shorten the prompt by {1 - room}")
-        return attrs.evolve(config, max_new_tokens=min(config.max_new_tokens, room))
+        return attrs.evolve(config, max_new_tokens=min(config.limit, room))
 
     def _token_ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])

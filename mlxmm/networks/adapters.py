@@ -15,11 +15,13 @@ class LoRAConfig:
     """LoRA (arXiv 2106.09685) and DoRA (arXiv 2402.09353), with mlx-lm's meaning of the numbers."""
 
     rank: int = option(0, "inner size of the language model's adapters; 0: no adapters", ge(0))
-    scale: float = option(20.0, "what the adapters' output is multiplied by (elsewhere alpha / rank)", gt(0))
-    dropout: float = option(0.0, "fraction of the adapters' inputs dropped in training", ge(0), lt(1))
-    num_layers: int = option(0, "how many of the last layers get adapters; 0: all", ge(0))
-    keys: tuple[str, ...] = option((), "what gets one in a layer, for example self_attn.q_proj; none: all that can")
-    dora: bool = option(False, "DoRA: the lengths of the adapted matrices' rows are learned by themselves")
+    scale: float = option(20.0, "what the adapters' output is multiplied by (elsewhere alpha / rank)", gt(0), rare=True)
+    dropout: float = option(0.0, "fraction of the adapters' inputs dropped in training", ge(0), lt(1), rare=True)
+    num_layers: int = option(0, "how many of the last layers get adapters; 0: all", ge(0), rare=True)
+    keys: tuple[str, ...] = option(
+        (), "what gets one in a layer, for example self_attn.q_proj; none: all that can", rare=True
+    )
+    dora: bool = option(False, "DoRA: learn the lengths of the adapted rows separately", rare=True)
 
 
 def add_adapters(model: nn.Module, config: LoRAConfig) -> None:

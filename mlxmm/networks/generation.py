@@ -9,12 +9,14 @@ from typing import Protocol
 import attrs
 import mlx.core as mx
 import numpy as np
-from attrs.validators import ge, gt, le, lt
+from attrs.validators import ge, gt, le, lt, optional
 from mlx.utils import tree_map
 
 from mlxmm.config import option
 from mlxmm.errors import UserError
 from mlxmm.networks.language_model import keep_likeliest
+
+DEFAULT_MAX_NEW_TOKENS = 32
 
 
 class DecoderInterface(Protocol):
@@ -35,7 +37,11 @@ class DecoderInterface(Protocol):
 class GenerationConfig:
     """How to choose tokens, under transformers' names and in its order: penalty, temperature, top-k, top-p."""
 
-    max_new_tokens: int = option(32, "longest continuation, its end included", ge(1))
+    max_new_tokens: int | None = option(
+        None,
+        "longest continuation with its end, in tokens; none: as captions were in training",
+        optional(ge(1)),
+    )
     num_beams: int = option(1, "continuations that beam search keeps; 1: no beam search", ge(1))
     temperature: float = option(0.0, "0: the likeliest token; above: draw, from logits divided by it", ge(0))
     top_k: int = option(0, "draw from this many of the likeliest tokens; 0: from all", ge(0))
@@ -43,6 +49,11 @@ class GenerationConfig:
     repetition_penalty: float = option(1.0, "what makes tokens less likely that were generated before", gt(0))
     length_penalty: float = option(1.0, "beams compare log-probability / tokens ** this; above 0: longer ones")
     seed: int = option(0, "of all that is drawn", ge(0), lt(2**32))
+
+    @property
+    def limit(self) -> int:
+        """`max_new_tokens`, or what is taken where nobody says how long captions were."""
+        return DEFAULT_MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
 
     def __attrs_post_init__(self):
         if self.num_beams > 1 and self.temperature > 0:
@@ -86,13 +97,13 @@ def _columns(network, prefix, config, stop_id, keys) -> Iterator[np.ndarray]:
     keys = sequence_keys(config.seed, 0, len(prefix)) if keys is None else keys
     cache, generated, running = network.make_cache(), None, np.ones(len(prefix), dtype=bool)
     logits = network.logits(prefix, cache)
-    for length in range(1, config.max_new_tokens + 1):
+    for length in range(1, config.limit + 1):
         keys, drawn = mx.vmap(mx.random.split)(keys).swapaxes(0, 1)
         tokens = _choose(_penalised(logits, generated, config), config, drawn)
         column = np.array(tokens)
         yield column
         running &= column != stop_id
-        if not running.any() or length == config.max_new_tokens:
+        if not running.any() or length == config.limit:
             return
         generated = _with_tokens(generated, tokens, logits)
         logits = network.logits(network.embed(tokens[:, None]), cache)
@@ -161,7 +172,7 @@ class Beams:
 
     @property
     def done(self) -> bool:
-        return self.length == self.config.max_new_tokens or bool(self._finished.all())
+        return self.length == self.config.limit or bool(self._finished.all())
 
     def step(self, log_probabilities: mx.array) -> np.ndarray:
         """Lengthen the beams, given (B * K, V) of each next token: the rows (B * K,) that they continue."""
@@ -170,7 +181,7 @@ class Beams:
         scores, places = _largest(totals, min(2 * K, K * V))  # of 2 K candidates, K at least do not end
         rows, tokens = places // V + K * np.arange(B)[:, None], places % V
         self.length += 1
-        ends = (tokens == self.stop_id) | (self.length == self.config.max_new_tokens)
+        ends = (tokens == self.stop_id) | (self.length == self.config.limit)
         self._collect(scores[:, :K], rows[:, :K], tokens[:, :K], ends[:, :K])
         scores[ends] = -np.inf
         order = np.argsort(-scores, axis=1, kind="stable")[:, :K]

@@ -2,23 +2,27 @@
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from mlxmm import environment
 from mlxmm.distributed import collectives
 from mlxmm.storage.atomic import atomic_folder
 
 
-def cached(name: str, key, make: Callable[[Path], None]) -> Path:
-    """The folder of what `make(folder)` wrote for `key` (JSON values), now or in an earlier run.
+def cache_folder(name: str) -> Path:
+    """The folder of this name in the cache ($MLXMM_CACHE, or ~/.cache/mlxmm)."""
+    return environment.cache_root() / name
 
-    In $MLXMM_CACHE, or ~/.cache/mlxmm; whole or absent. All processes take part in the making, and rank 0 keeps it.
+
+def cached(name: str, key, make: Callable[[Path], None]) -> Path:
+    """The folder of what `make(folder)` wrote for `key` (JSON values), now or in an earlier run; whole or absent.
+
+    A collective call: all processes take part in the making, and rank 0 keeps what it made.
     """
-    root = Path(os.environ.get("MLXMM_CACHE", Path.home() / ".cache" / "mlxmm"))
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    folder = root / f"{name}-{digest}"
+    folder = cache_folder(f"{name}-{digest}")
     if not collectives.broadcast_object(folder.exists):
         with atomic_folder(folder) if collectives.rank() == 0 else tempfile.TemporaryDirectory() as temporary:
             make(Path(temporary))

@@ -7,6 +7,7 @@ state.json              counters, what was trainable, callbacks, loggers, and a 
 """
 
 import copy
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,7 @@ def save(folder: Path, checkpoint: dict[str, dict], save_config: Callable[[Path]
 
 
 def load(folder: Path) -> dict[str, dict]:
-    """What `save` wrote, after every file was compared with its checksum; arrays are read when they are used."""
+    """What `save` wrote, verified; arrays are read when they are used. Raises `UserError` as `read_state` does."""
     state = read_state(folder)
     files = [folder / name for name in state["files"] if name.endswith(".safetensors")]
     return {"state": state} | {path.stem: mx.load(str(path)) for path in files}
@@ -59,9 +60,23 @@ def read_state(folder: Path) -> dict:
     if state["format"] > FORMAT:
         raise UserError(f"{folder} has format {state['format']}, newer than {FORMAT}: update mlxmm")
     for name, checksum in state["files"].items():
-        if not (folder / name).exists() or sha256(folder / name) != checksum:
+        if not (folder / name).exists() or _checksum(folder / name) != checksum:
             raise UserError(f"{folder / name} is missing or damaged; resume from another checkpoint")
     return state
+
+
+def _checksum(path: Path) -> str:
+    """The checksum of a file, computed once as long as the file stays what it is.
+
+    Finding a run's newest checkpoint verifies it, and so does loading it: of a model of some GB, seconds each.
+    """
+    stat = path.stat()
+    return _checksum_of(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@functools.lru_cache(maxsize=64)
+def _checksum_of(path: Path, *identity: int) -> str:
+    return sha256(path)
 
 
 def load_weights(path: Path, module) -> None:
@@ -97,12 +112,19 @@ def load_optimizer(arrays: dict[str, mx.array], optimizer, module) -> None:
 
 
 def latest(checkpoints: Path) -> Path | None:
-    """The newest checkpoint of a run that is whole, or none. Says which ones it passes over."""
+    """The newest undamaged checkpoint of a run; None if it has none yet. Prints each damaged one that it skips.
+
+    Raises `UserError` that names the damaged file where all are damaged: to start again would overwrite the run.
+    """
     folders = sorted(checkpoints.glob("step=*"), key=lambda path: int(path.name.removeprefix("step=")))
+    damage: UserError | None = None
     for folder in reversed(folders):
         try:
             read_state(folder)
             return folder
         except UserError as error:
-            print(f"passed over: {error}")
+            damage = damage or error
+            print(f"skipped: {error}")
+    if damage is not None:
+        raise UserError(f"no checkpoint of this run is whole: {damage}")
     return None

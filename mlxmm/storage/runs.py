@@ -1,9 +1,12 @@
-"""A run's folder: made once, never written over, and found again to be resumed.
+"""A run's folder: made once, never overwritten, and found again to be resumed.
 
 runs/<recipe>/<name>/config.json  metrics.jsonl  events.out.tfevents.*  checkpoints/  summary.json
 """
 
+import contextlib
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
@@ -16,27 +19,36 @@ from mlxmm.storage import checkpoint
 from mlxmm.storage.atomic import remove_leftovers, write_json
 
 RUNS = Path("runs")
+LOGS = ("metrics.jsonl", "events.out.tfevents.*")
+RESULTS = ("samples.png", "captions.jsonl", "model", "summary.json")  # what the closing lines point to
 
 
 @attrs.frozen(kw_only=True)
 class RunConfig:
-    """What every recipe has."""
+    """What every recipe that keeps a folder has."""
 
-    run_dir: Path | None = option(None, "folder of the run; none: runs/<recipe>/<date and time>")
-    resume: str | None = option(None, "`last`, or a checkpoint's folder, to go on from")
-    seed: int = option(0, "of weights, data and all else that is random", ge(0), lt(2**24))
+    run_dir: Path | None = option(None, "folder of the run; none: runs/<recipe>/<date and time>", first=True)
+    seed: int = option(0, "seed of weights, data and everything else that is random", ge(0), lt(2**24), first=True)
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
+class TrainingRunConfig(RunConfig):
+    """What every recipe that trains has: its run can be resumed."""
+
+    resume: str | None = option(None, "`last`, or the folder of a checkpoint, to resume from", first=True)
+
+
+@attrs.define
 class Run:
-    """An open run: its folder, and the checkpoint to go on from, if any."""
+    """An open run: its folder, the checkpoint to resume from, if any, and the metrics it has reported."""
 
     folder: Path
     ckpt_path: Path | None = None
+    metrics: dict = attrs.field(factory=dict, init=False)
 
     def subrun(self, name: str) -> "Run":
-        """A run inside this one, which goes on from its own newest checkpoint if it has any."""
-        return Run(*collectives.broadcast_paths(lambda: _open_part(self.folder / name)))
+        """A run in a folder of this one, resumed from its newest checkpoint if it has one."""
+        return Run(*collectives.broadcast_paths(lambda: _open_subrun(self.folder / name)))
 
     @property
     def is_global_zero(self) -> bool:
@@ -46,84 +58,127 @@ class Run:
     def print(self, text: str) -> None:
         """Print on one process only."""
         if self.is_global_zero:
-            print(text)
+            print(text, flush=True)
 
-    def write_summary(self, figures: dict) -> None:
-        """Write `summary.json`, what a script or a paper's table would read: once every process has ended well."""
-        collectives.barrier()
-        if self.is_global_zero:
-            write_json(self.folder / "summary.json", figures)
+    def report(self, metrics: dict) -> None:
+        """Add to the metrics of the run's end: numbers are printed then, all JSON values come into summary.json."""
+        self.metrics |= metrics
 
 
-def open_run(config: RunConfig, recipe: str) -> Run:
-    """Make the folder of a new run, or find that of one to be resumed. Writes `config.json`.
+@contextlib.contextmanager
+def open_run(config: RunConfig, recipe: str) -> Iterator[Run]:
+    """The run of a recipe, from its folder to its summary.
 
-    Raises `UserError` where a new run's folder exists, or a run to be resumed does not.
+    At the beginning: makes the folder of a new run and writes its `config.json`, or finds the run to be resumed. At
+    the end, once every process got there: writes `summary.json` with what was reported and the "seconds" it took,
+    prints the metrics and where the results are. A new run that fails before it wrote anything leaves no folder.
+
+    Raises `UserError` where a new run's folder exists, where a run to be resumed does not, and where the processes
+    cannot train by the config's strategy.
     """
-    return Run(*collectives.broadcast_paths(lambda: _open(config, recipe)))
+    start = time.perf_counter()
+    if (trainer := getattr(config, "trainer", None)) is not None:
+        collectives.check_strategy(trainer.strategy)
+    run = Run(*collectives.broadcast_paths(lambda: _open(config, recipe)))
+    try:
+        yield run
+        collectives.barrier()
+    except BaseException:
+        if run.is_global_zero and run.ckpt_path is None:
+            _remove_if_unused(run.folder)
+        raise
+    run.report({"seconds": time.perf_counter() - start})
+    if run.is_global_zero:
+        _close(run)
 
 
-def check_free(config: RunConfig) -> None:
-    """Raise `UserError` where the folder of a new run exists: before data are opened, which may take a while."""
+def find_run(recipe: str, resume: str, run_dir: Path | None) -> Path:
+    """The folder of the run that `resume` names. Only looks: nothing is read from it, and nothing changed.
 
-    def check() -> None:
-        if config.resume is None and config.run_dir is not None and config.run_dir.exists():
-            raise UserError(f"{config.run_dir} exists: name another --run-dir, or add --resume last")
-
-    collectives.broadcast_object(check)  # which makes the folder, while others may still be on their way here
-
-
-def _open_part(folder: Path) -> tuple[Path, Path | None]:
-    folder.mkdir(exist_ok=True)
-    return _reopened(folder, checkpoint.latest(folder / "checkpoints"))
-
-
-def _open(config: RunConfig, recipe: str) -> tuple[Path, Path | None]:
-    if config.resume is None:
-        folder = config.run_dir or RUNS / recipe / time.strftime("%Y-%m-%d_%H-%M-%S")
-        try:
-            folder.mkdir(parents=True)
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"{folder} exists: name another --run-dir, or add --resume last") from None
-        except OSError as error:
-            raise UserError(f"{folder} cannot be made: {error.strerror}") from None
-        write_json(folder / "config.json", to_json(attrs.evolve(config, run_dir=folder)))
-        return folder, None
-    folder, ckpt_path = find_run(config.resume, config.run_dir, recipe)
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    if not (folder / "config.json").exists():
-        write_json(folder / "config.json", to_json(attrs.evolve(config, run_dir=folder, resume=None)))
-    return _reopened(folder, ckpt_path)
-
-
-def _reopened(folder: Path, ckpt_path: Path | None) -> tuple[Path, Path | None]:
-    """A run to go on with; without a checkpoint it begins anew, and what it logged before would come twice."""
-    if ckpt_path is None:
-        for path in [*folder.glob("metrics.jsonl"), *folder.glob("events.out.tfevents.*")]:
-            path.unlink()
-    return folder, ckpt_path
-
-
-def find_run(resume: str, run_dir: Path | None, recipe: str) -> tuple[Path, Path | None]:
-    """The folder of the run that `resume` names, and its checkpoint (none, if it was stopped before any)."""
+    Raises `UserError` where there is none.
+    """
     if resume != "last":
         path = Path(resume)
         if not (path / checkpoint.STATE).exists():
             raise UserError(f"--resume {resume}: no checkpoint is there; `last` takes the run's newest")
-        return run_dir or path.resolve().parent.parent, path
+        return path.resolve().parent.parent
     runs = sorted((RUNS / recipe).glob("*/config.json"), key=lambda path: path.stat().st_mtime)
     folder = run_dir or (runs[-1].parent if runs else None)
     if folder is None or not folder.is_dir():
         raise UserError(f"--resume last: there is no run in {run_dir or RUNS / recipe}")
-    return _reopened(folder, checkpoint.latest(folder / "checkpoints"))
+    return folder
 
 
-def table(figures: dict[str, float]) -> str:
-    """A line for each figure, chance beside it where it is known."""
-    lines = [f"{'':<36}{'':>10}{'chance':>10}"]
-    for name, value in figures.items():
+def _open(config: RunConfig, recipe: str) -> tuple[Path, Path | None]:
+    if getattr(config, "resume", None) is None:
+        return _make(config, recipe), None
+    if config.resume == "last":
+        folder = find_run(recipe, config.resume, config.run_dir)
+        ckpt_path = checkpoint.latest(folder / "checkpoints")
+    else:
+        ckpt_path = Path(config.resume)
+        folder = config.run_dir or find_run(recipe, config.resume, None)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    if not (folder / "config.json").exists():
+        _write_config(config, folder)
+    return _reopen(folder, ckpt_path)
+
+
+def _make(config: RunConfig, recipe: str) -> Path:
+    folder = config.run_dir or RUNS / recipe / time.strftime("%Y-%m-%d_%H-%M-%S")
+    try:
+        folder.mkdir(parents=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder} exists: name another --run-dir, or add --resume last") from None
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}") from None
+    _write_config(config, folder)
+    return folder
+
+
+def _write_config(config: RunConfig, folder: Path) -> None:
+    changes = {"run_dir": folder} | ({"resume": None} if hasattr(config, "resume") else {})
+    write_json(folder / "config.json", to_json(attrs.evolve(config, **changes)))
+
+
+def _open_subrun(folder: Path) -> tuple[Path, Path | None]:
+    folder.mkdir(exist_ok=True)
+    return _reopen(folder, checkpoint.latest(folder / "checkpoints"))
+
+
+def _reopen(folder: Path, ckpt_path: Path | None) -> tuple[Path, Path | None]:
+    """Without a checkpoint training starts again, so old logs are removed to avoid duplicate entries."""
+    if ckpt_path is None:
+        for path in (path for pattern in LOGS for path in folder.glob(pattern)):
+            path.unlink()
+    return folder, ckpt_path
+
+
+def _remove_if_unused(folder: Path) -> None:
+    """Remove the folder of a run that failed before it wrote anything but its settings."""
+    if [path.name for path in folder.iterdir()] == ["config.json"]:
+        shutil.rmtree(folder)
+
+
+def _close(run: Run) -> None:
+    write_json(run.folder / "summary.json", run.metrics)
+    print(table(run.metrics))
+    for name in RESULTS:
+        if (run.folder / name).exists():
+            print(f"{name.partition('.')[0]}: {run.folder / name}")
+    if any(run.folder.glob(LOGS[1])):
+        print(f"curves: tensorboard --logdir {run.folder}")
+
+
+def table(metrics: dict) -> str:
+    """A line for each number, chance beside it where "<name>_chance" is known."""
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    has_chance = any(name.endswith("_chance") for name in numbers)
+    lines = [f"{'':<36}{'':>10}{'chance':>10}"] if has_chance else []
+    for name, value in numbers.items():
         if not name.endswith("_chance"):
-            chance = figures.get(f"{name}_chance")
-            lines.append(f"{name:<36}{value:>10.4f}" + (f"{chance:>10.4f}" if chance is not None else ""))
+            chance = numbers.get(f"{name}_chance")
+            shown = f"{value:>10}" if isinstance(value, int) else f"{value:>10.4f}"
+            lines.append(f"{name:<36}{shown}" + (f"{chance:>10.4f}" if chance is not None else ""))
     return "\n".join(lines)

@@ -8,6 +8,8 @@ from attrs.validators import ge, in_, optional
 from mlxmm.compute.precision import PRECISIONS
 from mlxmm.config import option
 
+SHARE = "batches of an epoch, as a number or a fraction"
+
 
 def duration(text: str) -> float:
     """Seconds of "DD:HH:MM:SS", "HH:MM:SS" or "MM:SS"."""
@@ -35,45 +37,54 @@ def is_duration(instance, attribute, value) -> None:
 class TrainerConfig:
     """How long to train and what to do on the way. A step is one optimizer update."""
 
-    max_steps: int = option(-1, "updates to run; -1: no limit", ge(-1))
+    max_steps: int = option(-1, "updates to run; -1: no limit", ge(-1), flag="--max-steps", first=True)
     max_epochs: int = option(1_000, "passes over the training data; -1: no limit", ge(-1))
     max_time: str | None = option(None, "longest training, as DD:HH:MM:SS, resumes included", optional(is_duration))
-    min_steps: int = option(0, "updates before a callback may end the run", ge(0))
-    min_epochs: int = option(0, "epochs before a callback may end the run", ge(0))
-    limit_train_batches: int | float = option(1.0, "batches of an epoch, as a number or a fraction", is_share)
-    limit_val_batches: int | float = option(1.0, "batches of a validation, as a number or a fraction", is_share)
-    limit_test_batches: int | float = option(1.0, "batches of a test, as a number or a fraction", is_share)
-    limit_predict_batches: int | float = option(1.0, "batches to predict, as a number or a fraction", is_share)
-    overfit_batches: int | float = option(0, "train and validate on these batches alone; 0: on all", is_share)
-    fast_dev_run: int = option(0, "try so many batches of everything, writing nothing", ge(0))
-    num_sanity_val_steps: int = option(2, "validation batches to try before training", ge(0))
+    min_steps: int = option(0, "updates before a callback may stop the run", ge(0), rare=True)
+    min_epochs: int = option(0, "epochs before a callback may stop the run", ge(0), rare=True)
+    limit_train_batches: int | float = option(1.0, f"training {SHARE}", is_share, rare=True)
+    limit_val_batches: int | float = option(1.0, f"validation {SHARE}", is_share, rare=True)
+    limit_test_batches: int | float = option(1.0, f"test {SHARE}", is_share, rare=True)
+    limit_predict_batches: int | float = option(1.0, f"prediction {SHARE}", is_share, rare=True)
+    overfit_batches: int | float = option(0, "train and validate on these batches only; 0: all", is_share, rare=True)
+    fast_dev_run: int = option(0, "run this many batches of everything and write nothing", ge(0), rare=True)
+    num_sanity_val_steps: int = option(2, "validation batches to run before training", ge(0), rare=True)
     val_check_interval: int | float = option(1.0, "updates between validations, or a fraction of an epoch", is_share)
-    check_val_every_n_epoch: int = option(1, "epochs between epochs with validation", ge(1))
+    check_val_every_n_epoch: int = option(1, "validate in every n-th epoch", ge(1), rare=True)
     accumulate_grad_batches: int = option(1, "batches per update", ge(1))
-    gradient_clip_val: float | None = option(1.0, "largest global gradient norm, or none", optional(ge(0)))
-    gradient_clip_algorithm: str = option("norm", "norm: scale them all; value: bound each", in_(("norm", "value")))
+    gradient_clip_val: float | None = option(1.0, "largest global gradient norm; none: no clipping", optional(ge(0)))
+    gradient_clip_algorithm: str = option(
+        "norm", "norm: scale all gradients; value: bound each number", in_(("norm", "value")), rare=True
+    )
     strategy: str = option(
         "auto",
-        "auto, ddp: each process trains the whole module on its share of the data; fsdp: and has a share of each layer",
+        "auto, ddp: every process holds the whole model; fsdp: the parameters of its layers are sharded",
         in_(("auto", "ddp", "fsdp")),
     )
     precision: str = option("32", "32, bf16-mixed (float32 weights) or bf16-true", in_(PRECISIONS))
-    gradient_checkpointing: bool = option(False, "keep of each layer its input alone, and compute the rest again")
-    log_every_n_steps: int = option(50, "updates between lines of training metrics", ge(1))
-    seed: int = option(0, "of data order, dropout and all else that is random", ge(0))
-    compile: bool = option(True, "compile each update; without, it runs as plain Python")
-    max_compiled_variants: int = option(16, "batch shapes to keep compiled, of training and of validation", ge(1))
-    detect_anomaly: bool = option(False, "name the first part that gives something not finite; slow")
-    deterministic: bool = option(False, "compute the first update twice and stop if the two differ by a bit")
+    gradient_checkpointing: bool = option(
+        False, "store only each layer's input, and compute the rest again in the backward pass: saves memory"
+    )
+    log_every_n_steps: int = option(50, "updates between logs of training metrics", ge(1))
+    seed: int = option(0, "seed of data order, dropout and everything else that is random", ge(0))
+    compile: bool = option(True, "compile each update; without, it runs as plain Python", rare=True)
+    max_compiled_variants: int = option(
+        16, "batch shapes that stay compiled, of training and of validation", ge(1), rare=True
+    )
+    detect_anomaly: bool = option(False, "stop at the first part whose output is not finite, by name; slow", rare=True)
+    deterministic: bool = option(
+        False, "compute the first update twice and stop if the results differ by a bit", rare=True
+    )
     profiler: str | None = option(
         None,
         "simple: print where the time went; metal: also capture a few updates for Xcode",
         optional(in_(("simple", "metal"))),
+        rare=True,
     )
     default_root_dir: Path | None = option(None, "where loggers and checkpoints write; none: nowhere")
-    enable_checkpointing: bool = option(True, "let ModelCheckpoint write")
-    enable_progress_bar: bool = option(True, "show TQDMProgressBar")
-    enable_model_summary: bool = option(True, "print ModelSummary")
+    enable_checkpointing: bool = option(True, "let ModelCheckpoint write", rare=True)
+    enable_progress_bar: bool = option(True, "show TQDMProgressBar", rare=True)
+    enable_model_summary: bool = option(True, "print ModelSummary", rare=True)
 
     def resolved(self) -> "TrainerConfig":
         """The settings as they act: `fast_dev_run` sets others, and the root is a path."""

@@ -1,4 +1,4 @@
-"""What the recipes that train a captioner share: training, judging, reporting."""
+"""What the recipes that train a captioner share: training, and captioning the test splits."""
 
 import attrs
 from mlxmm.callbacks import (
@@ -14,6 +14,7 @@ from mlxmm import Callback, Trainer
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionSource
 from mlxmm.evaluation.caption_metrics import bleu, exact_match
+from mlxmm.evaluation.captions import shuffled
 from mlxmm.evaluation.contact_sheet import contact_sheet
 from mlxmm.modules.captioning_module import CaptioningModule
 from mlxmm.storage.atomic import atomic_file
@@ -22,19 +23,19 @@ from mlxmm.storage.runs import Run
 SHEET_ROWS = 24
 
 
-def report_truncation(captioner: CaptioningModule, source: CaptionSource, run: Run, flag: str) -> None:
-    """Print how many of the first captions are longer than those that `captioner` learns; `flag` says how long."""
+def report_truncation(captioner: CaptioningModule, source: CaptionSource, run: Run) -> None:
+    """Print how many of the first captions are longer than those that `captioner` is trained on."""
     texts, length = source.sample_captions(), captioner.max_new_tokens
     tokens = captioner.tokenizer(texts, add_special_tokens=False)["input_ids"]
     if num_cut := sum(len(ids) >= length for ids in tokens):
+        flag = "--module.max-new-tokens"
         run.print(f"cut: {num_cut} of {len(texts)} captions do not end within {length} tokens, see {flag}")
 
 
-def fit(config, captioner: CaptioningModule, source: CaptionSource, run: Run, name: str, *callbacks: Callback) -> dict:
-    """Train a captioner with the callbacks that all have; returns the figures of the run's end."""
+def fit(config, captioner: CaptioningModule, source: CaptionSource, run: Run, name: str, *callbacks: Callback) -> None:
+    """Train a captioner with the callbacks that all have, and report the metrics of the run's end."""
     data = CaptionData(source, transform=captioner.transform, collate=captioner.collate)
     refresh = [SyntheticRefresh(source.fresh_rows)] if source.is_synthetic else []
-    samples = [SampleCaptions(source.rows["val"])]
     trainer = Trainer(
         attrs.evolve(config.trainer, seed=config.seed, default_root_dir=run.folder),
         callbacks=[
@@ -43,35 +44,28 @@ def fit(config, captioner: CaptioningModule, source: CaptionSource, run: Run, na
             ModelSummary(),
             LearningRateMonitor(),
             TQDMProgressBar(name),
-            *samples,
+            SampleCaptions(source.rows["val"]),
             ModelCheckpoint(every_n_train_steps=config.checkpoint_every, monitor="val/loss"),
         ],
     )
     trainer.fit(captioner, data, ckpt_path=run.ckpt_path)
-    return dict(trainer.callback_metrics)
+    run.report(trainer.callback_metrics)
 
 
-def evaluate(config, captioner: CaptioningModule, source: CaptionSource, run: Run) -> dict:
-    """Caption every test part; the control gives each picture's caption to another picture."""
-    figures = {}
-    for part in source.test_splits:
-        rows = [source.rows[part][i] for i in range(min(config.max_test, len(source.rows[part])))]
+def evaluate(config, captioner: CaptioningModule, source: CaptionSource, run: Run) -> None:
+    """Caption every test split, report how right the captions are, and draw `samples.png`.
+
+    The control ("_shuffled") holds each caption against another picture's references.
+    """
+    for split in source.test_splits:
+        rows = [source.rows[split][i] for i in range(min(config.max_test, len(source.rows[split])))]
         captions = captioner.caption([row["image"] for row in rows])
         references = [row["captions"] for row in rows]
-        name = part.removeprefix("test")
-        figures[f"test/exact_match{name}"] = exact_match(captions, references)
-        if part == "test":
-            shuffled = captions[len(captions) // 2 :] + captions[: len(captions) // 2]
-            figures["test/exact_match_shuffled"] = exact_match(shuffled, references)
-            figures["test/bleu"] = bleu(captions, references)
-            figures["test/bleu_shuffled"] = bleu(shuffled, references)
+        run.report({f"test/exact_match{split.removeprefix('test')}": exact_match(captions, references)})
+        if split == "test":
+            others = shuffled(captions)
+            run.report({"test/exact_match_shuffled": exact_match(others, references)})
+            run.report({"test/bleu": bleu(captions, references), "test/bleu_shuffled": bleu(others, references)})
             with atomic_file(run.folder / "samples.png") as path:
                 contact_sheet(rows[:SHEET_ROWS], captions[:SHEET_ROWS]).save(path)
-    return figures
-
-
-def report(figures: dict, source: CaptionSource, run: Run) -> None:
-    """Write summary.json, and print the figures and where to look."""
-    run.write_summary(figures | {"data/skipped": len(source.skipped), "data/skipped_rows": source.skipped})
-    run.print("\n".join(f"{name:<36}{value:>10.4f}" for name, value in figures.items()))
-    run.print(f"samples: {run.folder / 'samples.png'}\ncurves: tensorboard --logdir {run.folder}")
+    run.report({"data/skipped": len(source.skipped), "data/skipped_rows": list(source.skipped)})

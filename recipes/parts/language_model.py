@@ -1,4 +1,4 @@
-"""A small Qwen3 trained from scratch on text."""
+"""A small Qwen3 trained from scratch on text: by `train_language_model`, and as the language model of the demo."""
 
 import attrs
 import mlx.core as mx
@@ -6,26 +6,39 @@ from attrs.validators import ge
 from mlxmm.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, TQDMProgressBar
 
 from mlxmm import Trainer, TrainerConfig
-from mlxmm.config import option
+from mlxmm.config import option, section, to_json
 from mlxmm.data.caption_source import CaptionSource
 from mlxmm.data.loader import Loader
 from mlxmm.modules.text_model import TextModel, TextModelConfig
 from mlxmm.preprocessing.tokenizers import token_length, train_tokenizer
+from mlxmm.storage.cache import cached
 from mlxmm.storage.runs import Run
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, slots=False)  # recipes derive their Config from two of these
 class LanguageModelConfig:
     """A small Qwen3 and how long it is trained."""
 
-    module: TextModelConfig = TextModelConfig()
-    vocab_size: int = option(2_000, "most tokens of the tokenizer that is trained on the text", ge(1))
-    batch_size: int = option(64, "texts in a batch")
-    trainer: TrainerConfig = TrainerConfig(max_steps=250)
+    module: TextModelConfig = section(TextModelConfig(), without=("max_tokens",))
+    vocab_size: int = option(2_000, "most tokens of the tokenizer that is trained on the text", ge(1), rare=True)
+    batch_size: int = option(64, "texts in a batch", ge(1), first=True)
+    trainer: TrainerConfig = section(TrainerConfig(max_steps=250), without=("seed", "default_root_dir"))
+
+
+def language_model_or_train(config, source: CaptionSource, run: Run) -> str:
+    """The language model that `config.module` names, or one trained on the text of `source`, now or earlier."""
+    if config.module.lm is not None:
+        return config.module.lm
+
+    def make(folder):
+        model, _ = train(config.language_model, source, run.subrun("language_model"), config.seed)
+        model.save_pretrained(folder)
+
+    return str(cached("language-model", [to_json(config.data), config.seed, to_json(config.language_model)], make))
 
 
 def train(config: LanguageModelConfig, source: CaptionSource, run: Run, seed: int) -> tuple[TextModel, dict]:
-    """Train a language model on the text of `data`; returns it with the figures of the run's end."""
+    """Train a language model on the text of `source`; returns it with the metrics of the run's end."""
     sample = [f"{notes} {caption}" for notes, caption in source.sample_texts()]
     tokenizer = train_tokenizer(sample, config.vocab_size)
     longest = token_length(tokenizer, sample) + 2  # start and end

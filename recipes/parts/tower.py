@@ -1,74 +1,59 @@
-"""A CLIP trained from scratch: the recipe train_clip's whole work, and the tower of a demo's captioner."""
-
-import json
-from pathlib import Path
+"""A CLIP trained on pictures with captions: by `train_clip`, and as the tower of a small captioner."""
 
 import attrs
 import mlx.core as mx
 from attrs.validators import ge
-from mlxmm.callbacks import (
-    LearningRateMonitor,
-    ModelCheckpoint,
-    ModelSummary,
-    SyntheticRefresh,
-    TQDMProgressBar,
-)
+from mlxmm.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, SyntheticRefresh, TQDMProgressBar
 
 from mlxmm import Trainer, TrainerConfig
-from mlxmm.config import option, to_json
+from mlxmm.config import option, section, to_json
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionSource
-from mlxmm.evaluation.clip import evaluate_shapes, retrieval_figures
+from mlxmm.evaluation.clip import evaluate_shapes, retrieval_metrics
 from mlxmm.modules.contrastive_clip import CLIPConfig, ContrastiveCLIP
 from mlxmm.preprocessing.images import ImageProcessor
 from mlxmm.preprocessing.tokenizers import token_length, train_tokenizer
 from mlxmm.storage.atomic import write_json
 from mlxmm.storage.cache import cached
+from mlxmm.storage.pretrained import read_json
 from mlxmm.storage.runs import Run
 
-
-def tower_or_train(config, source: CaptionSource, run: Run) -> tuple[str, dict]:
-    """The tower that `config.module` names, or one trained on `data`, now or in an earlier run, with its figures."""
-    if config.module.vision is not None:
-        return config.module.vision, {}
-    key = [*data_key(config), to_json(config.tower)]
-    folder = cached("tower", key, lambda to: _train_tower(config, source, run, to))
-    return str(folder), read_figures(folder, "zero_shot/accuracy")
-
-
-def data_key(config) -> list:
-    return [to_json(config.data), config.seed]
-
-
-def _train_tower(config, source: CaptionSource, run: Run, folder: Path) -> None:
-    clip, figures = train(config.tower, source, run.subrun("tower"), config.seed)
-    clip.save_pretrained(folder)
-    write_json(folder / "figures.json", figures)
-
-
-def read_figures(folder: Path, *names: str) -> dict:
-    figures = json.loads((folder / "figures.json").read_text())
-    return {name: figures[name] for name in names if name in figures}
-
-
-# Pictures on light ground: zero about where the ground is.
+# For pictures on a light ground: about zero where the ground is.
 LIGHT_MEAN, UNIT_STD = (0.88, 0.88, 0.88), (1.0, 1.0, 1.0)
-TRAINING_SETTINGS = ("chunk_size", "patch_dropout", "locked", "optimizer")  # settings of a pretrained CLIP too
+TRAINING_SETTINGS = ("chunk_size", "patch_dropout", "locked", "optimizer")  # these count for a pretrained CLIP too
+FROM_TOKENIZER = ("vocab_size", "eos_token_id", "max_position_embeddings")
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, slots=False)  # recipes derive their Config from two of these
 class TowerConfig:
     """A CLIP and how long it is trained."""
 
-    module: CLIPConfig = CLIPConfig()
-    pretrained: str | None = option(None, "CLIP or SigLIP to go on from: folder or Hub id; none: fresh weights")
-    vocab_size: int = option(2_000, "most tokens of the tokenizer that is trained on the captions", ge(1))
-    max_tokens: int = option(77, "longest text; less, where all captions are shorter")
-    trainer: TrainerConfig = TrainerConfig(max_steps=700)
+    module: CLIPConfig = section(CLIPConfig())
+    pretrained: str | None = option(
+        None, "CLIP or SigLIP to start from: folder or Hub id; none: fresh weights", first=True
+    )
+    vocab_size: int = option(2_000, "most tokens of the tokenizer that is trained on the captions", ge(1), rare=True)
+    max_tokens: int = option(77, "longest text, in tokens; shorter where all captions are", ge(2), rare=True)
+    trainer: TrainerConfig = section(TrainerConfig(max_steps=700), without=("seed", "default_root_dir"))
+
+
+def tower_or_train(config, source: CaptionSource, run: Run) -> tuple[str, dict]:
+    """The tower that `config.module` names, or one trained on `source`, now or in an earlier run, with its metrics."""
+    if config.module.vision is not None:
+        return config.module.vision, {}
+
+    def make(folder):
+        clip, metrics = train(config.tower, source, run.subrun("tower"), config.seed)
+        clip.save_pretrained(folder)
+        write_json(folder / "metrics.json", metrics)
+
+    folder = cached("tower", [to_json(config.data), config.seed, to_json(config.tower)], make)
+    metrics = read_json(folder / "metrics.json")
+    return str(folder), {name: metrics[name] for name in ("zero_shot/accuracy",) if name in metrics}
 
 
 def train(config: TowerConfig, source: CaptionSource, run: Run, seed: int) -> tuple[ContrastiveCLIP, dict]:
-    """Train a CLIP on `data`; returns it with the figures of the run's end."""
+    """Train a CLIP on `source`; returns it with the metrics of the run's end."""
     clip = build(config, source, seed)
     data = CaptionData(source, transform=clip.transform)
     refresh = [SyntheticRefresh(source.fresh_rows)] if source.is_synthetic else []
@@ -84,15 +69,15 @@ def train(config: TowerConfig, source: CaptionSource, run: Run, seed: int) -> tu
         ],
     )
     trainer.fit(clip, data, ckpt_path=run.ckpt_path)
-    figures = dict(trainer.callback_metrics)
+    metrics = dict(trainer.callback_metrics)
     if source.is_synthetic and run.is_global_zero:
-        figures |= evaluate_shapes(clip, source, seed) | retrieval_figures(clip, source.rows["test"])
-    return clip, figures
+        metrics |= evaluate_shapes(clip, source, seed) | retrieval_metrics(clip, source.rows["test"])
+    return clip, metrics
 
 
 def build(config: TowerConfig, source: CaptionSource, seed: int) -> ContrastiveCLIP:
-    """A CLIP with fresh weights, and a tokenizer trained on the captions of `data`; or one that is there already,
-    for pictures of the size that the configuration says."""
+    """A CLIP with fresh weights and a tokenizer trained on the captions of `source`; or the pretrained one, for
+    pictures of the size that the configuration says."""
     size = config.module.vision.image_size
     if config.pretrained is not None:
         clip = ContrastiveCLIP.from_pretrained(config.pretrained)

@@ -339,8 +339,8 @@ def sharded(folder):
 
 
 RECIPE = """--data.batch-size 8 --data.shapes.num-train 37 --data.shapes.num-val 17 --data.shapes.num-test 8
-    --tower.trainer.max-steps 5 --tower.trainer.log-every-n-steps 1 --tower.trainer.val-check-interval 2
-    --tower.trainer.no-compile""".split()
+    --trainer.max-steps 5 --trainer.log-every-n-steps 1 --trainer.val-check-interval 2
+    --trainer.no-compile""".split()
 
 
 def test_a_recipe_on_two_processes_leaves_one_run(tmp_path):

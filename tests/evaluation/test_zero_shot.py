@@ -174,12 +174,13 @@ def test_the_recipe_prints_a_line_for_each_picture_and_keeps_the_classifier(fold
 )
 def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(flags, message, folder, monkeypatch, capsys):
     from mlxmm.cli import run_recipe
+    from mlxmm.config import Preset
     from recipes import zero_shot
 
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["zero_shot", "--module", "model", *flags])
     with pytest.raises(SystemExit) as stopped:
-        run_recipe(zero_shot.main, {"default": zero_shot.Config()})
+        run_recipe("zero_shot", zero_shot.main, {"default": Preset("", zero_shot.Config())})
     lines = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and len(lines) == 1 and message in lines[0], lines
 
@@ -228,8 +229,8 @@ def test_a_clip_is_judged_with_chance_beside_each_figure(folder):
 
 def test_training_ends_with_zero_shot_and_retrieval_figures(folder):
     sizes = ["--data.shapes.num-train", "32", "--data.shapes.num-val", "8", "--data.shapes.num-test", "16"]
-    steps = ["--data.batch-size", "8", "--tower.trainer.max-steps", "2", "--tower.module.chunk-size", "4"]
-    more = ["--tower.module.patch-dropout", "0.5", "--tower.trainer.no-compile"]
+    steps = ["--data.batch-size", "8", "--trainer.max-steps", "2", "--module.chunk-size", "4"]
+    more = ["--module.patch-dropout", "0.5", "--trainer.no-compile"]
     done = run("train_clip", *sizes, *steps, *more, "--run-dir", "trained", folder=folder)
     assert done.returncode == 0, done.stderr
     figures = json.loads((folder / "trained/summary.json").read_text())

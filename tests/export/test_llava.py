@@ -35,11 +35,7 @@ ROOT = Path(__file__).parents[2]
 CASES = json.loads((Path(__file__).parents[1] / "fixtures" / "llava.json").read_text())
 live = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 TOKEN = "hf_never_to_be_seen"
-TINY = """
-    --data.batch-size 8 --data.shapes.num-train 32 --data.shapes.num-val 8 --data.shapes.num-test 4
-    --tower.trainer.max-steps 2 --language-model.trainer.max-steps 2
-    --trainer.max-steps 2 --trainer.val-check-interval 2 --unfreeze-step 1 --checkpoint-every 2
-""".split()
+TINY = "--preset tiny --max-steps 2 --trainer.val-check-interval 2 --unfreeze-step 1".split()
 SETTINGS = [{}, {"projector_width": 5}, {"projector": "linear"}, {"vocab_size": 286}, {"image_size": 20}]
 QUOTES = 'it\'s a "\\" 🦔\n{{'  # which no template may take for its own
 
@@ -49,7 +45,7 @@ def aligner_of(case: str, *, vocab_size: int = 300, image_size: int = 16, **sett
     seed_everything(5)
     values = CASES[case]
     text, processor = values["text"] | {"vocab_size": vocab_size}, ImageProcessor.square(image_size)
-    config = {"layer": values["layer"], "projector_width": 16, "prompt": "a red", "max_caption_tokens": 6} | settings
+    config = {"layer": values["layer"], "projector_width": 16, "prompt": "a red", "max_new_tokens": 6} | settings
     tower, lm = build_vision_tower(values["vision"]), build_language_model(text)
     parts = tower, values["vision"], processor, lm, text, tokenizer(False)
     aligner = Qwen3Aligner(Qwen3AlignerConfig(**config), *parts)
@@ -440,9 +436,7 @@ def test_live_logits_and_captions_are_those_of_transformers(case, layer, setting
 def test_live_a_run_trained_a_little_captions_50_pictures_as_transformers_does(projector, tmp_path, cache):
     from mlxmm.data.sources.shapes import ShapesConfig, ShapesGrammar
 
-    steps = (
-        "--tower.trainer.max-steps 40 --language-model.trainer.max-steps 60 --trainer.max-steps 80 --unfreeze-step 40"
-    )
+    steps = "--preset tiny --max-steps 80 --unfreeze-step 40"
     flags = "--module.projector-width 64 --data.batch-size 16 --data.shapes.num-train 640 --data.shapes.num-test 8"
     flags = [*steps.split(), *flags.split(), "--module.projector", projector]
     done = align(*flags, "--run-dir", tmp_path / "run", cache=cache)

@@ -91,7 +91,8 @@ def test_the_end_is_learned_and_padding_is_not():
 def test_batches_are_cut_to_buckets_and_measure_the_same():
     seed_everything(3)
     module = make()
-    module.config = attrs.evolve(module.config, decoder=attrs.evolve(SIZES, max_position_embeddings=40))
+    longer = attrs.evolve(SIZES, max_position_embeddings=40)
+    module.config = attrs.evolve(module.config, decoder=longer, max_new_tokens=40)
     module.network = type(module.network)(attrs.evolve(module.config.decoder, vocab_size=300), 32)
     lengths = set()
     for caption in ("a red square", "a red square " * 4, "a red square " * 9):

@@ -80,7 +80,7 @@ def make(folders, lm="qwen3", **settings) -> Qwen3Aligner:
         vision=str(folders / "tower"),
         lm=str(folders / lm),
         projector_width=32,
-        max_caption_tokens=8,
+        max_new_tokens=8,
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0),
         **settings,
     )
@@ -271,9 +271,9 @@ def test_the_recipe_opens_adapters_where_there_are_any_and_layers_that_are_not_q
 
     assert opened_of("qwen3") == "language_model.model.layers[-2:]"
     assert opened_of("qwen3", lora=LORA) == opened_of("qwen3-4bit", lora=LORA) == "lora"
-    with pytest.raises(UserError, match="layers of a quantized language model cannot be opened"):
+    with pytest.raises(UserError, match="layers of a quantized language model cannot be trained"):
         opened_of("qwen3", lm_bits=4)
-    assert align_qwen3.PRESETS["flickr30k-lora"].module.lora.rank == 8
+    assert align_qwen3.PRESETS["flickr30k-lora"].config.module.lora.rank == 8
 
 
 def test_layers_below_the_lowest_open_part_keep_nothing_for_the_gradient():

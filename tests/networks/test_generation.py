@@ -263,7 +263,7 @@ def make_aligner(num_spare_rows=0, **settings):
     mx.random.seed(0)
     lm = tiny_lm(len(tokenizer) + num_spare_rows).model
     vision = VisionConfig(image_size=16, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
-    config = Qwen3AlignerConfig(layer=-1, projector_width=8, max_caption_tokens=8, **settings)
+    config = Qwen3AlignerConfig(layer=-1, projector_width=8, max_new_tokens=8, **settings)
     return Qwen3Aligner(config, CLIPVisionTower(vision), {}, ImageProcessor.square(16), lm, {}, tokenizer)
 
 

@@ -134,11 +134,9 @@ def test_pictures_without_captions_are_one_clear_line(train, recipe, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("recipe", "flag"),
-    [("align_qwen3", "--module.max-caption-tokens"), ("train_captioner", "--module.decoder.max-position-embeddings")],
-)
-def test_captions_longer_than_the_context_are_cut_and_counted(train, recipe, flag, tmp_path):
+@pytest.mark.parametrize("recipe", ["align_qwen3", "train_captioner"])
+def test_captions_longer_than_the_context_are_cut_and_counted(train, recipe, tmp_path):
+    flag = "--module.max-new-tokens"
     source = write_rows(tmp_path / "rows.parquet", [*CAPTIONS[:12], *["a red square " * 900] * 12])
     code, output, _ = train(recipe, source=source)
     assert code == 0 and f"captions do not end within 128 tokens, see {flag}" in output
@@ -151,9 +149,9 @@ def test_captions_longer_than_the_context_are_cut_and_counted(train, recipe, fla
 
 def test_image_prompt_and_caption_that_the_language_model_has_no_room_for_are_refused(train, trained, run, tmp_path):
     refused(
-        train("align_qwen3", "--module.max-caption-tokens", 510, "--module.prompt", "a"),
+        train("align_qwen3", "--module.max-new-tokens", 510, "--module.prompt", "a"),
         "reads 512 tokens: after image and prompt there is room for 508 of a caption, not for 510; "
-        "set --module.max-caption-tokens to 508 or less",
+        "set --module.max-new-tokens to 508 or less",
     )
     refused(train("align_qwen3", "--module.prompt", "a red " * 400, run_dir=tmp_path / "b"), "shorten --module.prompt")
     module = trained("align_qwen3", train)

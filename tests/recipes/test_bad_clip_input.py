@@ -12,6 +12,7 @@ from PIL import Image
 from small_clip import small_clip
 
 from mlxmm.cli import run_recipe
+from mlxmm.config import Preset
 from recipes import evaluate_clip, zero_shot
 
 
@@ -32,7 +33,11 @@ def run(model, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [recipe.__name__, *map(str, flags)])
         code = 0
         try:
-            run_recipe(recipe.main, {"default": recipe.Config(module=str(model))})
+            run_recipe(
+                recipe.__name__.rpartition(".")[2],
+                recipe.main,
+                {"default": Preset("", recipe.Config(module=str(model)))},
+            )
         except SystemExit as stopped:
             code = stopped.code
         captured = capsys.readouterr()

@@ -1,27 +1,155 @@
-"""A run's folder: made once, found again, begun anew where it left no checkpoint."""
+"""A run's folder: made once, found again without being touched, and closed with a summary that no recipe can forget."""
 
 import json
+import os
+from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from conftest import DistinctBatches, TinyRegression
+from mlxmm.callbacks import ModelCheckpoint
 
+from mlxmm import Trainer
+from mlxmm.cli import parse_config
+from mlxmm.config import Preset
 from mlxmm.errors import UserError
+from mlxmm.storage import checkpoint
 from mlxmm.storage.cache import cached
-from mlxmm.storage.runs import RunConfig, open_run
+from mlxmm.storage.runs import RunConfig, TrainingRunConfig, open_run, table
+
+PRESETS = {"default": Preset("", TrainingRunConfig())}
 
 
-def test_a_run_stopped_before_its_first_checkpoint_begins_its_metrics_anew(tmp_path):
-    run = open_run(RunConfig(run_dir=tmp_path / "r"), "test")
-    (run.folder / "metrics.jsonl").write_text('{"step": 5}\n')
-    (run.folder / "events.out.tfevents.1.host").write_bytes(b"x")
-    again = open_run(RunConfig(run_dir=tmp_path / "r", resume="last"), "test")
-    assert again.ckpt_path is None and [path.name for path in again.folder.iterdir()] == ["config.json"]
+def stopped_run(folder: Path, **settings) -> Path:
+    """A run that logged something and was killed."""
+    with pytest.raises(KeyboardInterrupt), open_run(TrainingRunConfig(run_dir=folder, **settings), "test") as run:
+        (run.folder / "metrics.jsonl").write_text('{"step": 5}\n')
+        (run.folder / "events.out.tfevents.1.host").write_bytes(b"x")
+        raise KeyboardInterrupt
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def checkpoints(folder: Path, steps: int = 4) -> Path:
+    """A run with checkpoints of the steps 2 and 4."""
+    with open_run(TrainingRunConfig(run_dir=folder), "test") as run:
+        save = ModelCheckpoint(every_n_train_steps=2, save_top_k=-1, monitor="val/loss", background=False)
+        settings = {"max_steps": steps, "default_root_dir": run.folder, "val_check_interval": 2}
+        trainer = Trainer(**settings, callbacks=[save], logger=False, enable_model_summary=False)
+        trainer.fit(TinyRegression(), train_dataloaders=DistinctBatches(), val_dataloaders=DistinctBatches(1))
+    return folder
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--help-all"], ["--seed", "no"], ["--nonsense"], []])
+def test_parsing_flags_of_a_run_to_be_resumed_touches_no_file(tmp_path, flags):
+    folder = stopped_run(tmp_path / "r")
+    before = contents(folder)
+    try:
+        parse_config("test", PRESETS, ["--resume", "last", "--run-dir", str(folder), *flags])
+    except (SystemExit, UserError):
+        pass
+    assert contents(folder) == before and "metrics.jsonl" in before
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_its_metrics_again_when_it_is_opened(tmp_path):
+    folder = stopped_run(tmp_path / "r")
+    with open_run(TrainingRunConfig(run_dir=folder, resume="last"), "test") as again:
+        assert again.ckpt_path is None and list(contents(folder)) == ["config.json"]
 
 
 def test_a_folder_that_exists_is_no_new_run(tmp_path):
     (tmp_path / "r").mkdir()
     with pytest.raises(UserError, match="exists: name another --run-dir, or add --resume last"):
-        open_run(RunConfig(run_dir=tmp_path / "r"), "test")
+        with open_run(RunConfig(run_dir=tmp_path / "r"), "test"):
+            pass
     assert not list((tmp_path / "r").iterdir())
+
+
+def test_a_new_run_that_fails_before_it_wrote_anything_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError, match="no such column"), open_run(RunConfig(run_dir=tmp_path / "r"), "test"):
+        raise UserError("no such column")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_resumed_run_that_fails_keeps_its_folder(tmp_path):
+    folder = checkpoints(tmp_path / "r")
+    (folder / "summary.json").unlink()
+    with pytest.raises(UserError), open_run(TrainingRunConfig(run_dir=folder, resume="last"), "test"):
+        raise UserError("no such column")
+    assert (folder / "checkpoints" / "last").exists()
+
+
+def test_every_run_ends_with_a_summary_a_table_and_where_the_results_are(tmp_path, capsys):
+    with open_run(RunConfig(run_dir=tmp_path / "r"), "test") as run:
+        (run.folder / "samples.png").write_bytes(b"x")
+        run.report({"accuracy": 0.5, "accuracy_chance": 0.25})
+        run.report({"pictures": 8, "skipped": ["a"]})
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary.pop("seconds") >= 0
+    assert summary == {"accuracy": 0.5, "accuracy_chance": 0.25, "pictures": 8, "skipped": ["a"]}
+    printed = capsys.readouterr().out
+    assert f"samples: {tmp_path / 'r' / 'samples.png'}" in printed and table(summary) in printed
+    assert "curves" not in printed and [line.split() for line in table(summary).splitlines()] == [
+        ["chance"],
+        ["accuracy", "0.5000", "0.2500"],
+        ["pictures", "8"],
+    ]
+
+
+def test_a_run_that_fails_has_no_summary(tmp_path):
+    folder = stopped_run(tmp_path / "r")
+    assert not (folder / "summary.json").exists()
+
+
+def test_a_checkpoint_is_hashed_once_from_the_flags_to_the_first_update(tmp_path, monkeypatch):
+    folder, hashed = checkpoints(tmp_path / "r"), []
+    checkpoint._checksum_of.cache_clear()
+    sha256 = checkpoint.sha256
+    monkeypatch.setattr(checkpoint, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    config = parse_config("test", PRESETS, ["--resume", "last", "--run-dir", str(folder)])
+    with open_run(config, "test") as run:
+        trainer = Trainer(max_steps=5, logger=False, enable_model_summary=False)
+        trainer.fit(TinyRegression(), train_dataloaders=DistinctBatches(), ckpt_path=run.ckpt_path)
+    assert sorted(hashed) == ["optimizer.safetensors", "weights.safetensors"]
+
+
+def test_a_file_that_changed_is_hashed_again(tmp_path):
+    folder = checkpoints(tmp_path / "r") / "checkpoints" / "step=4"
+    checkpoint.read_state(folder)
+    weights = folder / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, (1, 1))
+    with pytest.raises(UserError, match="weights.safetensors is missing or damaged"):
+        checkpoint.read_state(folder)
+
+
+def test_a_damaged_checkpoint_is_skipped_and_if_all_are_the_damaged_file_is_named_and_nothing_deleted(tmp_path, capsys):
+    folder = checkpoints(tmp_path / "r")
+    (folder / "metrics.jsonl").write_text("{}\n")
+    (folder / "checkpoints/step=4/weights.safetensors").write_bytes(b"cut")
+    with open_run(TrainingRunConfig(run_dir=folder, resume="last"), "test") as run:
+        assert run.ckpt_path.name == "step=2"
+    assert "skipped" in capsys.readouterr().out
+    (folder / "checkpoints/step=2/optimizer.safetensors").unlink()
+    with pytest.raises(UserError, match="step=4/weights.safetensors is missing or damaged"):
+        with open_run(TrainingRunConfig(run_dir=folder, resume="last"), "test"):
+            pass
+    assert (folder / "metrics.jsonl").exists()
+
+
+def test_the_settings_of_a_run_come_back_when_it_is_resumed_and_flags_change_them(tmp_path):
+    folder = stopped_run(tmp_path / "r", seed=7)
+    flags = ["--resume", "last", "--run-dir", str(folder)]
+    assert parse_config("test", PRESETS, flags).seed == 7
+    assert parse_config("test", PRESETS, [*flags, "--seed", "8"]).seed == 8
+    (folder / "config.json").write_text('{"seed": "many"}')
+    with pytest.raises(UserError, match=r"TrainingRunConfig cannot be read: invalid value for type, expected int"):
+        parse_config("test", PRESETS, flags)
 
 
 def test_what_is_cached_is_made_once_for_each_key_and_not_at_all_if_making_fails(tmp_path, monkeypatch):
@@ -43,3 +171,8 @@ def test_what_is_cached_is_made_once_for_each_key_and_not_at_all_if_making_fails
     with pytest.raises(RuntimeError):
         cached("thing", {"seed": 2}, fail)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_arrays_of_a_verified_checkpoint_are_those_that_were_saved(tmp_path):
+    folder = checkpoints(tmp_path / "r") / "checkpoints" / "last"
+    assert all(mx.isfinite(array).all() for array in checkpoint.load(folder)["weights"].values())
