@@ -31,18 +31,16 @@ from mlxmm.export import llava
 from mlxmm.modules.qwen3_aligner import Qwen3Aligner, Qwen3AlignerConfig
 from mlxmm.networks.adapters import LoRAConfig
 from mlxmm.optimizers import OptimizerConfig
-from mlxmm.preprocessing.tokenizers import START, load_tokenizer, token_length
+from mlxmm.preprocessing.tokenizers import START, load_tokenizer
 from mlxmm.storage.atomic import write_json
 from mlxmm.storage.cache import cached
 from mlxmm.storage.hub import check_upload, local_folder, upload
 from mlxmm.storage.runs import Run, RunConfig, check_free, open_run
 
-from .parts.captioning import evaluate, fit, report, report_truncation
+from .parts.captioning import evaluate, fit, longest_caption, report, report_truncation
 from .parts.language_model import LanguageModelConfig
 from .parts.language_model import train as train_language_model
 from .parts.tower import TowerConfig, data_key, tower_or_train
-
-MAX_CAPTION_TOKENS = 128  # tokens of a caption where --module.max-caption-tokens does not say: one may be a whole page
 
 
 @attrs.frozen(kw_only=True)
@@ -73,7 +71,7 @@ FLICKR30K = Config(
         lm="Qwen/Qwen3-0.6B-Base",
         layer=-2,
         projector_width=1_024,
-        max_caption_tokens=32,
+        max_new_tokens=32,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=200, weight_decay=0.0),
     ),
     trainer=TrainerConfig(max_steps=6_000, val_check_interval=600),
@@ -113,13 +111,12 @@ def build(config: Config, source: CaptionSource, run: Run) -> tuple[Qwen3Aligner
         key = [*data_key(config), to_json(config.language_model)]
         folder = cached("language-model", key, lambda to: _train_lm(config, source, run, to))
         module = attrs.evolve(module, lm=str(folder), prompt=module.prompt or START)
-    if module.max_caption_tokens == 0:
-        captions = source.sample_captions()
-        length = token_length(load_tokenizer(local_folder(module.lm)), captions) + 1  # the end
-        module = attrs.evolve(module, max_caption_tokens=min(length, MAX_CAPTION_TOKENS))
+    if module.max_new_tokens == 0:
+        length = longest_caption(load_tokenizer(local_folder(module.lm)), source)
+        module = attrs.evolve(module, max_new_tokens=length)
     mx.random.seed(config.seed)
     aligner = Qwen3Aligner.from_parts(module)
-    report_truncation(aligner, source, run, "--module.max-caption-tokens")
+    report_truncation(aligner, source, run)
     return aligner, figures
 
 

@@ -20,11 +20,11 @@ from mlxmm.config import option
 from mlxmm.data.caption_source import CaptionDataConfig, CaptionSource, open_source
 from mlxmm.distributed import collectives
 from mlxmm.modules.caption_decoder import CaptionDecoder, CaptionDecoderConfig
-from mlxmm.preprocessing.tokenizers import load_tokenizer, token_length, train_tokenizer
+from mlxmm.preprocessing.tokenizers import load_tokenizer, train_tokenizer
 from mlxmm.storage.hub import local_folder
 from mlxmm.storage.runs import Run, RunConfig, check_free, open_run
 
-from .parts.captioning import evaluate, fit, report, report_truncation
+from .parts.captioning import evaluate, fit, longest_caption, report, report_truncation
 from .parts.tower import TowerConfig, tower_or_train
 
 
@@ -58,16 +58,15 @@ def main(config: Config) -> None:
 def build(config: Config, source: CaptionSource, run: Run) -> tuple[CaptionDecoder, dict]:
     """The tower that `config.module` names, or one trained on `data`, under a decoder with fresh weights."""
     vision, figures = tower_or_train(config, source, run)
-    captions = source.sample_captions()
     if config.tokenizer is None:
-        tokenizer = train_tokenizer(captions, config.vocab_size)
+        tokenizer = train_tokenizer(source.sample_captions(), config.vocab_size)
     else:
         tokenizer = load_tokenizer(local_folder(config.tokenizer))
-    length = min(config.module.decoder.max_position_embeddings, token_length(tokenizer, captions) + 1)  # the end
-    decoder = attrs.evolve(config.module.decoder, max_position_embeddings=length)
+    length = config.module.max_new_tokens or longest_caption(tokenizer, source)
     mx.random.seed(config.seed)
-    captioner = CaptionDecoder.from_parts(attrs.evolve(config.module, vision=vision, decoder=decoder), tokenizer)
-    report_truncation(captioner, source, run, "--module.decoder.max-position-embeddings")
+    module = attrs.evolve(config.module, vision=vision, max_new_tokens=length)
+    captioner = CaptionDecoder.from_parts(module, tokenizer)
+    report_truncation(captioner, source, run)
     return captioner, figures
 
 

@@ -34,7 +34,7 @@ def small_aligner() -> Qwen3Aligner:
     seed_everything(3)
     tokens = tokenizer(False)
     hub = Qwen3Config(hidden_size=32, num_hidden_layers=2, intermediate_size=64).to_hub(tokens)
-    config = Qwen3AlignerConfig(projector_width=32, max_caption_tokens=8, prompt="a")
+    config = Qwen3AlignerConfig(projector_width=32, max_new_tokens=8, prompt="a")
     processor = ImageProcessor.square(16)
     tower = CLIPVisionTower(VISION)
     module = Qwen3Aligner(config, tower, {}, processor, build_language_model(hub), hub, tokens)

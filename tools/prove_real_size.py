@@ -68,7 +68,7 @@ def build(args) -> Qwen3Aligner:
     config = Qwen3AlignerConfig(
         layer=-2,
         projector_width=2_048,
-        max_caption_tokens=args.tokens,
+        max_new_tokens=args.tokens,
         lora=LoRAConfig(rank=args.rank if args.train == "lora" else 0),
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=0),
     )

@@ -21,7 +21,7 @@ from mlxmm.preprocessing.tokenizers import with_image_token
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 ACTIVATIONS = {"mlp": "gelu", "linear": "linear"}  # by projector, between its layers; linear is none
 # Of Qwen3AlignerConfig, what captioning needs.
-KEPT = ("layer", "projector", "projector_width", "prompt", "max_caption_tokens")
+KEPT = ("layer", "projector", "projector_width", "prompt", "max_new_tokens")
 OURS = "mlxmm"  # the key in config.json of what LLaVA has no setting for; transformers keeps it and does not look
 LINEAR = {
     "projector.layers.0": "multi_modal_projector.linear_1",

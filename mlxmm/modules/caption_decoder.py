@@ -38,6 +38,11 @@ class CaptionDecoderConfig:
     layer: int = option(1, "hidden states of the tower to read, counted as transformers does")
     mix_layers: bool = option(False, "read a learned mix of all hidden states instead")
     decoder: DecoderConfig = DecoderConfig()
+    max_new_tokens: int = option(
+        0,
+        "longest caption with its end, in tokens, in training and when captions are generated; 0: as the data have it",
+        ge(0),
+    )
     label_smoothing: float = option(0.0, "part of each target that is spread over all tokens", ge(0), lt(1))
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=3e-3, warmup_steps=50, final_fraction=0.02, weight_decay=0.05
@@ -70,13 +75,15 @@ class CaptionDecoder(CaptioningModule):
         tokenizer,
     ):
         super().__init__()
-        decoder = attrs.evolve(config.decoder, vocab_size=len(tokenizer))
-        self.config = attrs.evolve(config, decoder=decoder)
+        self.config = config
         self.processor, self.tokenizer, self.vision_config = processor, tokenizer, vision_config
         self.vision, width = vision, vision.config.hidden_size
         if config.mix_layers:
             self.mix = LayerMix(1 + vision.config.num_hidden_layers, width)
-        self.network = Decoder(decoder, width)
+        # The start token takes the first position; the end, being last, needs none.
+        self.network = Decoder(
+            config.decoder, image_width=width, vocab_size=len(tokenizer), max_positions=self.max_new_tokens
+        )
         self._stop_id = end_token(tokenizer)
         self._start_id = self._stop_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         self.vision.freeze()
@@ -125,12 +132,11 @@ class CaptionDecoder(CaptioningModule):
 
     @property
     def max_new_tokens(self) -> int:
-        """The positions that the decoder has: the start token takes the first, the end needs none."""
-        return self.config.decoder.max_position_embeddings
+        return self.config.max_new_tokens or CaptioningModule.max_new_tokens
 
     def _generation(self, settings: dict, prompt: str) -> GenerationConfig:
         config, before = super()._generation(settings, prompt), self._start(prompt)
-        room = self.config.decoder.max_position_embeddings + 1 - len(before)
+        room = self.network.max_positions + 1 - len(before)
         return attrs.evolve(config, max_new_tokens=max(1, min(config.max_new_tokens, room)))
 
     def _start(self, prompt: str) -> list[int]:

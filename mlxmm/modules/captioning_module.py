@@ -5,6 +5,7 @@ B pictures, L positions, D features.
 
 from collections.abc import Iterator, Sequence
 
+import attrs
 import mlx.core as mx
 import numpy as np
 
@@ -18,7 +19,7 @@ BATCH = 256  # sequences decoded at a time: pictures, times beams
 class CaptioningModule(Module):
     """What `caption` needs beside a `tokenizer` and a `processor` of pictures:"""
 
-    max_new_tokens = 32  # where neither caller nor module says how long a caption may be
+    max_new_tokens = 32  # longest caption with its end, in tokens; a subclass may have it from its config
 
     @property
     def decoder(self) -> DecoderInterface:
@@ -102,7 +103,10 @@ class CaptioningModule(Module):
         yield self._text(tokens)[len(said) :]
 
     def _generation(self, settings: dict, prompt: str) -> GenerationConfig:
-        return GenerationConfig(**({"max_new_tokens": self.max_new_tokens} | settings))
+        config = GenerationConfig(**settings)
+        if config.max_new_tokens is not None:
+            return config
+        return attrs.evolve(config, max_new_tokens=self.max_new_tokens)
 
     def _text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()

@@ -59,7 +59,11 @@ class Qwen3AlignerConfig:
     projector_factor: int = option(2, "side of the squares of patches that pixel_shuffle makes one of", ge(1))
     projector_width: int = option(256, "features inside the mlp", ge(1))
     prompt: str = option("", "text between image and caption")
-    max_caption_tokens: int = option(0, "longest caption with its end, in tokens; 0: as the data have it", ge(0))
+    max_new_tokens: int = option(
+        0,
+        "longest caption with its end, in tokens, in training and when captions are generated; 0: as the data have it",
+        ge(0),
+    )
     lm_lr_scale: float = option(1.0, "learning rate of the language model, as a fraction of the projector's", gt(0))
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=5e-3, warmup_steps=20, final_fraction=0.02, weight_decay=0.01
@@ -181,8 +185,7 @@ class Qwen3Aligner(CaptioningModule):
 
     @property
     def max_new_tokens(self) -> int:
-        """As long as captions were in training."""
-        return self.config.max_caption_tokens or CaptioningModule.max_new_tokens
+        return self.config.max_new_tokens or CaptioningModule.max_new_tokens
 
     def _room(self, prompt: Sequence[int]) -> int:
         """Tokens that a caption may have after image and `prompt`; its end needs no position."""
@@ -191,12 +194,12 @@ class Qwen3Aligner(CaptioningModule):
 
     def _check_context(self) -> None:
         """Raise `UserError` where image, prompt and the longest caption are more than the language model reads."""
-        room, wanted = self._room(self._prompt), self.config.max_caption_tokens
+        room, wanted = self._room(self._prompt), self.config.max_new_tokens
         if room < max(1, wanted):
             raise UserError(
                 f"the language model reads {self.lm_config['max_position_embeddings']} tokens: after image and prompt "
                 f"there is room for {max(0, room)} of a caption, not for {max(1, wanted)}; "
-                + (f"set --module.max-caption-tokens to {room} or less" if room > 0 else "shorten --module.prompt")
+                + (f"set --module.max-new-tokens to {room} or less" if room > 0 else "shorten --module.prompt")
             )
 
     def _generation(self, settings: dict, prompt: str) -> GenerationConfig:

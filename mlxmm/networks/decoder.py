@@ -24,8 +24,6 @@ class DecoderConfig:
     num_hidden_layers: int = option(3, "blocks", ge(1))
     num_attention_heads: int = option(4, "attention heads", ge(1))
     intermediate_size: int = option(384, "features inside the MLP", ge(1))
-    max_position_embeddings: int = option(128, "longest caption with its start, in tokens", ge(2))
-    vocab_size: int = option(2_000, "tokens", ge(2))
     dropout: float = option(0.0, "fraction of features dropped after each part", ge(0), lt(1))
     tie_word_embeddings: bool = option(True, "predict tokens with the matrix that embeds them")
 
@@ -111,24 +109,24 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Tokens and an image to logits: every position sees the image, and the tokens up to its own."""
 
-    def __init__(self, config: DecoderConfig, image_width: int):
+    def __init__(self, config: DecoderConfig, *, image_width: int, vocab_size: int, max_positions: int):
         super().__init__()
-        self.config = config
+        self.config, self.max_positions = config, max_positions
         D = config.hidden_size
         self.image_projection, self.image_norm = nn.Linear(image_width, D), nn.LayerNorm(D)
-        self.token_embedding = nn.Embedding(config.vocab_size, D)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, D)
+        self.token_embedding = nn.Embedding(vocab_size, D)
+        self.position_embedding = nn.Embedding(max_positions, D)
         self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.LayerNorm(D)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(D, vocab_size, bias=False)
         self._initialise()
 
     def _initialise(self) -> None:
         """GPT-2's: embeddings of deviation 0.02 and 0.01, and branches whose sum keeps its variance."""
-        D, branches = self.config.hidden_size, 2 * len(self.layers)
-        self.token_embedding.weight = mx.random.normal((self.config.vocab_size, D), scale=0.02)
-        self.position_embedding.weight = mx.random.normal((self.config.max_position_embeddings, D), scale=0.01)
+        branches = 2 * len(self.layers)
+        self.token_embedding.weight = mx.random.normal(self.token_embedding.weight.shape, scale=0.02)
+        self.position_embedding.weight = mx.random.normal(self.position_embedding.weight.shape, scale=0.01)
         for layer in self.layers:
             attentions = [part for name, part in layer.items() if name.endswith("attention")]
             for last in (*(part.out_proj for part in attentions), layer.fc2):
@@ -164,10 +162,10 @@ class Decoder(nn.Module):
         return self.head(self.hidden_states(image, self.token_embedding(tokens)))
 
     def _check_length(self, length: int) -> None:
-        if length > (most := self.config.max_position_embeddings):
+        if length > self.max_positions:
             raise UserError(
-                f"{length} tokens with the start are more than max_position_embeddings={most}: "
-                "shorten the prompt, or train with more"
+                f"the decoder has {self.max_positions} positions, but start token, prompt and caption have {length} "
+                "tokens: shorten the prompt, or train with a larger --module.max-new-tokens"
             )
 
     def _run(self, x: mx.array, image: mx.array | None, mask, caches: list[LayerCache] | None) -> mx.array:

@@ -9,7 +9,7 @@ from typing import Protocol
 import attrs
 import mlx.core as mx
 import numpy as np
-from attrs.validators import ge, gt, le, lt
+from attrs.validators import ge, gt, le, lt, optional
 from mlx.utils import tree_map
 
 from mlxmm.config import option
@@ -35,7 +35,9 @@ class DecoderInterface(Protocol):
 class GenerationConfig:
     """How to choose tokens, under transformers' names and in its order: penalty, temperature, top-k, top-p."""
 
-    max_new_tokens: int = option(32, "longest continuation, its end included", ge(1))
+    max_new_tokens: int | None = option(
+        None, "longest continuation with its end, in tokens; none: as in training", optional(ge(1))
+    )
     num_beams: int = option(1, "continuations that beam search keeps; 1: no beam search", ge(1))
     temperature: float = option(0.0, "0: the likeliest token; above: draw, from logits divided by it", ge(0))
     top_k: int = option(0, "draw from this many of the likeliest tokens; 0: from all", ge(0))
@@ -64,6 +66,7 @@ def generate(
     Every prefix has the same length, so nothing is padded, and a batch gives what its rows give one by one: also
     when tokens are drawn, since each row has a key of its own in `keys` (B, 2), by default `sequence_keys`.
     """
+    _require_length(config)
     if config.num_beams > 1:
         return beam_search(network, prefix, config, stop_id=stop_id)
     columns = list(_columns(network, prefix, config, stop_id, keys))
@@ -76,9 +79,15 @@ def stream(
     """The tokens that `generate` gives for a `prefix` (1, L, D), each as soon as it is chosen."""
     if config.num_beams > 1:
         raise UserError("beam search knows its first token only at its end: stream with num_beams=1")
+    _require_length(config)
     for column in _columns(network, prefix, config, stop_id, keys):
         if column[0] != stop_id:
             yield int(column[0])
+
+
+def _require_length(config: GenerationConfig) -> None:
+    if config.max_new_tokens is None:
+        raise UserError("a network alone does not know how long captions are: set max_new_tokens, to 32 for example")
 
 
 def _columns(network, prefix, config, stop_id, keys) -> Iterator[np.ndarray]:

@@ -16,18 +16,27 @@ from mlxmm.data.caption_source import CaptionSource
 from mlxmm.evaluation.caption_metrics import bleu, exact_match
 from mlxmm.evaluation.contact_sheet import contact_sheet
 from mlxmm.modules.captioning_module import CaptioningModule
+from mlxmm.preprocessing.tokenizers import token_length
 from mlxmm.storage.atomic import atomic_file
 from mlxmm.storage.runs import Run
 
 SHEET_ROWS = 24
+MAX_NEW_TOKENS = 128  # where --module.max-new-tokens is 0: one caption of the data may fill a page
 
 
-def report_truncation(captioner: CaptioningModule, source: CaptionSource, run: Run, flag: str) -> None:
-    """Print how many of the first captions are longer than those that `captioner` learns; `flag` says how long."""
+def longest_caption(tokenizer, source: CaptionSource) -> int:
+    """Tokens of the longest of the first captions, with its end, but at most MAX_NEW_TOKENS."""
+    return min(token_length(tokenizer, source.sample_captions()) + 1, MAX_NEW_TOKENS)
+
+
+def report_truncation(captioner: CaptioningModule, source: CaptionSource, run: Run) -> None:
+    """Print how many of the first captions are longer than those that `captioner` learns."""
     texts, length = source.sample_captions(), captioner.max_new_tokens
     tokens = captioner.tokenizer(texts, add_special_tokens=False)["input_ids"]
     if num_cut := sum(len(ids) >= length for ids in tokens):
-        run.print(f"cut: {num_cut} of {len(texts)} captions do not end within {length} tokens, see {flag}")
+        run.print(
+            f"cut: {num_cut} of {len(texts)} captions do not end within {length} tokens, see --module.max-new-tokens"
+        )
 
 
 def fit(config, captioner: CaptioningModule, source: CaptionSource, run: Run, name: str, *callbacks: Callback) -> dict:

@@ -49,7 +49,7 @@ def aligner_of(case: str, *, vocab_size: int = 300, image_size: int = 16, **sett
     seed_everything(5)
     values = CASES[case]
     text, processor = values["text"] | {"vocab_size": vocab_size}, ImageProcessor.square(image_size)
-    config = {"layer": values["layer"], "projector_width": 16, "prompt": "a red", "max_caption_tokens": 6} | settings
+    config = {"layer": values["layer"], "projector_width": 16, "prompt": "a red", "max_new_tokens": 6} | settings
     tower, lm = build_vision_tower(values["vision"]), build_language_model(text)
     parts = tower, values["vision"], processor, lm, text, tokenizer(False)
     aligner = Qwen3Aligner(Qwen3AlignerConfig(**config), *parts)

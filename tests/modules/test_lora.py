@@ -80,7 +80,7 @@ def make(folders, lm="qwen3", **settings) -> Qwen3Aligner:
         vision=str(folders / "tower"),
         lm=str(folders / lm),
         projector_width=32,
-        max_caption_tokens=8,
+        max_new_tokens=8,
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0),
         **settings,
     )

@@ -191,11 +191,12 @@ def test_draws_have_the_probabilities_of_the_tempered_logits(network):
 
 
 def test_draws_depend_on_the_seed_and_on_nothing_before(network, prefix):
-    drawn = lambda seed: generate(network, prefix, GenerationConfig(temperature=2.0, seed=seed), stop_id=STOP)
+    way = {"temperature": 2.0}
+    drawn = lambda seed: generate(network, prefix, GenerationConfig(max_new_tokens=32, **way, seed=seed), stop_id=STOP)
     first = drawn(1)
     mx.random.uniform()
     assert drawn(1) == first != drawn(2)
-    shorter = generate(network, prefix, GenerationConfig(temperature=2.0, seed=1, max_new_tokens=4), stop_id=STOP)
+    shorter = generate(network, prefix, GenerationConfig(max_new_tokens=4, **way, seed=1), stop_id=STOP)
     assert shorter == [row[:4] for row in first]
 
 
@@ -247,6 +248,12 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
         GenerationConfig(**settings)
 
 
+def test_a_network_without_a_module_must_be_told_how_long(network, prefix):
+    for decode in (generate, lambda *rest, **named: list(stream(*rest, **named))):
+        with pytest.raises(UserError, match="set max_new_tokens"):
+            decode(network, prefix[:1], GenerationConfig(), stop_id=STOP)
+
+
 def test_beams_cannot_be_streamed(network, prefix):
     with pytest.raises(UserError, match="stream with num_beams=1"):
         next(stream(network, prefix[:1], GenerationConfig(num_beams=2), stop_id=STOP))
@@ -263,7 +270,7 @@ def make_aligner(num_spare_rows=0, **settings):
     mx.random.seed(0)
     lm = tiny_lm(len(tokenizer) + num_spare_rows).model
     vision = VisionConfig(image_size=16, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
-    config = Qwen3AlignerConfig(layer=-1, projector_width=8, max_caption_tokens=8, **settings)
+    config = Qwen3AlignerConfig(layer=-1, projector_width=8, max_new_tokens=8, **settings)
     return Qwen3Aligner(config, CLIPVisionTower(vision), {}, ImageProcessor.square(16), lm, {}, tokenizer)
 
 

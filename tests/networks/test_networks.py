@@ -210,7 +210,7 @@ def test_the_aligner_reads_the_patches_of_every_tower(name, num_patches, tmp_pat
     (tmp_path / "lm").mkdir()
     save_language_model(tmp_path / "lm", build_language_model(config), config)
     tokenizer.save_pretrained(str(tmp_path / "lm"))
-    parts = Qwen3AlignerConfig(vision=str(FIXTURES / name), lm=str(tmp_path / "lm"), layer=-2, max_caption_tokens=4)
+    parts = Qwen3AlignerConfig(vision=str(FIXTURES / name), lm=str(tmp_path / "lm"), layer=-2, max_new_tokens=4)
     aligner = Qwen3Aligner.from_parts(parts)
     tower, _ = load_vision_tower(FIXTURES / name)
     size = aligner.processor.image_size

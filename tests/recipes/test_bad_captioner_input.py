@@ -134,11 +134,9 @@ def test_pictures_without_captions_are_one_clear_line(train, recipe, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("recipe", "flag"),
-    [("align_qwen3", "--module.max-caption-tokens"), ("train_captioner", "--module.decoder.max-position-embeddings")],
-)
-def test_captions_longer_than_the_context_are_cut_and_counted(train, recipe, flag, tmp_path):
+@pytest.mark.parametrize("recipe", TRAINERS)
+def test_captions_longer_than_the_context_are_cut_and_counted(train, recipe, tmp_path):
+    flag = "--module.max-new-tokens"
     source = write_rows(tmp_path / "rows.parquet", [*CAPTIONS[:12], *["a red square " * 900] * 12])
     code, output, _ = train(recipe, source=source)
     assert code == 0 and f"captions do not end within 128 tokens, see {flag}" in output
@@ -149,11 +147,36 @@ def test_captions_longer_than_the_context_are_cut_and_counted(train, recipe, fla
     assert "cut:" not in train(recipe, run_dir=tmp_path / "whole")[1]
 
 
+@pytest.mark.parametrize("recipe", TRAINERS)
+def test_captions_are_as_long_as_in_training_unless_asked_otherwise(train, run, recipe, tmp_path):
+    red = Image.new("RGB", (20, 20), "red")
+    source = write_rows(tmp_path / "rows.parquet", ["a red square " * 20] * 24, [red] * 24)
+    assert train(recipe, "--module.max-new-tokens", 48, source=source)[0] == 0
+    module, image = tmp_path / "run/checkpoints/last", tmp_path / "0.png"
+    red.save(image)
+    captioner = load_captioner(module)
+    (whole,), (shorter,) = (captioner.caption([red], max_new_tokens=n) for n in (48, 32))
+    assert whole != shorter and whole == captioner.caption([red])[0]
+    assert run_caption(run, module, image) == whole
+    assert run_caption(run, module, image, "--generation.max-new-tokens", 32) == shorter
+    flags = ["--module", module, "--data.source", source]
+    assert run("evaluate_captions", *flags, run_dir=tmp_path / "evaluated")[0] == 0
+    lines = (tmp_path / "evaluated/captions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["caption"] for line in lines] == [whole] * len(lines) != []
+
+
+def run_caption(run, module, image, *flags) -> str:
+    """What `recipes.caption` prints of one picture."""
+    code, output, _ = run("caption", "--module", module, image, *flags)
+    assert code == 0
+    return output.removeprefix(f"{image}: ").removesuffix("\n")
+
+
 def test_image_prompt_and_caption_that_the_language_model_has_no_room_for_are_refused(train, trained, run, tmp_path):
     refused(
-        train("align_qwen3", "--module.max-caption-tokens", 510, "--module.prompt", "a"),
+        train("align_qwen3", "--module.max-new-tokens", 510, "--module.prompt", "a"),
         "reads 512 tokens: after image and prompt there is room for 508 of a caption, not for 510; "
-        "set --module.max-caption-tokens to 508 or less",
+        "set --module.max-new-tokens to 508 or less",
     )
     refused(train("align_qwen3", "--module.prompt", "a red " * 400, run_dir=tmp_path / "b"), "shorten --module.prompt")
     module = trained("align_qwen3", train)
