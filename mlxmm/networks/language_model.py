@@ -3,9 +3,7 @@
 B sequences, L positions, D features, V vocabulary.
 """
 
-import functools
 import json
-import sys
 from pathlib import Path
 
 import attrs
@@ -14,10 +12,10 @@ import mlx.nn as nn
 from attrs.validators import ge, gt
 from mlx.utils import tree_flatten, tree_map
 
-from mlxmm.compute import functional as F
 from mlxmm.compute.quantized import is_quantized, unpacked, use_unpacking
 from mlxmm.config import option
 from mlxmm.errors import UserError
+from mlxmm.networks.fast_layers import use_fast_layers
 
 
 @attrs.frozen(kw_only=True)
@@ -58,7 +56,8 @@ def build_language_model(config: dict) -> nn.Module:
     except (ValueError, KeyError) as error:
         raise UserError(f"config.json describes no language model for mlx-lm: {error}") from None
     model = network(arguments.from_dict(config))
-    _use_fast_forms(model)
+    use_unpacking(model)
+    use_fast_layers(model)
     for name, part in model.named_modules():
         if name.endswith((".o_proj", ".down_proj")):
             # GPT-2's scaling: the sum of 2 * layers branches keeps its variance.
@@ -87,7 +86,8 @@ def load_language_model(folder: Path, bits: int = 0) -> tuple[nn.Module, dict]:
     if bits:
         model, config = quantize_model(model, config, group_size=None, bits=bits)
         mx.eval(model.parameters())  # or the full weights stay
-    _use_fast_forms(model)
+    use_unpacking(model)
+    use_fast_layers(model)
     _check_embeddings(model, folder)
     return model, config
 
@@ -218,28 +218,6 @@ def _check_embeddings(model: nn.Module, folder: Path) -> None:
     raise UserError(
         f"{folder} holds a {model.model_type}, to which mlx-lm cannot give embeddings: take a Qwen3 or Llama"
     )
-
-
-def _use_fast_forms(model: nn.Module) -> None:
-    """Let mlx-lm's network take attention and SwiGLU from `mlxmm.functional`: half the time on a Linux CPU.
-
-    Its networks find both as names of their own file; a network that has no such names is left as it is.
-    """
-    use_unpacking(model)
-    names = vars(sys.modules[type(model).__module__])
-    if "swiglu" in names:
-        names["swiglu"] = lambda gate, x: F.silu(gate) * x
-    own = names.get("scaled_dot_product_attention")
-    if own is not None and not isinstance(own, functools.partial):  # once
-        names["scaled_dot_product_attention"] = functools.partial(_attention, own)
-
-
-def _attention(own, queries, keys, values, cache, scale, mask, sinks=None):
-    """mlx-lm's attention in our form where that computes the same: plain keys, no mask or the causal one."""
-    is_plain = isinstance(keys, mx.array) and sinks is None and (mask is None or isinstance(mask, str))
-    if is_plain and F.uses_fast_forms(queries):
-        return F.attention(queries, keys, values, scale=scale, mask=mask)
-    return own(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
 
 
 def _to_float32(array: mx.array) -> mx.array:
