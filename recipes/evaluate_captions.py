@@ -14,7 +14,7 @@ from mlxmm.cli import run_recipe
 from mlxmm.config import option
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.errors import UserError
-from mlxmm.evaluation.captions import Pictures, encode_images, evaluate, perplexities, require_room, shuffled
+from mlxmm.evaluation.captions import evaluate, require_room
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.modules.loading import load_captioner
 from mlxmm.networks.generation import GenerationConfig
@@ -41,21 +41,12 @@ def main(config: Config) -> None:
     source = open_source(config.data, config.seed)
     source.require_split(config.split)
     rows = source.rows[config.split]
-    references = [rows[i]["captions"] for i in range(len(rows))]
     if clip is not None:
-        require_room(clip, [text for refs in references for text in refs])
+        require_room(clip, [text for i in range(len(rows)) for text in rows[i]["captions"]])
     run = open_run(config, "evaluate_captions")
-    captions = captioner.caption(Pictures(rows), **attrs.asdict(config.generation))
-    images = None if clip is None else encode_images(clip, Pictures(rows))
-    figures, each = evaluate(captions, references, clip, images)
-    control, _ = evaluate(shuffled(captions), references, clip, images)
-    figures |= {f"{name}_shuffled": value for name, value in control.items() if not name.startswith("distinct")}
-    figures |= perplexities(captioner, rows, config.data.batch_size)
-    lines = [
-        json.dumps({"id": rows[i]["id"], "caption": captions[i], "references": references[i]} | each[i])
-        for i in range(len(rows))
-    ]
-    write_text(run.folder / "captions.jsonl", "\n".join(lines) + "\n")
+    generation = attrs.asdict(config.generation)
+    figures, each = evaluate(captioner, rows, clip=clip, batch_size=config.data.batch_size, **generation)
+    write_text(run.folder / "captions.jsonl", "".join(json.dumps(row) + "\n" for row in each))
     run.write_summary({"pictures": len(rows)} | figures)
     print("\n".join(f"{name:<28}{value:>10.4f}" for name, value in figures.items()))
     print(f"captions: {run.folder / 'captions.jsonl'}")

@@ -19,7 +19,7 @@ from mlxmm.cli import run_recipe
 from mlxmm.config import option
 from mlxmm.data.caption_source import CaptionDataConfig, CaptionSource, open_source
 from mlxmm.errors import UserError
-from mlxmm.evaluation.clip import evaluate_shapes, labelled_objects, retrieval_figures, with_prefix
+from mlxmm.evaluation.clip import evaluate_shapes, labelled_objects, retrieval_metrics, with_prefix
 from mlxmm.evaluation.clip_features import probe
 from mlxmm.evaluation.prompt_templates import CHOICES, read_templates
 from mlxmm.evaluation.zero_shot import ZeroShotClassifier
@@ -71,10 +71,10 @@ def _check(config: Config, source: CaptionSource) -> None:
 def evaluate(config: Config, clip: ContrastiveCLIP, source: CaptionSource) -> dict[str, float]:
     """All figures that `config` asks for, by name; chance for "x" is called "x_chance"."""
     if source.is_synthetic:
-        figures = evaluate_shapes(clip, source, config.seed) | retrieval_figures(clip, source.rows[config.split])
+        figures = evaluate_shapes(clip, source, config.seed) | retrieval_metrics(clip, source.rows[config.split])
         parts = [labelled_objects(source, config.seed + i) for i in (1, 2, 0)]
     elif not config.labels:
-        figures, parts = retrieval_figures(clip, _limited(source.rows[config.split], config.max_images)), None
+        figures, parts = retrieval_metrics(clip, _limited(source.rows[config.split], config.max_images)), None
     else:
         parts = [_labelled(source.rows[split], config.max_images) for split in ("train", "val", config.split)]
         images, labels = zip(*parts[2])

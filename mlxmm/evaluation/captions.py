@@ -1,4 +1,7 @@
-"""What a captioner is worth over a whole split, with a control beside each metric."""
+"""How good a captioner is over a whole split, with a control beside each metric: captions of other images.
+
+N images, E features of the shared space of a CLIP.
+"""
 
 from collections.abc import Sequence
 
@@ -8,36 +11,63 @@ import mlx.core as mx
 from mlxmm.data.loader import Loader
 from mlxmm.errors import UserError
 from mlxmm.evaluation import caption_metrics
+from mlxmm.evaluation.clip_features import image_features, text_features
 from mlxmm.modules.captioning_module import CaptioningModule
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.training.trainer import Trainer
 
-BATCH = 64  # pictures or texts that go through CLIP at a time
+CONTROL = "_shuffled"  # ends the names of metrics whose captions were given to other images
 
 
 @attrs.frozen
-class Pictures(Sequence):
-    """The pictures of some rows, decoded when asked for."""
+class Images(Sequence):
+    """The images of some rows, decoded when they are asked for."""
 
     rows: Sequence
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, places: slice) -> list:
-        return [self.rows[i]["image"] for i in range(len(self.rows))[places]]
+    def __getitem__(self, places: int | slice):
+        if isinstance(places, slice):
+            return [self.rows[i]["image"] for i in range(len(self.rows))[places]]
+        return self.rows[places]["image"]
 
 
-def shuffled(captions: list[str]) -> list[str]:
-    """Each picture's caption given to another, half of them away."""
-    half = max(1, len(captions) // 2)
-    return captions[half:] + captions[:half]
+def evaluate(
+    captioner: CaptioningModule,
+    rows: Sequence[dict],
+    *,
+    clip: ContrastiveCLIP | None = None,
+    batch_size: int = 64,
+    **generation,
+) -> tuple[dict[str, float], list[dict]]:
+    """Caption the image of each row: the metrics of all captions, and for each row its caption and its own scores.
+
+    `clip` adds CLIPScore and RefCLIPScore. `generation` are settings of `GenerationConfig`.
+    """
+    references = [rows[i]["captions"] for i in range(len(rows))]
+    captions = captioner.caption(Images(rows), **generation)
+    features = None if clip is None else mx.array(image_features(clip, Images(rows)))
+    metrics, scores = score(captions, references, clip, features)
+    control, _ = score(shuffled(captions), references, clip, features)
+    metrics |= {f"{name}{CONTROL}": value for name, value in control.items() if not name.startswith("distinct")}
+    metrics |= perplexities(captioner, rows, batch_size)
+    each = [
+        {"id": rows[i]["id"], "caption": captions[i], "references": references[i]} | scores[i] for i in range(len(rows))
+    ]
+    return metrics, each
 
 
-def evaluate(captions, references, clip: ContrastiveCLIP | None, images: mx.array | None) -> tuple[dict, list[dict]]:
-    """The figures of all captions together, and those of each."""
-    each = [{"cider_d": score} for score in caption_metrics.cider_d_scores(captions, references)]
-    figures = caption_metrics.coco_bleu(captions, references) | {
+def score(
+    captions: list[str],
+    references: list[list[str]],
+    clip: ContrastiveCLIP | None = None,
+    images: mx.array | None = None,
+) -> tuple[dict[str, float], list[dict]]:
+    """The metrics of all captions together, and the scores of each. `clip` needs `images`, their features (N, E)."""
+    each = [{"cider_d": value} for value in caption_metrics.cider_d_scores(captions, references)]
+    metrics = caption_metrics.coco_bleu(captions, references) | {
         "rouge_l": caption_metrics.rouge_l(captions, references),
         "cider_d": caption_metrics.cider_d(captions, references),
         "exact_match": caption_metrics.exact_match(captions, references),
@@ -46,18 +76,22 @@ def evaluate(captions, references, clip: ContrastiveCLIP | None, images: mx.arra
     }
     if clip is not None:
         scores = clip_scores(clip, images, captions, references)
-        figures |= {name: float(values.mean()) for name, values in scores.items()}
+        metrics |= {name: float(values.mean()) for name, values in scores.items()}
         for i, row in enumerate(each):
             row |= {name: float(values[i]) for name, values in scores.items()}
-    return figures, each
+    return metrics, each
+
+
+def shuffled(captions: list[str]) -> list[str]:
+    """Give each caption to another image: the one half the list away."""
+    half = max(1, len(captions) // 2)
+    return captions[half:] + captions[:half]
 
 
 def require_room(clip: ContrastiveCLIP, texts: Sequence[str]) -> None:
-    """Raise `UserError` where most texts do not fit into CLIP's context after the prompt: what is cut off cannot be
-    judged, and a small CLIP may see the prompt alone."""
+    """Raise `UserError` if CLIP would cut off most of `texts`: a small CLIP may read CLIPScore's prompt alone."""
     length = clip.config.text.max_position_embeddings
-    tokens = clip.tokenizer([caption_metrics.CLIP_SCORE_PROMPT + text for text in texts])["input_ids"]
-    num_cut = sum(len(ids) > length for ids in tokens)
+    num_cut = sum(len(ids) > length for ids in clip.tokenizer(_prompted(texts))["input_ids"])
     if num_cut > len(texts) / 2:
         raise UserError(
             f"--clip reads {length} tokens: {num_cut} of {len(texts)} references do not fit after "
@@ -65,41 +99,28 @@ def require_room(clip: ContrastiveCLIP, texts: Sequence[str]) -> None:
         )
 
 
-def clip_scores(clip: ContrastiveCLIP, images: mx.array, captions, references) -> dict[str, mx.array]:
-    """CLIPScore and RefCLIPScore of each caption, given `images` (pictures, features)."""
+def clip_scores(
+    clip: ContrastiveCLIP, images: mx.array, captions: list[str], references: list[list[str]]
+) -> dict[str, mx.array]:
+    """CLIPScore and RefCLIPScore of each caption, (N,) each, given features (N, E) of the images."""
     most = max(map(len, references))
-    filled = [text for refs in references for text in [*refs, *[""] * (most - len(refs))]]
-    wanted = encode_texts(clip, filled).reshape(len(captions), most, -1)
+    padded = [text for refs in references for text in [*refs, *[""] * (most - len(refs))]]
+    encode = lambda texts: mx.array(text_features(clip, _prompted(texts)))
+    wanted = encode(padded).reshape(len(captions), most, -1)
     present = mx.arange(most) < mx.array([len(refs) for refs in references])[:, None]
-    said = encode_texts(clip, captions)
+    generated = encode(captions)
     return {
-        "clip_score": caption_metrics.clip_score(images, said),
-        "ref_clip_score": caption_metrics.ref_clip_score(images, said, wanted, present),
+        "clip_score": caption_metrics.clip_score(images, generated),
+        "ref_clip_score": caption_metrics.ref_clip_score(images, generated, wanted, present),
     }
 
 
-def encode_images(clip: ContrastiveCLIP, images: Sequence) -> mx.array:
-    """Features (pictures, E)."""
-    starts = range(0, len(images), BATCH)
-    return _joined(clip.encode_image(clip.preprocess(images[i : i + BATCH])) for i in starts)
+def _prompted(texts: Sequence[str]) -> list[str]:
+    return [caption_metrics.CLIP_SCORE_PROMPT + text for text in texts]
 
 
-def encode_texts(clip: ContrastiveCLIP, texts: Sequence[str]) -> mx.array:
-    """Features (texts, E), of each after CLIPScore's prompt."""
-    texts = [caption_metrics.CLIP_SCORE_PROMPT + text for text in texts]
-    return _joined(clip.encode_text(clip.tokenize(texts[i : i + BATCH])) for i in range(0, len(texts), BATCH))
-
-
-def _joined(parts) -> mx.array:
-    done = []
-    for part in parts:
-        mx.eval(part)  # finish, and free, one batch before starting the next
-        done.append(part)
-    return mx.concatenate(done)
-
-
-def perplexities(captioner: CaptioningModule, rows: Sequence, batch_size: int) -> dict[str, float]:
-    """Of the first reference of each picture, and of the same text after another picture."""
+def perplexities(captioner: CaptioningModule, rows: Sequence[dict], batch_size: int) -> dict[str, float]:
+    """Perplexity of the first reference of each image, and of the same texts after other images."""
     loader = Loader(
         rows=rows,
         transform=lambda row, rng: captioner.transform(row, row["captions"][0]),
@@ -107,5 +128,5 @@ def perplexities(captioner: CaptioningModule, rows: Sequence, batch_size: int) -
         collate=captioner.collate,
     )
     means = Trainer(logger=False, enable_model_summary=False).test(captioner, dataloaders=loader)
-    names = {"perplexity": "test/loss", "perplexity_shuffled": "test/loss_shuffled"}
+    names = {"perplexity": "test/loss", f"perplexity{CONTROL}": "test/loss_shuffled"}
     return {name: caption_metrics.perplexity(means[loss], 1) for name, loss in names.items()}

@@ -17,16 +17,16 @@ def evaluate_shapes(clip: ContrastiveCLIP, source: CaptionSource, seed: int) -> 
     all such captions of the test part, whose combinations were seen in training or not."""
     images, labels = zip(*labelled_objects(source, seed))
     names = [str(thing) for thing in source.grammar.trainable_things()]
-    figures = _accuracy("accuracy", clip, names, images, labels)
+    metrics = _accuracy("accuracy", clip, names, images, labels)
     for part in source.test_splits:
         rows = [row for row in source.rows[part] if names_several(row["captions"][0])]
         captions = [row["captions"][0] for row in rows]
         name = "pairs" + part.removeprefix("test")
-        figures |= _accuracy(name, clip, sorted(set(captions)), [row["image"] for row in rows], captions)
-    return figures
+        metrics |= _accuracy(name, clip, sorted(set(captions)), [row["image"] for row in rows], captions)
+    return metrics
 
 
-def retrieval_figures(clip: ContrastiveCLIP, rows: Sequence[dict]) -> dict[str, float]:
+def retrieval_metrics(clip: ContrastiveCLIP, rows: Sequence[dict]) -> dict[str, float]:
     """`retrieve`, its names under "retrieval/"."""
     return with_prefix("retrieval", retrieve(clip, rows))
 
@@ -34,13 +34,13 @@ def retrieval_figures(clip: ContrastiveCLIP, rows: Sequence[dict]) -> dict[str, 
 def _accuracy(name: str, clip: ContrastiveCLIP, names: list[str], images: Sequence, labels: Sequence[str]) -> dict:
     if not labels:  # a few pictures may all be of single objects
         return {}
-    figures = ZeroShotClassifier.build(clip, names, TEMPLATES["name"]).top_k(images, labels)
-    return {f"zero_shot/{name}": figures["top1"], f"zero_shot/{name}_chance": figures["top1_chance"]}
+    metrics = ZeroShotClassifier.build(clip, names, TEMPLATES["name"]).top_k(images, labels)
+    return {f"zero_shot/{name}": metrics["top1"], f"zero_shot/{name}_chance": metrics["top1_chance"]}
 
 
 def labelled_objects(source: CaptionSource, seed: int) -> list[tuple]:
     return [(image, str(thing)) for image, thing in single_objects(source.grammar, seed, NUM_EACH)]
 
 
-def with_prefix(name: str, figures: dict[str, float]) -> dict[str, float]:
-    return {f"{name}/{key}": value for key, value in figures.items()}
+def with_prefix(name: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {f"{name}/{key}": value for key, value in metrics.items()}

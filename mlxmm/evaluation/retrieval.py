@@ -1,4 +1,4 @@
-"""Zero-shot and retrieval figures: pure functions of scores, and what chance would give.
+"""Zero-shot and retrieval metrics: pure functions of scores, and what chance would give.
 
 Q queries, N candidates. Classes are candidates of which one is right; captions those of which several may be.
 """
@@ -51,10 +51,10 @@ def class_labels(names: Sequence[str], labels: Sequence[str]) -> np.ndarray:
 def top_k(scores: np.ndarray, relevant: np.ndarray) -> dict[str, float]:
     """Accuracy by the first and the first five of N classes: "top1", "top5", and chance for each."""
     ranks = best_ranks(scores, relevant)
-    figures = {}
+    metrics = {}
     for k in (1, 5):
-        figures |= {f"top{k}": recall(ranks, k), f"top{k}_chance": chance_recall(relevant, k)}
-    return figures
+        metrics |= {f"top{k}": recall(ranks, k), f"top{k}_chance": chance_recall(relevant, k)}
+    return metrics
 
 
 def captions_of(captions: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray]:
@@ -75,16 +75,16 @@ def retrieval(scores: np.ndarray, relevant: np.ndarray) -> dict[str, float]:
 
     `scores` and `relevant` are (images, texts). An image finds any of its texts; a text any of its images.
     """
-    figures = {}
+    metrics = {}
     for name, found, right in (("image_to_text", scores, relevant), ("text_to_image", scores.T, relevant.T)):
         ranks = best_ranks(found, right)
         for k in (1, 5, 10):
-            figures |= {
+            metrics |= {
                 f"{name}/recall_at_{k}": recall(ranks, k),
                 f"{name}/recall_at_{k}_chance": chance_recall(right, k),
             }
-        figures |= {f"{name}/median_rank": float(np.median(ranks)), f"{name}/median_rank_chance": _median(right)}
-    return figures
+        metrics |= {f"{name}/median_rank": float(np.median(ranks)), f"{name}/median_rank_chance": _median(right)}
+    return metrics
 
 
 def _median(relevant: np.ndarray) -> float:

@@ -18,8 +18,9 @@ from mlxmm.evaluation.prompt_templates import PHOTO
 from mlxmm.evaluation.retrieval import class_labels, top_k
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.networks.towers import l2_normalize
-from mlxmm.storage.atomic import atomic_file, read_arrays
+from mlxmm.storage.atomic import read_arrays
 from mlxmm.storage.cache import cached
+from mlxmm.storage.pretrained import write_arrays
 
 
 @attrs.frozen(eq=False)
@@ -83,10 +84,8 @@ class ZeroShotClassifier:
 
     def save(self, path: str | Path) -> None:
         """Write vectors, scale and names as one safetensors file."""
-        with atomic_file(Path(path)) as temporary:
-            names = {str(i): name for i, name in enumerate(self.class_names)}
-            arrays = {"weights": self.weights, "scale": self.scale}
-            mx.save_safetensors(str(temporary), arrays, metadata=names)
+        names = {str(i): name for i, name in enumerate(self.class_names)}
+        write_arrays(Path(path), {"weights": self.weights, "scale": self.scale}, **names)
 
     @classmethod
     def load(cls, path: str | Path, clip: ContrastiveCLIP | None = None) -> "ZeroShotClassifier":

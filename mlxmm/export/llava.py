@@ -17,6 +17,8 @@ from mlxmm.export import model_card
 from mlxmm.networks import pretrained_vision
 from mlxmm.networks.language_model import dense_config, dense_weights
 from mlxmm.preprocessing.tokenizers import with_image_token
+from mlxmm.storage.atomic import write_json, write_text
+from mlxmm.storage.pretrained import write_arrays
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 ACTIVATIONS = {"mlp": "gelu", "linear": "linear"}  # by projector, between its layers; linear is none
@@ -39,7 +41,7 @@ TEMPLATE = (
 
 
 def check(aligner) -> None:
-    """Raise `UserError` where `aligner` has a part that no LLaVA has."""
+    """Raise `UserError` if a part of `aligner` has no counterpart in LLaVA."""
     config, kind, width = aligner.config, _tower_kind(aligner), _text_width(aligner)
     if kind not in TOWERS:
         raise UserError(f"LLaVA has no {kind} tower: a CLIP or SigLIP can be exported, by --module.vision")
@@ -54,15 +56,17 @@ def check(aligner) -> None:
         raise UserError(f"a Qwen3 can be exported; this language model is a {aligner.lm_config['model_type']}")
 
 
-def write(folder: Path, aligner, figures: dict) -> None:
-    """Write into `folder` what `LlavaForConditionalGeneration` and `AutoProcessor` load, and a model card with
-    `figures`. Raises `UserError` for what LLaVA cannot hold."""
+def write(folder: Path, aligner, metrics: dict) -> None:
+    """Write what `LlavaForConditionalGeneration` and `AutoProcessor` load, and a model card that lists `metrics`.
+
+    Raises `UserError` if a part of `aligner` has no counterpart in LLaVA.
+    """
     check(aligner)
     tokenizer, image = with_image_token(aligner.tokenizer)
     _check_prompt(tokenizer, image, aligner)
     image_id = tokenizer.convert_tokens_to_ids(image)
     weights = _weights(aligner, num_tokens=image_id + 1)
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+    write_arrays(folder / "model.safetensors", weights, format="pt")
     files = {
         "config.json": _config(aligner, weights, image_id),
         "generation_config.json": _generation(aligner, image_id),
@@ -70,11 +74,11 @@ def write(folder: Path, aligner, figures: dict) -> None:
         "processor_config.json": _processor(aligner, image),
     }
     for name, values in files.items():
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n")
+        write_json(folder / name, values)
     prompt = json.dumps(aligner.config.prompt, ensure_ascii=False)  # which is a string of Jinja's too
     tokenizer.chat_template = TEMPLATE.replace("IMAGE", json.dumps(image)).replace("PROMPT", prompt)
     tokenizer.save_pretrained(str(folder))
-    (folder / "README.md").write_text(model_card.captioner(aligner.config, image, figures))
+    write_text(folder / "README.md", model_card.captioner(aligner.config, image, metrics))
 
 
 def own_values(values: dict, folder: Path) -> dict:

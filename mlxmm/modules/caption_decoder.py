@@ -3,7 +3,6 @@
 B images, H x W pixels, P patches, E features of the tower, T caption tokens with their end, V vocabulary.
 """
 
-import json
 from pathlib import Path
 
 import attrs
@@ -25,7 +24,7 @@ from mlxmm.preprocessing.images import ImageProcessor
 from mlxmm.preprocessing.tokenizers import end_token, load_tokenizer
 from mlxmm.storage import checkpoint
 from mlxmm.storage.hub import local_folder
-from mlxmm.storage.pretrained import read_config, require_parts
+from mlxmm.storage.pretrained import read_config, require_parts, write_arrays, write_settings
 
 MODEL_TYPE = "mlxmm_caption_decoder"
 
@@ -114,13 +113,11 @@ class CaptionDecoder(CaptioningModule):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.save_config(folder)
-        mx.save_safetensors(str(folder / checkpoint.WEIGHTS), dict(tree_flatten(self.parameters())))
+        write_arrays(folder / checkpoint.WEIGHTS, dict(tree_flatten(self.parameters())))
 
     def save_config(self, folder: Path) -> None:
         values = {"model_type": MODEL_TYPE, "captioner": to_json(self.config), "vision": self.vision_config}
-        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        (folder / "preprocessor_config.json").write_text(json.dumps(self.processor.to_hub(), indent=2) + "\n")
-        self.tokenizer.save_pretrained(str(folder))
+        write_settings(folder, values, self.processor, self.tokenizer)
 
     @property
     def decoder(self) -> CachedDecoder:

@@ -3,7 +3,6 @@
 B pairs, H x W pixels, L text tokens, E features of the shared space.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from mlxmm.preprocessing.images import ImageProcessor
 from mlxmm.preprocessing.tokenizers import load_tokenizer
 from mlxmm.storage import checkpoint
 from mlxmm.storage.hub import local_folder
-from mlxmm.storage.pretrained import read_config, read_weights
+from mlxmm.storage.pretrained import read_config, read_weights, write_arrays, write_settings
 from mlxmm.training.module import Module
 
 TOWERS = ("vision", "text")
@@ -92,7 +91,7 @@ class ContrastiveCLIP(Module):
         folder.mkdir(parents=True, exist_ok=True)
         self.save_config(folder)
         weights = KINDS[self.config.model_type].to_hub(dict(tree_flatten(self.network.parameters())))
-        mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+        write_arrays(folder / "model.safetensors", weights, format="pt")
 
     def save_config(self, folder: Path) -> None:
         kind, size = self.config.model_type, self.config.projection_dim
@@ -108,9 +107,7 @@ class ContrastiveCLIP(Module):
         else:
             values["projection_dim"] = size
             values["vision_config"]["projection_dim"] = values["text_config"]["projection_dim"] = size
-        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        (folder / "preprocessor_config.json").write_text(json.dumps(self.processor.to_hub(), indent=2) + "\n")
-        self.tokenizer.save_pretrained(str(folder))
+        write_settings(folder, values, self.processor, self.tokenizer)
 
     @property
     def vision(self):

@@ -4,7 +4,6 @@ B images, H x W pixels, P patches, T caption tokens with their end, N prompt tok
 D features of the language model.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +37,7 @@ from mlxmm.preprocessing.tokenizers import end_token, load_tokenizer
 from mlxmm.storage import checkpoint
 from mlxmm.storage.atomic import new_folder, read_arrays
 from mlxmm.storage.hub import local_folder
-from mlxmm.storage.pretrained import read_config, read_weights, require_parts
+from mlxmm.storage.pretrained import read_config, read_weights, require_parts, write_settings
 from mlxmm.training.trainable import match_parameters, set_trainable
 
 MODEL_TYPE = "mlxmm_qwen3_aligner"
@@ -140,15 +139,15 @@ class Qwen3Aligner(CaptioningModule):
         checkpoint.load_arrays(folder / checkpoint.WEIGHTS, weights, module)
         return module
 
-    def save_pretrained(self, folder: str | Path, figures: dict | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, metrics: dict | None = None) -> None:
         """Write a new folder that `transformers.LlavaForConditionalGeneration` loads, with the same captions.
 
-        `figures` come into its model card. LoRA layers are merged. Raises `UserError` where `folder` holds
-        something already, or where a part of this module is none that LLaVA has.
+        The model card lists `metrics`. LoRA layers are merged. Raises `UserError` if `folder` is not empty, or if a
+        part of this module has no counterpart in LLaVA.
         """
         llava.check(self)
         with new_folder(Path(folder)) as temporary:
-            llava.write(temporary, self, figures or {})
+            llava.write(temporary, self, metrics or {})
 
     def save_language_model(self, folder: str | Path) -> None:
         """Write the language model alone into a new folder, as `mlx_lm.load` and transformers read it."""
@@ -163,9 +162,7 @@ class Qwen3Aligner(CaptioningModule):
             "vision": self.vision_config,
             "language_model": self.lm_config,
         }
-        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        (folder / "preprocessor_config.json").write_text(json.dumps(self.processor.to_hub(), indent=2) + "\n")
-        self.tokenizer.save_pretrained(str(folder))
+        write_settings(folder, values, self.processor, self.tokenizer)
 
     def parameter_groups(self) -> dict[str, list[str]]:
         return {"lora": [f"language_model.{name}" for name in adapter_names(self.language_model)]}

@@ -3,7 +3,6 @@
 B sequences, L positions, D features, V vocabulary.
 """
 
-import json
 from pathlib import Path
 
 import attrs
@@ -16,6 +15,8 @@ from mlxmm.compute.quantized import is_quantized, unpacked, use_unpacking
 from mlxmm.config import option
 from mlxmm.errors import UserError
 from mlxmm.networks.fast_layers import use_fast_layers
+from mlxmm.storage.atomic import write_json
+from mlxmm.storage.pretrained import write_arrays
 
 
 @attrs.frozen(kw_only=True)
@@ -105,8 +106,8 @@ def quantize_as(module: nn.Module, weights: dict[str, mx.array]) -> None:
 
 def save_language_model(folder: Path, model: nn.Module, config: dict) -> None:
     """Write `config.json` and `model.safetensors`, which mlx-lm and transformers load; LoRA layers are merged."""
-    (folder / "config.json").write_text(json.dumps(dense_config(config), indent=2) + "\n")
-    mx.save_safetensors(str(folder / "model.safetensors"), dense_weights(model), metadata={"format": "mlx"})
+    write_json(folder / "config.json", dense_config(config))
+    write_arrays(folder / "model.safetensors", dense_weights(model), format="mlx")
 
 
 def dense_weights(model: nn.Module) -> dict[str, mx.array]:

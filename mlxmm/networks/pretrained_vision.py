@@ -1,6 +1,5 @@
 """Vision towers of the Hub, alone: that of a CLIP or SigLIP folder, or a ViT."""
 
-import json
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,8 +9,8 @@ from mlxmm.errors import UserError
 from mlxmm.networks import clip, siglip, vit
 from mlxmm.networks.towers import VisionTower
 from mlxmm.storage import checkpoint
-from mlxmm.storage.atomic import read_arrays
-from mlxmm.storage.pretrained import read_config, read_weights
+from mlxmm.storage.atomic import read_arrays, write_json
+from mlxmm.storage.pretrained import read_config, read_weights, write_arrays
 
 KINDS = {"clip_vision_model": clip, "siglip_vision_model": siglip, "vit": vit}
 ARCHITECTURES = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel", "vit": "ViTModel"}
@@ -43,8 +42,8 @@ def save_vision_tower(folder: Path, tower: VisionTower, values: dict) -> None:
     """Write `config.json` and `model.safetensors`, which transformers loads: a ViT as ViTModel without pooler."""
     folder.mkdir(parents=True, exist_ok=True)
     values = values | {"architectures": [ARCHITECTURES[values["model_type"]]]}
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    mx.save_safetensors(str(folder / "model.safetensors"), to_hub(tower, values), metadata={"format": "pt"})
+    write_json(folder / "config.json", values)
+    write_arrays(folder / "model.safetensors", to_hub(tower, values), format="pt")
 
 
 def to_hub(tower: VisionTower, values: dict) -> dict[str, mx.array]:

@@ -70,6 +70,13 @@ def upload(folder: Path, repo_id: str, *, public: bool = False) -> str:
         raise UserError(f"not uploaded to {repo_id}: {_line(error)}; to try again: {again}") from error
 
 
+def card_metadata(**data) -> str:
+    """The YAML block that a model card begins with, of fields of `huggingface_hub.ModelCardData`."""
+    from huggingface_hub import ModelCardData
+
+    return f"---\n{ModelCardData(**data)}\n---"
+
+
 def _line(error: Exception) -> str:
     """What `error` says, on one line, without the number of the request."""
     lines = [re.sub(r"\(Request ID: .*?\)", "", line).strip() for line in str(error).splitlines()]

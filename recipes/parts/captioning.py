@@ -14,6 +14,7 @@ from mlxmm import Callback, Trainer
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionSource
 from mlxmm.evaluation.caption_metrics import bleu, exact_match
+from mlxmm.evaluation.captions import shuffled
 from mlxmm.evaluation.contact_sheet import contact_sheet
 from mlxmm.modules.captioning_module import CaptioningModule
 from mlxmm.preprocessing.tokenizers import token_length
@@ -70,10 +71,10 @@ def evaluate(config, captioner: CaptioningModule, source: CaptionSource, run: Ru
         name = part.removeprefix("test")
         figures[f"test/exact_match{name}"] = exact_match(captions, references)
         if part == "test":
-            shuffled = captions[len(captions) // 2 :] + captions[: len(captions) // 2]
-            figures["test/exact_match_shuffled"] = exact_match(shuffled, references)
+            others = shuffled(captions)
+            figures["test/exact_match_shuffled"] = exact_match(others, references)
             figures["test/bleu"] = bleu(captions, references)
-            figures["test/bleu_shuffled"] = bleu(shuffled, references)
+            figures["test/bleu_shuffled"] = bleu(others, references)
             with atomic_file(run.folder / "samples.png") as path:
                 contact_sheet(rows[:SHEET_ROWS], captions[:SHEET_ROWS]).save(path)
     return figures

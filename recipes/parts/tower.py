@@ -18,7 +18,7 @@ from mlxmm import Trainer, TrainerConfig
 from mlxmm.config import option, to_json
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionSource
-from mlxmm.evaluation.clip import evaluate_shapes, retrieval_figures
+from mlxmm.evaluation.clip import evaluate_shapes, retrieval_metrics
 from mlxmm.modules.contrastive_clip import CLIPConfig, ContrastiveCLIP
 from mlxmm.preprocessing.images import ImageProcessor
 from mlxmm.preprocessing.tokenizers import token_length, train_tokenizer
@@ -86,7 +86,7 @@ def train(config: TowerConfig, source: CaptionSource, run: Run, seed: int) -> tu
     trainer.fit(clip, data, ckpt_path=run.ckpt_path)
     figures = dict(trainer.callback_metrics)
     if source.is_synthetic and run.is_global_zero:
-        figures |= evaluate_shapes(clip, source, seed) | retrieval_figures(clip, source.rows["test"])
+        figures |= evaluate_shapes(clip, source, seed) | retrieval_metrics(clip, source.rows["test"])
     return clip, figures
 
 

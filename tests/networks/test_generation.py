@@ -163,8 +163,9 @@ def next_log_probabilities(network, prefix, sequence) -> list[float]:
 
 
 def test_a_length_penalty_makes_captions_longer(network, prefix):
+    way = {"max_new_tokens": 32, "num_beams": 4}
     lengths = [
-        sum(map(len, generate(network, prefix, GenerationConfig(num_beams=4, length_penalty=p), stop_id=STOP)))
+        sum(map(len, generate(network, prefix, GenerationConfig(**way, length_penalty=p), stop_id=STOP)))
         for p in (-2.0, 0.0, 3.0)
     ]
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
