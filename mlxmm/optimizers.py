@@ -1,4 +1,4 @@
-"""AdamW as the papers use it, and the schedule they use with it."""
+"""AdamW with bias correction, and the warm-up and cosine schedule of CLIP and LLaVA."""
 
 from collections.abc import Callable
 
@@ -15,12 +15,12 @@ class OptimizerConfig:
     """AdamW with warm-up and cosine decay."""
 
     learning_rate: float = option(1e-3, "highest learning rate", gt(0))
-    warmup_steps: int = option(50, "updates in which the rate rises from zero", ge(0))
-    final_fraction: float = option(0.0, "the last rate, as a fraction of the highest", ge(0), le(1))
-    weight_decay: float = option(0.1, "decoupled decay of matrices; gains and biases have none", ge(0))
+    warmup_steps: int = option(50, "updates in which the learning rate rises from zero", ge(0))
+    final_fraction: float = option(0.0, "last learning rate, as a fraction of the highest", ge(0), le(1))
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices; gains and biases have none", ge(0))
     beta1: float = option(0.9, "decay of the mean of gradients", ge(0), lt(1))
     beta2: float = option(0.98, "decay of the mean of their squares (CLIP's for ViTs)", ge(0), lt(1))
-    eps: float = option(1e-6, "added to the root of the squares", gt(0))
+    eps: float = option(1e-6, "added to the denominator", gt(0))
 
     def build(self, num_steps: int, *, scale: float = 1.0) -> "AdamW":
         """The optimizer of a run of `num_steps` updates, its rate multiplied by `scale`."""
@@ -33,10 +33,10 @@ class OptimizerConfig:
 
 
 class AdamW(optim.AdamW):
-    """Adam with decoupled weight decay (arXiv 1711.05101) on matrices only, its moments free of bias.
+    """Adam with decoupled weight decay (arXiv 1711.05101) on matrices only, and bias-corrected moments.
 
-    Each parameter counts its own updates, so one that is unfrozen late starts as it would have at the
-    beginning (MLX counts once for all, which makes such a start three times too fast).
+    Each parameter counts its own updates. MLX has one count for all, so the first updates of a parameter unfrozen late
+    would be three times too large.
     """
 
     def __init__(self, learning_rate: float | Callable, **kwargs):
@@ -59,7 +59,7 @@ class AdamW(optim.AdamW):
 
 
 def grouped(default: optim.Optimizer, **groups: optim.Optimizer) -> optim.MultiOptimizer:
-    """`default`, but an optimizer of its own for each part: `grouped(adam, language_model=slower)`."""
+    """`default`, with other optimizers for some parts of a module: `grouped(adam, language_model=slower)`."""
 
     def within(part: str) -> Callable:
         return lambda name, parameter: name.startswith(part + ".")

@@ -1,4 +1,4 @@
-"""Half precision: where numbers are bfloat16, and where they stay float32."""
+"""Mixed precision: computing in bfloat16 with float32 weights."""
 
 from collections.abc import Callable
 
@@ -9,14 +9,14 @@ PRECISIONS = ("32", "bf16-mixed", "bf16-true")
 
 
 def to_bfloat16(tree):
-    """`tree` with its float32 arrays as bfloat16."""
+    """Cast the float32 arrays of `tree` to bfloat16."""
     return tree_map(lambda x: x.astype(mx.bfloat16) if x.dtype == mx.float32 else x, tree)
 
 
 def autocast(module, step: Callable, precision: str) -> Callable:
-    """`step(batch)`, computed in bfloat16 from the module's float32 weights where `precision` is "bf16-mixed".
+    """With `precision` "bf16-mixed", run `step(batch)` with the module's weights cast to bfloat16; else `step` itself.
 
-    Gradients come back in float32, to the float32 weights. Networks cast their inputs to the type of their weights.
+    The weights stay float32 and so do their gradients. Networks cast their inputs to the type of their weights.
     """
     if precision != "bf16-mixed":
         return step
@@ -28,7 +28,7 @@ def autocast(module, step: Callable, precision: str) -> Callable:
         try:
             return step(batch)
         finally:
-            # What the step itself wrote (running means) stays, in the type it had.
+            # Arrays that the step itself changed (running means) keep their new value, in their old type.
             keep = lambda now, cast, own: own if now is cast else now.astype(own.dtype)
             module.update(tree_map(keep, module.parameters(), cast, own))
 

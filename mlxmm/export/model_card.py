@@ -21,13 +21,13 @@ tokens = model.generate(**inputs)
 print(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
 ```
 
-Where torchvision is installed, transformers resizes pictures a little differently than Pillow, which it was trained
-with.
+If torchvision is installed, transformers resizes images with it, and outputs may differ a little: the model was
+trained on images resized with Pillow.
 {metrics}"""
 
 
 def captioner(config, image_token: str, metrics: dict) -> str:
-    """The card of a captioner with this `Qwen3AlignerConfig`. Names Hub repositories, but no folders of this machine."""
+    """The card of a captioner with this `Qwen3AlignerConfig`. It names Hub repositories, but no local folders."""
     bases = [str(name) for name in (config.vision, config.lm) if name is not None and is_hub_id(name)]
     return CAPTIONER.format(
         metadata=card_metadata(

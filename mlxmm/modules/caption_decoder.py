@@ -31,7 +31,7 @@ MODEL_TYPE = "mlxmm_caption_decoder"
 
 @attrs.frozen(kw_only=True)
 class CaptionDecoderConfig:
-    """What is read, by what, and how it is trained."""
+    """Vision tower, decoder and training."""
 
     vision: str | None = option(None, "CLIP, SigLIP or ViT folder or Hub id; none: a small CLIP is trained first")
     layer: int = option(1, "hidden states of the tower to read, counted as transformers does")
@@ -42,14 +42,14 @@ class CaptionDecoderConfig:
         "longest caption with its end, in tokens, in training and when captions are generated; 0: as the data have it",
         ge(0),
     )
-    label_smoothing: float = option(0.0, "part of each target that is spread over all tokens", ge(0), lt(1))
+    label_smoothing: float = option(0.0, "fraction of each target that is spread evenly over all tokens", ge(0), lt(1))
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=3e-3, warmup_steps=50, final_fraction=0.02, weight_decay=0.05
     )
 
 
 class LayerMix(nn.Module):
-    """A learned mean of layers (ELMo, arXiv 1802.05365, equation 1), each normalised first."""
+    """A learned weighted mean of normalised layers (ELMo, arXiv 1802.05365, equation 1)."""
 
     def __init__(self, num_states: int, width: int):
         super().__init__()
@@ -57,9 +57,9 @@ class LayerMix(nn.Module):
         self.weight, self.gain = mx.zeros(num_states), mx.array(1.0)
 
     def __call__(self, states: list[mx.array]) -> mx.array:
-        """Of (B, P, E) each, to (B, P, E)."""
-        shares = mx.softmax(self.weight)
-        return self.gain * sum(share * self.norm(state) for share, state in zip(shares, states))
+        """States of all layers, (B, P, E) each, to (B, P, E)."""
+        weights = mx.softmax(self.weight)
+        return self.gain * sum(weight * self.norm(state) for weight, state in zip(weights, states))
 
 
 class CaptionDecoder(CaptioningModule):
@@ -89,18 +89,18 @@ class CaptionDecoder(CaptioningModule):
 
     @classmethod
     def from_parts(cls, config: CaptionDecoderConfig, tokenizer) -> "CaptionDecoder":
-        """Read the tower from `config.vision`; the decoder is new, for the tokens of `tokenizer`."""
+        """Load the tower from `config.vision`; the decoder gets fresh weights and the vocabulary of `tokenizer`."""
         folder = local_folder(config.vision)
         vision, vision_config = load_vision_tower(folder)
         return cls(config, vision, vision_config, ImageProcessor.from_pretrained(folder), tokenizer)
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, revision: str | None = None) -> "CaptionDecoder":
-        """Read a checkpoint, or what `save_pretrained` wrote."""
+        """Load a checkpoint of a run, or a folder that `save_pretrained` wrote. Raises `UserError`."""
         folder = local_folder(path_or_id, revision)
         values = read_config(folder)
         if values.get("model_type") != MODEL_TYPE:
-            raise UserError(f"{folder} is no CaptionDecoder: its config.json says {values.get('model_type')!r}")
+            raise UserError(f"{folder} is not a CaptionDecoder: its config.json says {values.get('model_type')!r}")
         require_parts(folder, values, "captioner", "vision")
         config, vision = from_json(CaptionDecoderConfig, values["captioner"]), build_vision_tower(values["vision"])
         processor = ImageProcessor.from_pretrained(folder)
@@ -109,7 +109,7 @@ class CaptionDecoder(CaptioningModule):
         return module
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write all that `from_pretrained` reads."""
+        """Write a folder that `from_pretrained` loads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.save_config(folder)
@@ -146,11 +146,11 @@ class CaptionDecoder(CaptioningModule):
 
     def feature_settings(self) -> dict:
         if self.config.mix_layers:
-            raise UserError("a learned mix of layers changes with every update: its features cannot be kept")
+            raise UserError("features cannot be cached with mix_layers: the mix changes with every update")
         return {"layer": self.config.layer, "processor": self.processor.to_hub(), "tower": self.vision_config}
 
     def prefix(self, features: mx.array, prompt: str = "") -> mx.array:
-        """(B, P, E) features to (B, P + N, D): image positions, then the embedded start token and `prompt`."""
+        """(B, P, E) features to (B, P + N, D): image positions, then N embedded tokens: the start and `prompt`."""
         embedded = self.network.token_embedding(mx.array([self._start(prompt)]))
         text = mx.broadcast_to(embedded, (len(features), *embedded.shape[1:]))
         return mx.concatenate([self.network.read(features), text], axis=1)
@@ -160,7 +160,7 @@ class CaptionDecoder(CaptioningModule):
         return self._measure(image, batch, smoothing=self.config.label_smoothing)
 
     def validation_step(self, batch):
-        """The loss without smoothing, and as a control the loss with the images given to others' captions."""
+        """The loss without smoothing, and "loss_shuffled", a control: the loss of the captions given other images."""
         image = self.network.read(self.image_features(batch))
         others = mx.roll(image, max(1, len(image) // 2), axis=0)
         return self._measure(image, batch) | {"loss_shuffled": self._measure(others, batch)["loss"]}

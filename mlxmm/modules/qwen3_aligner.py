@@ -1,4 +1,4 @@
-"""Qwen3Aligner: what a vision tower sees, projected to where a language model (Qwen3, Llama, …) reads.
+"""Qwen3Aligner: features of a vision tower, projected to the embeddings of a language model (Qwen3, Llama, …).
 
 B images, H x W pixels, P patches, T caption tokens with their end, N prompt tokens, V vocabulary,
 D features of the language model.
@@ -45,7 +45,7 @@ MODEL_TYPE = "mlxmm_qwen3_aligner"
 
 @attrs.frozen(kw_only=True)
 class Qwen3AlignerConfig:
-    """What is put together, and how it is trained."""
+    """Vision tower, projector, language model and training."""
 
     vision: str | None = option(None, "CLIP, SigLIP or ViT folder or Hub id; none: a small CLIP is trained first")
     lm: str | None = option(None, "language model folder or Hub id; none: a small one is trained first")
@@ -70,9 +70,11 @@ class Qwen3AlignerConfig:
 
 
 class Qwen3Aligner(CaptioningModule):
-    """A vision tower, a projector and a language model. All is frozen but the projector and the language model's
-    adapters, if it has any; a `FreezeSchedule` opens other things ("lora" are the adapters). The image is a prefix;
-    the loss is on the caption and its end alone."""
+    """A vision tower, a projector and a language model that reads the image as a prefix.
+
+    The loss is on the caption and its end alone. Only the projector and the language model's adapters, if any, are
+    trained; a `FreezeSchedule` unfreezes other parts ("lora" names the adapters).
+    """
 
     def __init__(
         self,
@@ -104,7 +106,10 @@ class Qwen3Aligner(CaptioningModule):
 
     @classmethod
     def from_parts(cls, config: Qwen3AlignerConfig) -> "Qwen3Aligner":
-        """Read tower and language model from `config.vision` and `config.lm`; the projector is new."""
+        """Load tower and language model from `config.vision` and `config.lm`; the projector gets fresh weights.
+
+        Raises `UserError` if a part cannot be loaded, or if image, prompt and caption exceed the context.
+        """
         tower_folder, folder = local_folder(config.vision), local_folder(config.lm)
         vision, vision_config = load_vision_tower(tower_folder)
         processor = ImageProcessor.from_pretrained(tower_folder)
@@ -113,14 +118,14 @@ class Qwen3Aligner(CaptioningModule):
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, revision: str | None = None) -> "Qwen3Aligner":
-        """Read a checkpoint of ours, or a folder that `save_pretrained` wrote."""
+        """Load a checkpoint of a run, or a folder that `save_pretrained` wrote. Raises `UserError`."""
         folder = local_folder(path_or_id, revision)
         values = read_config(folder)
         is_llava = values.get("model_type") == "llava"
         if is_llava:
             values = llava.own_values(values, folder)
         elif values.get("model_type") != MODEL_TYPE:
-            raise UserError(f"{folder} is no Qwen3Aligner: its config.json says {values.get('model_type')!r}")
+            raise UserError(f"{folder} is not a Qwen3Aligner: its config.json says {values.get('model_type')!r}")
         require_parts(folder, values, "aligner", "vision", "language_model")
         module = cls(
             from_json(Qwen3AlignerConfig, values["aligner"]),
@@ -150,7 +155,7 @@ class Qwen3Aligner(CaptioningModule):
             llava.write(temporary, self, metrics or {})
 
     def save_language_model(self, folder: str | Path) -> None:
-        """Write the language model alone into a new folder, as `mlx_lm.load` and transformers read it."""
+        """Write the language model alone into a new folder that `mlx_lm.load` and transformers load."""
         with new_folder(Path(folder)) as temporary:
             save_language_model(temporary, self.language_model, self.lm_config)
             self.tokenizer.save_pretrained(str(temporary))
@@ -168,7 +173,7 @@ class Qwen3Aligner(CaptioningModule):
         return {"lora": [f"language_model.{name}" for name in adapter_names(self.language_model)]}
 
     def collate(self, batch: dict) -> dict:
-        """The captioner's; where logits are dear, with the "positions" that get some."""
+        """As the base class; if the vocabulary is large, also the "positions" that get logits."""
         batch = super().collate(batch)
         return batch | {"positions": label_positions(batch["mask"])} if self._fuses_head else batch
 
@@ -185,12 +190,12 @@ class Qwen3Aligner(CaptioningModule):
         return self.config.max_new_tokens or CaptioningModule.max_new_tokens
 
     def _room(self, prompt: Sequence[int]) -> int:
-        """Tokens that a caption may have after image and `prompt`; its end needs no position."""
+        """The most tokens that a caption may have after image and `prompt`; its end needs no position."""
         num_image = (self.processor.image_size // self.vision.config.patch_size) ** 2 // self.projector.factor**2
         return self.lm_config.get("max_position_embeddings", sys.maxsize) - num_image - len(prompt) + 1
 
     def _check_context(self) -> None:
-        """Raise `UserError` where image, prompt and the longest caption are more than the language model reads."""
+        """Raise `UserError` if image, prompt and the longest caption exceed the language model's context."""
         room, wanted = self._room(self._prompt), self.config.max_new_tokens
         if room < max(1, wanted):
             raise UserError(
@@ -216,7 +221,7 @@ class Qwen3Aligner(CaptioningModule):
         return {"layer": self.config.layer, "processor": self.processor.to_hub(), "tower": self.vision_config}
 
     def prefix(self, features: mx.array, prompt: str = "") -> mx.array:
-        """(B, P, E) features to (B, P + N, D): projected patches, then `prompt` or the module's own."""
+        """(B, P, E) features to (B, P + N, D): projected patches, then the embedded `prompt` or the trained one."""
         ids = self._token_ids(prompt) if prompt else self._prompt
         projected = self.projector(features)
         if not ids:
@@ -228,7 +233,7 @@ class Qwen3Aligner(CaptioningModule):
         return self._measure(self.prefix(self.image_features(batch)), batch)
 
     def validation_step(self, batch):
-        """The loss, and as a control the loss with the batch's images given to others' captions."""
+        """The loss, and "loss_shuffled", a control: the loss of the captions given other images of the batch."""
         prefix = self.prefix(self.image_features(batch))
         others = mx.roll(prefix, max(1, len(prefix) // 2), axis=0)
         return self._measure(prefix, batch) | {"loss_shuffled": self._measure(others, batch)["loss"]}

@@ -1,4 +1,4 @@
-"""Vision towers of the Hub, alone: that of a CLIP or SigLIP folder, or a ViT."""
+"""Load and save vision towers in the Hub's layout: of CLIP, SigLIP or ViT."""
 
 from pathlib import Path
 

@@ -15,7 +15,7 @@ def read_config(folder: Path) -> dict:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object of a file. Raises `UserError` where it is missing or damaged."""
+    """The JSON object in a file. Raises `UserError` if it is missing or damaged."""
     try:
         values = json.loads(path.read_text())
     except OSError as error:
@@ -28,7 +28,7 @@ def read_json(path: Path) -> dict:
 
 
 def require_parts(folder: Path, values: dict, *names: str) -> None:
-    """Raise `UserError` where the `config.json` of a module, read as `values`, lacks a part."""
+    """Raise `UserError` if `values`, the `config.json` of a module, lacks one of the parts `names`."""
     if missing := [name for name in names if not isinstance(values.get(name), dict)]:
         raise UserError(f"{folder / 'config.json'} is damaged: it does not describe {', '.join(missing)}")
 
@@ -47,7 +47,7 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], **metadata: str) -> No
 
 
 def read_weights(folder: Path) -> dict[str, mx.array]:
-    """The arrays of all model*.safetensors of a folder."""
+    """The arrays of all model*.safetensors of a folder. Raises `UserError` if there are none."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise UserError(f"{folder} has no model.safetensors")

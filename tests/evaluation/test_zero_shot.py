@@ -95,13 +95,13 @@ def test_one_file_classifies_features_without_a_clip(tmp_path, pictures):
     assert loaded.class_names == (*NAMES, "schöne Katze")
     features = clip.encode_image(clip.preprocess(pictures))
     assert mx.allclose(loaded.classify(features), built.predict(pictures), atol=1e-6)
-    with pytest.raises(UserError, match="without a clip"):
+    with pytest.raises(UserError, match="without a CLIP"):
         loaded.predict(pictures)
 
 
 def test_a_file_that_holds_no_classifier_is_refused(tmp_path):
     mx.save_safetensors(str(tmp_path / "other.safetensors"), {"x": mx.zeros(2)})
-    with pytest.raises(UserError, match="holds no classifier"):
+    with pytest.raises(UserError, match="is not a classifier"):
         ZeroShotClassifier.load(tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="is not there"):
         ZeroShotClassifier.load(tmp_path / "nowhere.safetensors")
@@ -110,7 +110,7 @@ def test_a_file_that_holds_no_classifier_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("names", "templates", "message"),
     [
-        (["cat", "cat"], ["{}"], "'cat' is there twice"),
+        (["cat", "cat"], ["{}"], "'cat' is repeated"),
         (["cat", " "], ["{}"], "class name 2 is empty"),
         ([], ["{}"], "at least one class name"),
         (["cat"], ["a photo"], "'a photo' has no {}"),
@@ -162,7 +162,7 @@ def test_the_recipe_prints_a_line_for_each_picture_and_keeps_the_classifier(fold
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--classes", "cat,cat", "0.png"], "'cat' is there twice"),
+        (["--classes", "cat,cat", "0.png"], "'cat' is repeated"),
         (["--classes", "cat,,dog", "0.png"], "class name 2 is empty"),
         (["--classes", "cat,dog"], "at least one picture"),
         (["0.png"], "--classes wants"),

@@ -211,5 +211,5 @@ def test_the_optimizer_holds_the_decoder_and_nothing_of_the_tower():
 
 def test_a_folder_of_something_else_is_one_clear_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(UserError, match="is no CaptionDecoder: its config.json says 'clip'"):
+    with pytest.raises(UserError, match="is not a CaptionDecoder: its config.json says 'clip'"):
         CaptionDecoder.from_pretrained(tmp_path)
