@@ -274,7 +274,7 @@ def overwrite(values: dict[int, int]) -> None:
     """Write each value to its address; none of them if their pages cannot be made writable."""
     with _writable(min(values), max(values) + 8):
         for address, value in values.items():
-            ctypes.c_uint64.from_address(address).value = value  # aligned, so seen whole by other threads
+            ctypes.c_uint64.from_address(address).value = value  # aligned, so other threads never read half of it
 
 
 @contextlib.contextmanager
