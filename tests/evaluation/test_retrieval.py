@@ -151,7 +151,7 @@ def test_callbacks_log_retrieval_zero_shot_and_probe_to_tensorboard(make_trainer
 
 
 def test_nothing_to_find_is_an_error():
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="at least one image"):
         retrieve(small_clip(), [])
     with pytest.raises(ValueError, match="no relevant"):
         best_ranks(np.zeros((2, 3)), np.array([[True, False, False], [False] * 3]))

@@ -103,7 +103,7 @@ def test_a_file_that_holds_no_classifier_is_refused(tmp_path):
     mx.save_safetensors(str(tmp_path / "other.safetensors"), {"x": mx.zeros(2)})
     with pytest.raises(UserError, match="is not a classifier"):
         ZeroShotClassifier.load(tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         ZeroShotClassifier.load(tmp_path / "nowhere.safetensors")
 
 
