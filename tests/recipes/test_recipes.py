@@ -140,7 +140,7 @@ def test_pictures_are_captioned_by_file_and_folder(finished, cache, tmp_path):
     done = run("caption", "--module", module, tmp_path, tmp_path / "1.png", cache=cache)
     assert done.returncode == 0, done.stderr
     aligner = Qwen3Aligner.from_pretrained(module)
-    said = [aligner.caption([Image.open(tmp_path / f"{i}.png")], max_new_tokens=32)[0] for i in (0, 1, 1)]
+    said = [aligner.caption([Image.open(tmp_path / f"{i}.png")])[0] for i in (0, 1, 1)]
     lines = [f"{tmp_path / name}: {text}" for name, text in zip(("0.png", "1.png", "1.png"), said)]
     printed = done.stdout.splitlines()
     assert [printed[0], printed[1], printed[3]] == lines and "2.jpg: skipped, not a picture" in printed[2]
