@@ -13,7 +13,7 @@ CHUNK_LOGITS = 2**24  # logits that `linear_token_loss` holds at a time: 64 MB i
 
 
 def clip_loss(logits: mx.array) -> mx.array:
-    """Ask each image for its text and each text for its image; average the two answers (CLIP, figure 3).
+    """Mean of the cross-entropies of images over texts and of texts over images (CLIP, figure 3).
 
     `logits` is (B, B), images by texts, with the matching pairs on the diagonal.
     """
@@ -24,7 +24,7 @@ def clip_loss(logits: mx.array) -> mx.array:
 
 
 def siglip_loss(logits: mx.array) -> mx.array:
-    """Ask of every pair by itself whether it matches (SigLIP, arXiv 2303.15343, algorithm 1).
+    """Sigmoid loss: a binary classification of each pair (SigLIP, arXiv 2303.15343, algorithm 1).
 
     `logits` is (B, B) with the matching pairs on the diagonal. The sum over all pairs is divided by B, not B * B.
     """
@@ -33,9 +33,9 @@ def siglip_loss(logits: mx.array) -> mx.array:
 
 
 def token_loss(logits: mx.array, targets: mx.array, mask: mx.array, *, smoothing: float = 0.0) -> mx.array:
-    """The mean cross-entropy of (B, L, V) `logits` over the targets (B, L) that `mask` (B, L) counts.
+    """The mean cross-entropy of (B, L, V) `logits` over the targets (B, L) where `mask` (B, L) is 1.
 
-    With `smoothing` that part of each target is spread over all V tokens (arXiv 1512.00567, section 7).
+    `smoothing` is the fraction of each target spread over all V tokens (arXiv 1512.00567, section 7).
     """
     losses = F.cross_entropy(logits, targets)  # (B, L)
     if smoothing:
@@ -45,7 +45,7 @@ def token_loss(logits: mx.array, targets: mx.array, mask: mx.array, *, smoothing
 
 
 def token_accuracy(logits: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
-    """The fraction of counted targets that have the highest logit."""
+    """The fraction of targets where `mask` is 1 that have the highest logit."""
     hits = (logits.argmax(-1) == targets) * mask
     return hits.sum() / mx.maximum(mask.sum(), 1)
 
@@ -61,9 +61,9 @@ def linear_token_loss(
 ) -> tuple[mx.array, mx.array]:
     """`token_loss` and `token_accuracy` of the logits states @ weight.T, which are never held all at once.
 
-    `states` (..., D), `weight` (V, D), `targets` and `mask` (...). Some positions at a time get their logits,
-    their loss and, while the logits are there, the gradients of the loss, so that going back is a product with
-    one number. `for_states` and `for_weight` say which gradients will be asked for; the others would be zero.
+    `states` (..., D), `weight` (V, D), `targets` and `mask` (...). Positions are computed in chunks: logits, loss, and
+    in the forward pass already its gradients, which the backward pass only scales. `for_states` and `for_weight` say
+    which gradients are needed; the others are zero.
     """
     targets, mask = mx.stop_gradient(targets.reshape(-1)), mx.stop_gradient(mask.reshape(-1).astype(mx.float32))
     shares = mask / mx.maximum(mask.sum(), 1)
@@ -90,7 +90,7 @@ def _loss_and_gradients(states, weight, targets, shares, *, for_states, for_weig
     size = max(1, CHUNK_LOGITS // len(weight))
     parts, d_weight = [], None
     for start in range(0, len(states), size):
-        # Each chunk waits for the one before: MLX would hold the logits of all of them.
+        # Each chunk waits for the one before; else MLX would hold the logits of all chunks at once.
         h = mx.depends(states[start : start + size], parts[-1]) if parts else states[start : start + size]
         t, share = targets[start : start + size], shares[start : start + size, None]
         losses, hits, e, scale = _softmax_parts(h, weight, t, share)
@@ -118,6 +118,8 @@ def _softmax_parts(h, weight, targets, share):
     logits = h @ weight.T
     top = logits.max(axis=-1, keepdims=True)
     e = F.exp_of_negative(logits - top)
-    total = (e @ mx.ones((e.shape[-1], 1), dtype=e.dtype)).astype(mx.float32)  # a sum takes four times as long
+    total = (e @ mx.ones((e.shape[-1], 1), dtype=e.dtype)).astype(
+        mx.float32
+    )  # faster than a sum, which takes four times as long
     picked = mx.take_along_axis(logits, targets[:, None], axis=-1)
     return mx.log(total) + (top - picked), picked >= top, e, share / total

@@ -27,15 +27,13 @@ from mlxmm.export import llava
 from mlxmm.modules.qwen3_aligner import Qwen3Aligner, Qwen3AlignerConfig
 from mlxmm.networks.adapters import LoRAConfig
 from mlxmm.optimizers import OptimizerConfig
-from mlxmm.preprocessing.tokenizers import START, load_tokenizer, token_length
+from mlxmm.preprocessing.tokenizers import START, load_tokenizer
 from mlxmm.storage.hub import check_upload, local_folder, upload
 from mlxmm.storage.runs import Run, TrainingRunConfig, open_run
 
-from .parts.captioning import evaluate, fit, report_truncation
+from .parts.captioning import evaluate, fit, longest_caption, report_truncation
 from .parts.language_model import LanguageModelConfig, language_model_or_train
 from .parts.tower import TowerConfig, tower_or_train
-
-MAX_NEW_TOKENS = 128  # of a caption where --module.max-new-tokens does not say: a caption may be a whole page
 
 
 @attrs.frozen(kw_only=True)
@@ -116,8 +114,7 @@ def build(config: Config, source: CaptionSource, run: Run) -> Qwen3Aligner:
     lm = language_model_or_train(config, source, run)
     module = attrs.evolve(config.module, vision=vision, lm=lm, prompt=prompt)
     if module.max_new_tokens == 0:
-        length = token_length(load_tokenizer(local_folder(lm)), source.sample_captions()) + 1  # the end
-        module = attrs.evolve(module, max_new_tokens=min(length, MAX_NEW_TOKENS))
+        module = attrs.evolve(module, max_new_tokens=longest_caption(load_tokenizer(local_folder(lm)), source))
     mx.random.seed(config.seed)
     aligner = Qwen3Aligner.from_parts(module)
     report_truncation(aligner, source, run)

@@ -14,7 +14,7 @@ from mlxmm.cli import run_recipe
 from mlxmm.config import Preset, option, section
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.errors import UserError
-from mlxmm.evaluation.captions import evaluate_captioner, require_room
+from mlxmm.evaluation.captions import evaluate, require_room
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.modules.loading import load_captioner
 from mlxmm.networks.generation import GenerationConfig
@@ -45,9 +45,9 @@ def main(config: Config) -> None:
         source.require_split(config.split)
         rows = source.rows[config.split]
         if clip is not None:
-            require_room(clip, rows)
+            require_room(clip, [text for i in range(len(rows)) for text in rows[i]["captions"]])
         settings = attrs.asdict(config.generation)
-        metrics, each = evaluate_captioner(captioner, rows, clip, batch_size=config.data.batch_size, **settings)
+        metrics, each = evaluate(captioner, rows, clip=clip, batch_size=config.data.batch_size, **settings)
         write_text(run.folder / "captions.jsonl", "".join(json.dumps(one) + "\n" for one in each))
         run.report({"pictures": len(rows)} | metrics)
 

@@ -18,14 +18,12 @@ from mlxmm.config import Preset, internal, option, section
 from mlxmm.data.caption_source import CaptionDataConfig, CaptionSource, open_source
 from mlxmm.data.sources.shapes import ShapesConfig
 from mlxmm.modules.caption_decoder import CaptionDecoder, CaptionDecoderConfig
-from mlxmm.preprocessing.tokenizers import load_tokenizer, token_length, train_tokenizer
+from mlxmm.preprocessing.tokenizers import load_tokenizer, train_tokenizer
 from mlxmm.storage.hub import local_folder
 from mlxmm.storage.runs import Run, TrainingRunConfig, open_run
 
-from .parts.captioning import evaluate, fit, report_truncation
+from .parts.captioning import evaluate, fit, longest_caption, report_truncation
 from .parts.tower import TowerConfig, tower_or_train
-
-MAX_NEW_TOKENS = 128  # of a caption where --module.max-new-tokens does not say
 
 
 @attrs.frozen(kw_only=True)
@@ -69,12 +67,11 @@ def build(config: Config, source: CaptionSource, run: Run) -> CaptionDecoder:
     """The tower that `config.module` names, or one trained on `source`, under a decoder with fresh weights."""
     vision, metrics = tower_or_train(config, source, run)
     run.report(metrics)
-    captions = source.sample_captions()
     if config.tokenizer is None:
-        tokenizer = train_tokenizer(captions, config.vocab_size)
+        tokenizer = train_tokenizer(source.sample_captions(), config.vocab_size)
     else:
         tokenizer = load_tokenizer(local_folder(config.tokenizer))
-    length = config.module.max_new_tokens or min(token_length(tokenizer, captions) + 1, MAX_NEW_TOKENS)  # the end
+    length = config.module.max_new_tokens or longest_caption(tokenizer, source)
     mx.random.seed(config.seed)
     captioner = CaptionDecoder.from_parts(attrs.evolve(config.module, vision=vision, max_new_tokens=length), tokenizer)
     report_truncation(captioner, source, run)

@@ -23,7 +23,6 @@ from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.modules.caption_decoder import CaptionDecoderConfig
 from mlxmm.networks.clip import CLIPVisionTower
-from mlxmm.networks.decoder import DecoderConfig
 from mlxmm.networks.towers import VisionConfig
 from mlxmm.preprocessing.images import ImageProcessor
 from mlxmm.preprocessing.tokenizers import train_tokenizer
@@ -68,7 +67,7 @@ def write_pictures(path: Path, count: int) -> None:
 def second_epoch(source: Path, *callbacks: Callback) -> float:
     mx.random.seed(0)
     tokenizer = train_tokenizer(WORDS, 300)
-    config = CaptionDecoderConfig(layer=-2, decoder=DecoderConfig(max_position_embeddings=16))
+    config = CaptionDecoderConfig(layer=-2, max_new_tokens=16)
     tower = CLIPVisionTower(TOWER)
     module = CaptionDecoder(config, tower, attrs.asdict(TOWER), ImageProcessor.square(224), tokenizer)
     data = CaptionData(

@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def line(arguments, size: int | None) -> str:
-    """The figures of one setting; of a batch as small as the smallest chunk, where `size` is None."""
+    """The measurements of one chunk size; if `size` is None, of a batch as small as the smallest chunk."""
     batch_size = arguments.batch_size if size is not None else min(arguments.chunks)
     flags = {"batch-size": batch_size, "width": arguments.width, "layers": arguments.layers, "measure": size or 0}
     command = [sys.executable, __file__, *(text for name, n in flags.items() for text in (f"--{name}", str(n)))]

@@ -3,13 +3,12 @@
 B sequences, H heads, L queries, S keys, D features of a head, V classes; (...) any leading dimensions.
 
 MLX's Linux wheels take one exponential at a time (10-40 ns); sums and products go four at a time. So here the
-transcendental functions are polynomials and ratios of polynomials, and each form has its gradient written out,
-because differentiating a polynomial costs more than the function it replaces. They are meant for a step that is
-compiled as a whole: forward and gradient then take 1.5-6 ns an element, MLX's own 10-36. Outside of one the
-forward pass is faster too, but the gradients of silu, quick_gelu and, often, gelu are slower than MLX's own.
-Intermediate arrays of some MB may cost up to 20 ns an element more in page faults, when malloc hands each back
-to the system. Float32 on the CPU only;
-MLXMM_FAST=off (read at each call; a compiled function keeps what it was traced with) gives MLX's own everywhere.
+transcendental functions are polynomials and ratios of polynomials, and each has its gradient written out, because
+differentiating a polynomial costs more than the function it replaces. In a compiled step, forward and gradient take
+1.5-6 ns an element, MLX's own 10-36. Outside of one the forward pass is faster too, but the gradients of silu,
+quick_gelu and, often, gelu are slower than MLX's own. Intermediate arrays of some MB may cost up to 20 ns an element
+more in page faults, when malloc returns them to the system. Float32 on the CPU only. MLXMM_FAST=off selects MLX's own
+functions; it is read at each call, but a compiled function keeps the form it was traced with.
 """
 
 import sys
@@ -57,12 +56,12 @@ def exp_of_negative(x: mx.array) -> mx.array:
 
 
 def softmax(x: mx.array) -> mx.array:
-    """Over the last axis of (..., V). Within 1e-6 of mx.softmax; what is masked gets 9e-27 or less, not 0."""
+    """Over the last axis of (..., V). Within 1e-6 of mx.softmax; masked positions get 9e-27 or less, not 0."""
     return linux_functions.softmax(x) if uses_fast_forms(x) else mx.softmax(x, axis=-1)
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """-log softmax(logits)[target] of (..., V) logits and (...) targets, each by itself: (...), float32.
+    """-log softmax(logits)[target] of (..., V) logits and (...) targets: losses (...), float32.
 
     Within 4e-6 of nn.losses.cross_entropy; relative where the loss is above 1.
     """
@@ -74,9 +73,9 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
 def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask=None) -> mx.array:
     """softmax(scale * q @ k.T + mask) @ v: (B, H, L, D) of queries, (B, H or fewer, S, D) of keys and values.
 
-    `mask` is None, "causal" (the last query sees every key), or an array broadcast to (B, H, L, S): booleans say
-    what is seen, numbers are added to the scores. Within 4e-6 of mx.fast.scaled_dot_product_attention for values
-    around 1.
+    `mask` is None, "causal" (the last query attends to every key), or an array broadcast to (B, H, L, S): booleans,
+    true where a query attends to a key, or numbers added to the scores. Within 4e-6 of
+    mx.fast.scaled_dot_product_attention for values around 1.
     """
     if not uses_fast_forms(q):
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
@@ -90,9 +89,3 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask=None)
         scores = mx.where(mask, scores, -mx.inf) if mask.dtype == mx.bool_ else scores + mask
     weights = linux_functions.softmax(scores).reshape(B, G, H // G * L, S)
     return (weights @ v).reshape(B, H, L, -1)
-
-
-# ---- polynomials in place of transcendental functions
-
-
-# ---- each function, then its gradient: (primals, cotangent, output) -> what the cotangent becomes

@@ -1,8 +1,8 @@
 """GradCache (arXiv 2101.06983): the features of a large batch, and their gradient, in the memory of a chunk.
 
-Contrastive losses cannot be added up over chunks, because every example is every other's negative. But once the
-gradient of the loss with respect to the features is known, each chunk's share of the parameters' gradient can be:
-its features are computed a second time, now with what their gradient needs, and forgotten again.
+A contrastive loss is not a sum over chunks, because every example is every other's negative. But once the gradient of
+the loss with respect to the features is known, the gradient of the parameters is a sum over chunks: the features of
+each chunk are computed a second time, with the activations that their gradient needs, and freed again.
 
 B examples, D features.
 """
@@ -22,14 +22,14 @@ from mlxmm.compute.layer_calls import replaced_calls, replaced_parameters
 def chunked_calls(
     parts: Mapping[str, nn.Module], size: int, prepare: Mapping[str, Callable[[mx.array], mx.array]]
 ) -> Iterator[None]:
-    """Until the end of the block, each of `parts` sees its inputs in chunks of `size`, with the gradient of the whole.
+    """Within the block, each of `parts` computes its inputs in chunks of `size`, with the gradient of the whole batch.
 
-    `prepare[name]` makes of a chunk what the part takes: of a whole batch that might be too large.
+    `prepare[name]` is applied to each chunk first, because its result for the whole batch might be too large.
     """
 
     def wrap(name, call):
-        made = prepare.get(name, lambda chunk: chunk)
-        return lambda self, inputs: call_in_chunks(self, lambda part, chunk: call(part, made(chunk)), inputs, size)
+        prepared = prepare.get(name, lambda chunk: chunk)
+        return lambda self, inputs: call_in_chunks(self, lambda part, chunk: call(part, prepared(chunk)), inputs, size)
 
     with replaced_calls(parts, wrap):
         yield
@@ -38,17 +38,17 @@ def chunked_calls(
 def call_in_chunks(
     module: nn.Module, call: Callable[[nn.Module, mx.array], mx.array], inputs: mx.array, size: int
 ) -> mx.array:
-    """`call(module, inputs)`, (B, D), of which one chunk at a time is in memory, forward and backward.
+    """`call(module, inputs)`, (B, D), with the activations of one chunk at a time in memory, forward and backward.
 
-    Its gradient is that of `module`'s trainable parameters, and of nothing else. Dropout and patch dropout draw
-    from a key for each chunk, so the second pass drops what the first one did.
+    Only `module`'s trainable parameters get gradients. Dropout and patch dropout use a random key for each chunk, so
+    that both passes drop the same.
     """
     everything, parameters = module.parameters(), module.trainable_parameters()
     starts = range(0, len(inputs), size)
     keys = mx.random.randint(0, 2**31 - 1, (len(starts), 2), dtype=mx.uint32)
 
     def encode(parameters, i: int, after: list[mx.array]) -> mx.array:
-        # Without `depends` all chunks would be computed side by side.
+        # Without `depends` MLX would compute all chunks at the same time.
         chunk = mx.depends(inputs[starts[i] : starts[i] + size], after) if after else inputs[:size]
         with replaced_parameters(module, everything, parameters), dropout_from(module, keys[i]):
             return call(module, chunk)

@@ -1,7 +1,7 @@
-"""Quantized layers, multiplied by a Linux CPU's BLAS where there is one.
+"""Quantized layers that unpack their weights for each product, on Linux CPUs.
 
-D features in, E features out. MLX's Linux wheels multiply packed weights one number at a time: unpacking the whole
-matrix for each product takes a thirtieth of the time, and it is gone after the product.
+D features in, E features out. MLX's Linux wheels multiply packed weights one number at a time. Unpacking the whole
+matrix and multiplying by BLAS takes a thirtieth of the time; the unpacked matrix is freed after the product.
 """
 
 import mlx.core as mx
@@ -29,7 +29,7 @@ UNPACKING = {nn.QuantizedLinear: UnpackingLinear, nn.QuantizedEmbedding: Unpacki
 
 
 def use_unpacking(model: nn.Module) -> None:
-    """Let the quantized layers of `model` multiply as above; their names and weights stay."""
+    """Let the quantized layers of `model` multiply as above; names and weights do not change."""
     for part in model.modules():
         part.__class__ = UNPACKING.get(type(part), type(part))
 
@@ -40,7 +40,7 @@ def unpacked(layer: nn.Module) -> mx.array:
 
 
 def product(layer: nn.Module, x: mx.array) -> mx.array:
-    """(..., D) to (..., E). Neither the unpacked weights nor `x` are kept for the gradient."""
+    """(..., D) to (..., E). The backward pass keeps neither the unpacked weights nor `x`."""
 
     @mx.custom_function
     def multiply(x, *packed):
@@ -59,7 +59,7 @@ def _packed(layer: nn.Module) -> list[mx.array]:
 
 
 def _unpack(packed, layer: nn.Module, after: mx.array) -> mx.array:
-    """Waits for `after`: MLX would unpack all layers at once, and mx.compile keep the results for the gradient."""
+    """Unpack once `after` is computed. Without it MLX unpacks all layers at once, and mx.compile keeps the results."""
     return _dequantized(mx.depends(list(packed), [after]), layer)
 
 
@@ -68,5 +68,5 @@ def _dequantized(packed, layer: nn.Module) -> mx.array:
 
 
 def is_quantized(part: nn.Module) -> bool:
-    """Whether this layer's own weights are packed integers, which have no gradients."""
+    """Whether this layer's weights are packed integers, which have no gradients."""
     return "scales" in part

@@ -1,7 +1,7 @@
 """Caption metrics: pure functions of strings, and CLIPScore of arrays.
 
-Hypotheses are one a picture; references are one list a picture, of any length. BLEU, ROUGE-L and CIDEr-D are in
-percent, as papers print them (the published tools give a hundredth of it). B pictures, R references, E features.
+An image has one hypothesis and a list of references, of any length. BLEU, ROUGE-L and CIDEr-D are in
+percent, as papers print them (the published tools give fractions). B images, R references, E features.
 """
 
 import math
@@ -28,11 +28,11 @@ CLIP_SCORE_PROMPT = "A photo depicts "  # before hypotheses and references (CLIP
 
 
 def words(text: str) -> list[str]:
-    """The words of a caption as coco-caption has them from Stanford's PTBTokenizer, which needs Java: lower-cased,
-    "n't" and "'s" apart, punctuation dropped.
+    """The words of a caption, split as coco-caption does with Stanford's PTBTokenizer, which needs Java: lower-cased,
+    "n't" and "'s" split off, punctuation dropped.
 
-    Different are: brackets (theirs leave "-lrb-", here they go), "cannot" and "gonna" (theirs are two words), "Mr."
-    (theirs keeps its point), "'90s", "'n'" and "@home" (theirs keep the sign).
+    The differences are: brackets (theirs become "-lrb-", ours are dropped), "cannot" and "gonna" (theirs are two
+    words), "Mr." (theirs keeps its period), "'90s", "'n'" and "@home" (theirs keep the sign).
     """
     return WORD.findall(CONTRACTION.sub(r" \1", text.lower().replace("’", "'")))
 
@@ -95,23 +95,24 @@ def _longest_common(a: list[str], b: list[str]) -> int:
 
 
 def cider_d(hypotheses: Texts, references: References) -> float:
-    """The mean CIDEr-D (arXiv 1411.5726, section 8): likeness of n-grams, rare ones counting for more.
+    """The mean CIDEr-D (arXiv 1411.5726, section 8): similarity of n-grams, weighted by their rarity.
 
-    How rare an n-gram is comes from the references of all pictures that are judged, so the mean over a split is
-    not the mean of means over its batches, and a single picture always has 0.
+    Rarity is counted in the references of all images given, so the value of a split is not the mean over its
+    batches, and that of a single image is always 0.
     """
     scores = cider_d_scores(hypotheses, references)
     return sum(scores) / len(scores)
 
 
 def cider_d_scores(hypotheses: Texts, references: References) -> list[float]:
-    """CIDEr-D of each picture."""
-    said = [_ngrams(words(text)) for text in hypotheses]
+    """CIDEr-D of each image."""
+    generated = [_ngrams(words(text)) for text in hypotheses]
     wanted = [[_ngrams(words(text)) for text in refs] for refs in references]
-    pictures = Counter(ngram for refs in wanted for ngram in set().union(*refs))  # that an n-gram is in
-    rarity = lambda ngram: math.log(len(wanted) / max(1, pictures[ngram]))
+    num_images = Counter(ngram for refs in wanted for ngram in set().union(*refs))  # whose references have it
+    rarity = lambda ngram: math.log(len(wanted) / max(1, num_images[ngram]))
     return [
-        1000 * sum(_cider_d(h, ref, rarity) for ref in refs) / len(refs) for h, refs in zip(said, wanted, strict=True)
+        1000 * sum(_cider_d(h, ref, rarity) for ref in refs) / len(refs)
+        for h, refs in zip(generated, wanted, strict=True)
     ]
 
 
@@ -129,7 +130,7 @@ def _cider_d(hypothesis: Counter, reference: Counter, rarity) -> float:
     for ngram, count in reference.items():
         wanted[len(ngram) - 1] += (count * rarity(ngram)) ** 2
     cosines = [dot / math.sqrt(a * b) if a * b else dot for dot, a, b in zip(dots, squares, wanted)]
-    # The published tool takes the number of bigrams for the length, hence a difference of words all the same.
+    # The published tool takes the number of bigrams as the length; the difference in words is the same.
     difference = sum(n for gram, n in hypothesis.items() if len(gram) == 2)
     difference -= sum(n for gram, n in reference.items() if len(gram) == 2)
     return sum(cosines) / MAX_ORDER * math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
@@ -142,19 +143,19 @@ def distinct(hypotheses: Texts, n: int) -> float:
 
 
 def perplexity(loss_sum: float, num_tokens: float) -> float:
-    """Of the summed cross-entropy, in nats, of `num_tokens` tokens."""
+    """Perplexity from the summed cross-entropy, in nats, of `num_tokens` tokens."""
     return math.exp(loss_sum / num_tokens)
 
 
 def clip_score(images: mx.array, hypotheses: mx.array) -> mx.array:
-    """CLIPScore (B,) of features (B, E) of pictures and of their hypotheses, each text after CLIP_SCORE_PROMPT."""
+    """CLIPScore (B,) of features (B, E) of images and of their hypotheses, encoded after CLIP_SCORE_PROMPT."""
     return CLIP_SCORE_WEIGHT * mx.maximum((_unit(images) * _unit(hypotheses)).sum(-1), 0)
 
 
 def ref_clip_score(images: mx.array, hypotheses: mx.array, references: mx.array, present: mx.array) -> mx.array:
     """RefCLIPScore (B,): the harmonic mean of CLIPScore and of the best cosine with a reference.
 
-    `references` are (B, R, E); `present` (B, R) says which of them there are.
+    `references` are (B, R, E); `present` (B, R) is false for padding.
     """
     cosines = (_unit(references) * _unit(hypotheses)[:, None]).sum(-1)
     best = mx.maximum(mx.where(present, cosines, -1).max(-1), 0)

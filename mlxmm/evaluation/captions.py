@@ -1,7 +1,6 @@
-"""What a captioner is worth over a whole split: every metric, with a control beside it.
+"""How good a captioner is over a whole split, with a control beside each metric: captions of other images.
 
-The control, "<metric>_shuffled", holds each caption against another picture's references. N pictures, R references,
-E features of a CLIP.
+N images, E features of the shared space of a CLIP.
 """
 
 from collections.abc import Sequence
@@ -17,35 +16,42 @@ from mlxmm.modules.captioning_module import CaptioningModule
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.training.trainer import Trainer
 
+CONTROL = "_shuffled"  # ends the names of metrics whose captions were given to other images
+
 
 @attrs.frozen
-class Pictures(Sequence):
-    """The pictures of some rows, decoded when they are asked for."""
+class Images(Sequence):
+    """The images of some rows, decoded when they are asked for."""
 
     rows: Sequence
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, places):
+    def __getitem__(self, places: int | slice):
         if isinstance(places, slice):
             return [self.rows[i]["image"] for i in range(len(self.rows))[places]]
         return self.rows[places]["image"]
 
 
-def evaluate_captioner(
-    captioner: CaptioningModule, rows: Sequence, clip: ContrastiveCLIP | None = None, *, batch_size: int, **generation
+def evaluate(
+    captioner: CaptioningModule,
+    rows: Sequence[dict],
+    *,
+    clip: ContrastiveCLIP | None = None,
+    batch_size: int = 64,
+    **generation,
 ) -> tuple[dict[str, float], list[dict]]:
-    """All metrics over `rows`, and for each picture its id, caption, references and own scores.
+    """Caption the image of each row: the metrics of all captions, and for each row its caption and its own scores.
 
-    `generation` are settings of `GenerationConfig`. With a `clip`, CLIPScore and RefCLIPScore are among the metrics.
+    `clip` adds CLIPScore and RefCLIPScore. `generation` are settings of `GenerationConfig`.
     """
-    references = references_of(rows)
-    captions = captioner.caption(Pictures(rows), **generation)
-    images = None if clip is None else mx.array(image_features(clip, Pictures(rows)))
-    metrics, scores = score_captions(captions, references, clip, images)
-    control, _ = score_captions(shuffled(captions), references, clip, images)
-    metrics |= {f"{name}_shuffled": value for name, value in control.items() if not name.startswith("distinct")}
+    references = [rows[i]["captions"] for i in range(len(rows))]
+    captions = captioner.caption(Images(rows), **generation)
+    features = None if clip is None else mx.array(image_features(clip, Images(rows)))
+    metrics, scores = score(captions, references, clip, features)
+    control, _ = score(shuffled(captions), references, clip, features)
+    metrics |= {f"{name}{CONTROL}": value for name, value in control.items() if not name.startswith("distinct")}
     metrics |= perplexities(captioner, rows, batch_size)
     each = [
         {"id": rows[i]["id"], "caption": captions[i], "references": references[i]} | scores[i] for i in range(len(rows))
@@ -53,25 +59,14 @@ def evaluate_captioner(
     return metrics, each
 
 
-def references_of(rows: Sequence) -> list[list[str]]:
-    """The captions of each row."""
-    return [rows[i]["captions"] for i in range(len(rows))]
-
-
-def shuffled(captions: list[str]) -> list[str]:
-    """Each picture's caption given to another one, half of them away."""
-    half = max(1, len(captions) // 2)
-    return captions[half:] + captions[:half]
-
-
-def score_captions(
-    captions: Sequence[str],
-    references: Sequence[Sequence[str]],
+def score(
+    captions: list[str],
+    references: list[list[str]],
     clip: ContrastiveCLIP | None = None,
     images: mx.array | None = None,
 ) -> tuple[dict[str, float], list[dict]]:
-    """The metrics of all captions together, and the scores of each. `images` are features (N, E) of `clip`."""
-    each = [{"cider_d": score} for score in caption_metrics.cider_d_scores(captions, references)]
+    """The metrics of all captions together, and the scores of each. `clip` needs `images`, their features (N, E)."""
+    each = [{"cider_d": value} for value in caption_metrics.cider_d_scores(captions, references)]
     metrics = caption_metrics.coco_bleu(captions, references) | {
         "rouge_l": caption_metrics.rouge_l(captions, references),
         "cider_d": caption_metrics.cider_d(captions, references),
@@ -87,14 +82,16 @@ def score_captions(
     return metrics, each
 
 
-def require_room(clip: ContrastiveCLIP, rows: Sequence) -> None:
-    """Raise `UserError` where most references do not fit into CLIP's context behind CLIPScore's prompt.
+def shuffled(captions: list[str]) -> list[str]:
+    """Give each caption to another image: the one half the list away."""
+    half = max(1, len(captions) // 2)
+    return captions[half:] + captions[:half]
 
-    What is cut off cannot be scored, and a small CLIP may see the prompt alone.
-    """
-    texts = [caption_metrics.CLIP_SCORE_PROMPT + text for captions in references_of(rows) for text in captions]
+
+def require_room(clip: ContrastiveCLIP, texts: Sequence[str]) -> None:
+    """Raise `UserError` if CLIP would cut off most of `texts`: a small CLIP may read CLIPScore's prompt alone."""
     length = clip.config.text.max_position_embeddings
-    num_cut = sum(len(ids) > length for ids in clip.tokenizer(texts)["input_ids"])
+    num_cut = sum(len(ids) > length for ids in clip.tokenizer(_prompted(texts))["input_ids"])
     if num_cut > len(texts) / 2:
         raise UserError(
             f"--clip reads {length} tokens: {num_cut} of {len(texts)} references do not fit after "
@@ -102,25 +99,28 @@ def require_room(clip: ContrastiveCLIP, rows: Sequence) -> None:
         )
 
 
-def clip_scores(clip: ContrastiveCLIP, images: mx.array, captions, references) -> dict[str, mx.array]:
-    """CLIPScore and RefCLIPScore (N,) of each caption, given features (N, E) of the pictures."""
+def clip_scores(
+    clip: ContrastiveCLIP, images: mx.array, captions: list[str], references: list[list[str]]
+) -> dict[str, mx.array]:
+    """CLIPScore and RefCLIPScore of each caption, (N,) each, given features (N, E) of the images."""
     most = max(map(len, references))
-    filled = [text for refs in references for text in [*refs, *[""] * (most - len(refs))]]
-    expected = _features_after_prompt(clip, filled).reshape(len(captions), most, -1)  # (N, R, E)
+    padded = [text for refs in references for text in [*refs, *[""] * (most - len(refs))]]
+    encode = lambda texts: mx.array(text_features(clip, _prompted(texts)))
+    wanted = encode(padded).reshape(len(captions), most, -1)
     present = mx.arange(most) < mx.array([len(refs) for refs in references])[:, None]
-    generated = _features_after_prompt(clip, captions)
+    generated = encode(captions)
     return {
         "clip_score": caption_metrics.clip_score(images, generated),
-        "ref_clip_score": caption_metrics.ref_clip_score(images, generated, expected, present),
+        "ref_clip_score": caption_metrics.ref_clip_score(images, generated, wanted, present),
     }
 
 
-def _features_after_prompt(clip: ContrastiveCLIP, texts: Sequence[str]) -> mx.array:
-    return mx.array(text_features(clip, [caption_metrics.CLIP_SCORE_PROMPT + text for text in texts]))
+def _prompted(texts: Sequence[str]) -> list[str]:
+    return [caption_metrics.CLIP_SCORE_PROMPT + text for text in texts]
 
 
-def perplexities(captioner: CaptioningModule, rows: Sequence, batch_size: int) -> dict[str, float]:
-    """Perplexity of the first reference of each picture, and of the same text after another picture."""
+def perplexities(captioner: CaptioningModule, rows: Sequence[dict], batch_size: int) -> dict[str, float]:
+    """Perplexity of the first reference of each image, and of the same texts after other images."""
     loader = Loader(
         rows=rows,
         transform=lambda row, rng: captioner.transform(row, row["captions"][0]),
@@ -128,5 +128,5 @@ def perplexities(captioner: CaptioningModule, rows: Sequence, batch_size: int) -
         collate=captioner.collate,
     )
     means = Trainer(logger=False, enable_model_summary=False).test(captioner, dataloaders=loader)
-    names = {"perplexity": "test/loss", "perplexity_shuffled": "test/loss_shuffled"}
+    names = {"perplexity": "test/loss", f"perplexity{CONTROL}": "test/loss_shuffled"}
     return {name: caption_metrics.perplexity(means[loss], 1) for name, loss in names.items()}

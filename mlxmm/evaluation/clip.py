@@ -1,4 +1,4 @@
-"""What a CLIP is worth: retrieval, zero-shot classification, linear probe."""
+"""Evaluate a CLIP by zero-shot classification and retrieval."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,15 @@ from mlxmm.evaluation.prompt_templates import TEMPLATES
 from mlxmm.evaluation.zero_shot import ZeroShotClassifier
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 
-NUM_EACH = 10  # new pictures of each object of `shapes`
+NUM_EACH = 10  # images drawn of each object of `shapes`
 
 
 def evaluate_shapes(clip: ContrastiveCLIP, source: CaptionSource, seed: int) -> dict[str, float]:
-    """Zero-shot accuracy on `shapes`: of single objects by name, and of two objects by their whole caption, among
-    all such captions of the test part, whose combinations were seen in training or not."""
+    """Zero-shot accuracy on `shapes`: of single objects by name, and of pairs of objects by their caption.
+
+    Pairs are classified among all captions of pairs in their test split; one split has combinations that training
+    lacks. Chance for "x" is "x_chance".
+    """
     images, labels = zip(*labelled_objects(source, seed))
     names = [str(thing) for thing in source.grammar.trainable_things()]
     metrics = _accuracy("accuracy", clip, names, images, labels)
@@ -27,12 +30,12 @@ def evaluate_shapes(clip: ContrastiveCLIP, source: CaptionSource, seed: int) -> 
 
 
 def retrieval_metrics(clip: ContrastiveCLIP, rows: Sequence[dict]) -> dict[str, float]:
-    """`retrieve`, its names under "retrieval/"."""
+    """The metrics of `retrieve`, with the prefix "retrieval/"."""
     return with_prefix("retrieval", retrieve(clip, rows))
 
 
 def _accuracy(name: str, clip: ContrastiveCLIP, names: list[str], images: Sequence, labels: Sequence[str]) -> dict:
-    if not labels:  # a few pictures may all be of single objects
+    if not labels:  # in a small split every image may show a single object
         return {}
     metrics = ZeroShotClassifier.build(clip, names, TEMPLATES["name"]).top_k(images, labels)
     return {f"zero_shot/{name}": metrics["top1"], f"zero_shot/{name}_chance": metrics["top1_chance"]}

@@ -1,6 +1,6 @@
-"""Features of any number of pictures and texts, some at a time, in evaluation mode; and what they are good for.
+"""Features of many images and texts, computed in batches in evaluation mode, and metrics of these features.
 
-N pictures or texts, E features of the shared space, D of the vision tower.
+N images or texts, E features of the shared space, D of the vision tower.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,11 +15,11 @@ from mlxmm.evaluation.retrieval import captions_of, retrieval
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.training.module import evaluating
 
-BATCH = 256  # pictures or texts at a time
+BATCH = 256  # images or texts computed at a time
 
 
 def image_features(clip: ContrastiveCLIP, images: Iterable) -> np.ndarray:
-    """PIL images, of which `BATCH` are held at a time, to (N, E) of unit length. Raises `UserError` if N is 0."""
+    """PIL images to (N, E), unit length; `BATCH` images are in memory at a time. Raises `UserError` if N is 0."""
     return _features(clip, images, lambda part: clip.encode_image(clip.preprocess(part)))
 
 
@@ -29,31 +29,31 @@ def tower_features(clip: ContrastiveCLIP, images: Iterable) -> np.ndarray:
 
 
 def text_features(clip: ContrastiveCLIP, texts: Iterable[str]) -> np.ndarray:
-    """Texts to (N, E) of unit length. Raises `UserError` if N is 0."""
+    """Texts to (N, E), unit length. Raises `UserError` if N is 0."""
     return _features(clip, texts, lambda part: clip.encode_text(clip.tokenize(part)))
 
 
 def _features(clip: ContrastiveCLIP, items: Iterable, encode: Callable[[list], mx.array]) -> np.ndarray:
     with evaluating(clip):
-        parts = [np.array(encode(part).astype(mx.float32)) for part in _parts(iter(items))]
+        parts = [np.array(encode(part).astype(mx.float32)) for part in _batches(iter(items))]
     if not parts:
-        raise UserError("there are no pictures or texts to compute features of")
+        raise UserError("there are no images or texts to compute features of")
     return np.concatenate(parts)
 
 
-def _parts(items: Iterator) -> Iterator[list]:
+def _batches(items: Iterator) -> Iterator[list]:
     while part := list(islice(items, BATCH)):
         yield part
 
 
 def retrieve(clip: ContrastiveCLIP, rows: Sequence[dict]) -> dict[str, float]:
-    """`retrieval` of rows with "image" and "captions" against each other, every caption of each."""
+    """Metrics of `retrieval` between the images and all captions of `rows`. Raises `UserError` if there are none."""
     if not len(rows):
-        raise UserError("there are no pictures to find")
+        raise UserError("retrieval needs at least one image")
     captions = []
 
     def images():
-        for i in range(len(rows)):  # each decoded once
+        for i in range(len(rows)):  # each row is read, and its image decoded, once
             row = rows[i]
             captions.append(row["captions"])
             yield row["image"]
@@ -63,9 +63,9 @@ def retrieve(clip: ContrastiveCLIP, rows: Sequence[dict]) -> dict[str, float]:
     return retrieval(features @ text_features(clip, texts).T, relevant)
 
 
-def probe(clip: ContrastiveCLIP, *parts: Sequence[tuple]) -> dict[str, float]:
-    """`linear_probe` of the vision tower on three parts, train, val and test, of (PIL image, label) pairs."""
-    return linear_probe(*(_labelled(clip, part) for part in parts))
+def probe(clip: ContrastiveCLIP, *splits: Sequence[tuple]) -> dict[str, float]:
+    """`linear_probe` on features of the vision tower; `splits` are train, val and test (PIL image, label) pairs."""
+    return linear_probe(*(_labelled(clip, split) for split in splits))
 
 
 def _labelled(clip: ContrastiveCLIP, pairs: Sequence[tuple]) -> Labelled:

@@ -1,4 +1,4 @@
-"""A contact sheet: pictures, what was expected, what the model said."""
+"""A contact sheet: images, each with its reference and the generated caption."""
 
 import textwrap
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw
 
 CELL, PICTURE, COLUMNS, MARGIN = (420, 110), 96, 2, 8
-LETTERS, LINES = 48, 3  # of a caption that fit beside its picture
+LETTERS, LINES = 48, 3  # of a caption that fit beside its image
 
 
 def contact_sheet(rows: Sequence[dict], captions: Sequence[str]) -> Image.Image:
-    """An RGB picture with a cell for each row; a caption that is among the expected ones is green, others red."""
+    """An RGB image with a cell for each row. Captions that equal a reference are green, others red."""
     height = -(-len(rows) // COLUMNS) * CELL[1]
     sheet = Image.new("RGB", (COLUMNS * CELL[0], height), "white")
     pen = ImageDraw.Draw(sheet)

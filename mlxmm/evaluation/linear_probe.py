@@ -1,6 +1,6 @@
 """Linear probes: how well a linear classifier does on features, by the CLIP paper's protocol (appendix A.3).
 
-N examples, D features. scikit-learn is used here only: `pip install mlxmm[probe]`.
+N examples, D features. Needs scikit-learn: `pip install mlxmm[probe]`.
 """
 
 import warnings
@@ -14,7 +14,7 @@ MAX_ITERATIONS = 1_000
 MAX_EXPONENT = 6  # strengths from 1e-6 to 1e6
 MIN_STEP = 1 / 8  # of a decade
 
-Labelled = tuple[np.ndarray, np.ndarray]  # features (N, D) and labels (N,), of any kind that can be compared
+Labelled = tuple[np.ndarray, np.ndarray]  # features (N, D) and labels (N,), strings or integers
 
 
 def linear_probe(train: Labelled, val: Labelled, test: Labelled) -> dict[str, float]:
@@ -30,8 +30,10 @@ def linear_probe(train: Labelled, val: Labelled, test: Labelled) -> dict[str, fl
 
 
 def best_exponent(score: Callable[[float], float]) -> float:
-    """Where in [-6, 6] `score` is highest: every second integer, then twice as fine around the best so far, down to
-    an eighth. Of equal ones the lowest."""
+    """The exponent in [-6, 6] with the highest `score`; of equal ones the lowest.
+
+    Every second integer is tried, then the neighbours of the best at steps of 1, 1/2, 1/4 and 1/8.
+    """
     scores = {float(exponent): score(exponent) for exponent in range(-MAX_EXPONENT, MAX_EXPONENT + 1, 2)}
     best = lambda: max(scores, key=lambda exponent: (scores[exponent], -exponent))
     step = 1.0
@@ -51,11 +53,11 @@ def fit(train: Labelled, C: float):
     except ImportError:
         raise UserError("linear probes need scikit-learn: pip install 'mlxmm[probe]'") from None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the protocol ends there
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the protocol limits the iterations
         return LogisticRegression(C=C, max_iter=MAX_ITERATIONS, random_state=0).fit(*train)
 
 
 def accuracy(classifier, examples: Labelled) -> float:
-    """The fraction of examples that `classifier` gives their label."""
+    """The fraction of examples that `classifier` labels correctly."""
     features, labels = examples
     return float((classifier.predict(features) == labels).mean())

@@ -1,4 +1,4 @@
-"""Sentences that a class name is put into.
+"""Prompt templates: sentences with {} where a class name goes.
 
 The 80 for ImageNet, and the best seven of them, are OpenAI's, published with CLIP under the MIT licence:
 https://github.com/openai/CLIP/blob/main/notebooks/Prompt_Engineering_for_ImageNet.ipynb
@@ -72,7 +72,7 @@ CHOICES = f"{', '.join(TEMPLATES)}, or a sentence with {{}} where the name goes"
 
 
 def read_templates(choice: str) -> tuple[str, ...]:
-    """The templates of this name, or the one that it is. Raises `UserError`."""
+    """The templates called `choice`, or `choice` itself if it has {}. Raises `UserError` for anything else."""
     if choice not in TEMPLATES and "{}" not in choice:
         raise UserError(f"--templates {choice!r}: choose one of {CHOICES}")
     return TEMPLATES.get(choice, (choice,))

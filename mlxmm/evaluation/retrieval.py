@@ -1,21 +1,21 @@
-"""Zero-shot and retrieval figures: pure functions of scores, and what chance would give.
+"""Zero-shot and retrieval metrics and their values by chance, as pure functions of scores.
 
-Q queries, N candidates. Classes are candidates of which one is right; captions those of which several may be.
+Q queries, N candidates. In zero-shot classification one candidate is relevant; in retrieval several may be.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-ROWS = 256  # queries at a time
+ROWS = 256  # queries ranked at a time, to bound memory
 
 
 def best_ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
-    """For each query, (Q,), the rank from 1 of its best relevant candidate: one more than the others before it.
+    """For each query, (Q,), the rank of its best relevant candidate: 1 plus the irrelevant candidates ranked before it.
 
-    `scores` is (Q, N), higher is better; `relevant` (Q, N) booleans, at least one true in each row. A candidate of
-    equal score counts as before it, and so does one whose score is not a number: a network that gives the same
-    features for all has no hits.
+    `scores` is (Q, N), higher is better; `relevant` (Q, N) booleans, at least one true in each row. Equal scores and
+    NaN rank before the relevant candidate, so a network whose features are all equal gets no hits. Raises
+    `ValueError` if a query has no relevant candidate.
     """
     if not relevant.any(1).all():
         raise ValueError("a query has no relevant candidate")
@@ -33,11 +33,13 @@ def recall(ranks: np.ndarray, k: int) -> float:
 
 
 def chance_recall(relevant: np.ndarray, k: int) -> float:
-    """What `recall` expects of candidates in random order."""
+    """The expected `recall` of candidates in random order."""
     num_candidates, num_wrong = relevant.shape[1], (~relevant).sum(1)  # (Q,)
     k = min(k, num_candidates)
     log_factorial = np.concatenate([[0.0], np.log(np.arange(1, num_candidates + 1)).cumsum()])
-    ways = log_factorial[num_wrong] - log_factorial[np.maximum(num_wrong - k, 0)]  # to draw k wrong ones, in order
+    ways = (
+        log_factorial[num_wrong] - log_factorial[np.maximum(num_wrong - k, 0)]
+    )  # to draw k irrelevant candidates, in order
     missed = np.exp(ways - log_factorial[num_candidates] + log_factorial[num_candidates - k]) * (num_wrong >= k)
     return float((1 - missed).mean())
 
@@ -51,16 +53,16 @@ def class_labels(names: Sequence[str], labels: Sequence[str]) -> np.ndarray:
 def top_k(scores: np.ndarray, relevant: np.ndarray) -> dict[str, float]:
     """Accuracy by the first and the first five of N classes: "top1", "top5", and chance for each."""
     ranks = best_ranks(scores, relevant)
-    figures = {}
+    metrics = {}
     for k in (1, 5):
-        figures |= {f"top{k}": recall(ranks, k), f"top{k}_chance": chance_recall(relevant, k)}
-    return figures
+        metrics |= {f"top{k}": recall(ranks, k), f"top{k}_chance": chance_recall(relevant, k)}
+    return metrics
 
 
 def captions_of(captions: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray]:
-    """The T different captions of all images, and which are whose: (images, T) booleans.
+    """The T distinct captions of all images, and booleans (images, T): which captions belong to which image.
 
-    Where two images have a caption in common, it is right for both.
+    A caption that two images share is relevant to both.
     """
     texts = list(dict.fromkeys(text for of_image in captions for text in of_image))
     places = {text: place for place, text in enumerate(texts)}
@@ -73,18 +75,18 @@ def captions_of(captions: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarra
 def retrieval(scores: np.ndarray, relevant: np.ndarray) -> dict[str, float]:
     """Recall at 1, 5 and 10 and median rank, of texts by image and of images by text, and chance for each.
 
-    `scores` and `relevant` are (images, texts). An image finds any of its texts; a text any of its images.
+    `scores` and `relevant` are (images, texts). A hit is any text of the image, or any image of the text.
     """
-    figures = {}
+    metrics = {}
     for name, found, right in (("image_to_text", scores, relevant), ("text_to_image", scores.T, relevant.T)):
         ranks = best_ranks(found, right)
         for k in (1, 5, 10):
-            figures |= {
+            metrics |= {
                 f"{name}/recall_at_{k}": recall(ranks, k),
                 f"{name}/recall_at_{k}_chance": chance_recall(right, k),
             }
-        figures |= {f"{name}/median_rank": float(np.median(ranks)), f"{name}/median_rank_chance": _median(right)}
-    return figures
+        metrics |= {f"{name}/median_rank": float(np.median(ranks)), f"{name}/median_rank_chance": _median(right)}
+    return metrics
 
 
 def _median(relevant: np.ndarray) -> float:

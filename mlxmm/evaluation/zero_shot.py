@@ -1,4 +1,4 @@
-"""ZeroShotClassifier: a linear classifier made of nothing but class names (CLIP, section 3.1.2).
+"""ZeroShotClassifier: a linear classifier built from class names alone (CLIP, section 3.1.2).
 
 B images, C classes, E features of the shared space.
 """
@@ -18,15 +18,16 @@ from mlxmm.evaluation.prompt_templates import PHOTO
 from mlxmm.evaluation.retrieval import class_labels, top_k
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.networks.towers import l2_normalize
-from mlxmm.storage.atomic import atomic_file, read_arrays
+from mlxmm.storage.atomic import read_arrays
 from mlxmm.storage.cache import cached
+from mlxmm.storage.pretrained import write_arrays
 
 
 @attrs.frozen(eq=False)
 class ZeroShotClassifier:
     """One unit vector a class, built once by the text tower and used for any number of images.
 
-    `weights` is (C, E), `scale` what cosines are multiplied with. Features need no `clip`; images do.
+    `weights` is (C, E); `scale` multiplies cosines before the softmax. Only images need `clip`.
     """
 
     class_names: tuple[str, ...]
@@ -40,7 +41,7 @@ class ZeroShotClassifier:
     ) -> "ZeroShotClassifier":
         """Average each class's templates in embedding space: unit vectors, their mean, unit again.
 
-        Raises `UserError` for class names that are empty or the same, and for templates without {}.
+        Raises `UserError` for class names that are empty or repeated, and for templates without {}.
         """
         texts = _texts(class_names, templates)
         vectors = mx.array(text_features(clip, texts))
@@ -53,14 +54,14 @@ class ZeroShotClassifier:
     def from_cache(
         cls, clip: ContrastiveCLIP, class_names: Sequence[str], templates: Sequence[str] = PHOTO
     ) -> "ZeroShotClassifier":
-        """What `build` made of the same weights, tokens, names and templates earlier, or makes and keeps now."""
+        """Like `build`, but read from the cache if the same weights, tokens, names and templates were built before."""
         texts = _texts(class_names, templates)
         key = [_digest(clip, texts), list(class_names), list(templates)]
         save = lambda folder: cls.build(clip, class_names, templates).save(folder / "classifier.safetensors")
         return cls.load(cached("zero-shot", key, save) / "classifier.safetensors", clip)
 
     def cosines(self, features: mx.array) -> mx.array:
-        """Unit features of images, (B, E), to (B, C): what to rank classes by, finer than probabilities."""
+        """Unit features of images, (B, E), to (B, C): for ranking classes; probabilities may round to equal values."""
         return features @ self.weights.T
 
     def classify(self, features: mx.array) -> mx.array:
@@ -78,24 +79,27 @@ class ZeroShotClassifier:
 
     def _features(self, images: Iterable) -> mx.array:
         if self.clip is None:
-            raise UserError("this classifier was loaded without a clip: it takes features (classify), not images")
+            raise UserError(
+                "this classifier was loaded without a CLIP: pass `clip` to load, or call classify with features"
+            )
         return mx.array(image_features(self.clip, images))
 
     def save(self, path: str | Path) -> None:
-        """Write vectors, scale and names as one safetensors file."""
-        with atomic_file(Path(path)) as temporary:
-            names = {str(i): name for i, name in enumerate(self.class_names)}
-            arrays = {"weights": self.weights, "scale": self.scale}
-            mx.save_safetensors(str(temporary), arrays, metadata=names)
+        """Write weights, scale and class names as one safetensors file."""
+        names = {str(i): name for i, name in enumerate(self.class_names)}
+        write_arrays(Path(path), {"weights": self.weights, "scale": self.scale}, **names)
 
     @classmethod
     def load(cls, path: str | Path, clip: ContrastiveCLIP | None = None) -> "ZeroShotClassifier":
-        """Read what `save` wrote; `clip` is the model it was built with, if images are to be classified too."""
+        """Load what `save` wrote; `clip`, the model it was built with, is needed to classify images.
+
+        Raises `UserError` if `path` is missing, damaged, or not a classifier.
+        """
         if not Path(path).exists():
-            raise UserError(f"{path} is not there: a classifier is one safetensors file")
+            raise UserError(f"{path} does not exist: a classifier is one safetensors file")
         arrays, names = read_arrays(Path(path), return_metadata=True)
         if set(arrays) != {"weights", "scale"}:
-            raise UserError(f"{path} holds no classifier: its arrays are {', '.join(sorted(arrays))}")
+            raise UserError(f"{path} is not a classifier: its arrays are {', '.join(sorted(arrays))}")
         mx.eval(arrays)  # `mx.load` is lazy, and the file may be replaced or deleted later
         return cls(
             tuple(names[str(i)] for i in range(len(arrays["weights"]))), arrays["weights"], arrays["scale"], clip
@@ -109,14 +113,14 @@ def _texts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
     if any(not name.strip() for name in class_names):
         raise UserError(f"class name {[bool(n.strip()) for n in class_names].index(False) + 1} is empty")
     if twice := [name for i, name in enumerate(class_names) if name in class_names[:i]]:
-        raise UserError(f"class names must be different from each other: {twice[0]!r} is there twice")
+        raise UserError(f"class names must differ: {twice[0]!r} is repeated")
     if bad := [template for template in templates if "{}" not in template]:
         raise UserError(f"template {bad[0]!r} has no {{}} where the class name goes")
     return [template.replace("{}", name) for name in class_names for template in templates]
 
 
 def _digest(clip: ContrastiveCLIP, texts: list[str]) -> str:
-    """A checksum of what the text tower is, and of the tokens it would read: all but the vision tower's weights."""
+    """A checksum of the tokens and of all weights but the vision tower's."""
     arrays = {name: a for name, a in tree_flatten(clip.network.parameters()) if not name.startswith("vis")}
     digest = hashlib.sha256(np.array(clip.tokenize(texts)).tobytes())
     for name, array in sorted(arrays.items()):

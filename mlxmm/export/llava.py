@@ -1,4 +1,4 @@
-"""Qwen3Aligner as others run it: the folder of a LLaVA that transformers loads, written and read.
+"""Export Qwen3Aligner as a LLaVA folder that transformers loads, and read it back.
 
 LLaVA (arXiv 2310.03744) as `LlavaForConditionalGeneration` has it: a CLIP or SigLIP tower, two layers as wide as the
 language model with an activation between them, and a Qwen3. Our `mlp` is that with GELU; `linear` is the first layer,
@@ -17,12 +17,17 @@ from mlxmm.export import model_card
 from mlxmm.networks import pretrained_vision
 from mlxmm.networks.language_model import dense_config, dense_weights
 from mlxmm.preprocessing.tokenizers import with_image_token
+from mlxmm.storage.atomic import write_json, write_text
+from mlxmm.storage.pretrained import write_arrays
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
-ACTIVATIONS = {"mlp": "gelu", "linear": "linear"}  # by projector, between its layers; linear is none
+ACTIVATIONS = {
+    "mlp": "gelu",
+    "linear": "linear",
+}  # activation between the layers of each projector; "linear" means none
 # Of Qwen3AlignerConfig, what captioning needs.
 KEPT = ("layer", "projector", "projector_width", "prompt", "max_new_tokens")
-OURS = "mlxmm"  # the key in config.json of what LLaVA has no setting for; transformers keeps it and does not look
+OURS = "mlxmm"  # key in config.json of settings that LLaVA does not have; transformers ignores it
 LINEAR = {
     "projector.layers.0": "multi_modal_projector.linear_1",
     "projector.layers.1": "multi_modal_projector.linear_2",
@@ -39,7 +44,7 @@ TEMPLATE = (
 
 
 def check(aligner) -> None:
-    """Raise `UserError` where `aligner` has a part that no LLaVA has."""
+    """Raise `UserError` if a part of `aligner` has no counterpart in LLaVA."""
     config, kind, width = aligner.config, _tower_kind(aligner), _text_width(aligner)
     if kind not in TOWERS:
         raise UserError(f"LLaVA has no {kind} tower: a CLIP or SigLIP can be exported, by --module.vision")
@@ -54,15 +59,17 @@ def check(aligner) -> None:
         raise UserError(f"a Qwen3 can be exported; this language model is a {aligner.lm_config['model_type']}")
 
 
-def write(folder: Path, aligner, figures: dict) -> None:
-    """Write into `folder` what `LlavaForConditionalGeneration` and `AutoProcessor` load, and a model card with
-    `figures`. Raises `UserError` for what LLaVA cannot hold."""
+def write(folder: Path, aligner, metrics: dict) -> None:
+    """Write what `LlavaForConditionalGeneration` and `AutoProcessor` load, and a model card that lists `metrics`.
+
+    Raises `UserError` if a part of `aligner` has no counterpart in LLaVA.
+    """
     check(aligner)
     tokenizer, image = with_image_token(aligner.tokenizer)
     _check_prompt(tokenizer, image, aligner)
     image_id = tokenizer.convert_tokens_to_ids(image)
     weights = _weights(aligner, num_tokens=image_id + 1)
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+    write_arrays(folder / "model.safetensors", weights, format="pt")
     files = {
         "config.json": _config(aligner, weights, image_id),
         "generation_config.json": _generation(aligner, image_id),
@@ -70,24 +77,24 @@ def write(folder: Path, aligner, figures: dict) -> None:
         "processor_config.json": _processor(aligner, image),
     }
     for name, values in files.items():
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n")
+        write_json(folder / name, values)
     prompt = json.dumps(aligner.config.prompt, ensure_ascii=False)  # which is a string of Jinja's too
     tokenizer.chat_template = TEMPLATE.replace("IMAGE", json.dumps(image)).replace("PROMPT", prompt)
     tokenizer.save_pretrained(str(folder))
-    (folder / "README.md").write_text(model_card.captioner(aligner.config, image, figures))
+    write_text(folder / "README.md", model_card.captioner(aligner.config, image, metrics))
 
 
 def own_values(values: dict, folder: Path) -> dict:
-    """The `config.json` that `write` made, as that of a checkpoint of ours. Raises `UserError` for another's LLaVA."""
+    """Convert a `config.json` that `write` made to that of our checkpoints. Raises `UserError` for other LLaVAs."""
     if OURS not in values:
-        raise UserError(f"{folder} is a LLaVA, but none that Qwen3Aligner.save_pretrained wrote")
+        raise UserError(f"{folder} is a LLaVA that Qwen3Aligner.save_pretrained did not write")
     ours = dict(values[OURS])
     language_model = values["text_config"] | {"vocab_size": ours.pop("vocab_size")}
     return {"aligner": ours, "vision": values["vision_config"], "language_model": language_model}
 
 
 def own_weights(weights: dict[str, mx.array], aligner) -> dict[str, mx.array]:
-    """The arrays that `write` wrote under the names of `aligner`'s, without what was added to make them a LLaVA's."""
+    """Convert arrays that `write` wrote to the names and shapes of `aligner`'s, without the padding."""
     tower = {name.removeprefix("vision_tower."): a for name, a in weights.items() if name.startswith("vision_tower.")}
     arrays = {f"vision.{name}": a for name, a in pretrained_vision.from_hub(tower, aligner.vision_config).items()}
     arrays |= {name: a for name, a in weights.items() if name.startswith("language_model.")}
@@ -107,21 +114,21 @@ def _weights(aligner, num_tokens: int) -> dict[str, mx.array]:
     language_model = {f"language_model.{name}": a for name, a in dense_weights(aligner.language_model).items()}
     for name in TABLES:
         if name in language_model:
-            # A tokenizer without a token to spare gets one for the image, here only: the model that was trained
-            # keeps its rows. Nobody reads the new one, and `suppress_tokens` keeps it from being said.
+            # A tokenizer without a spare token gets a new one for the image, in the export only. The embedding of the
+            # new token is never read, and `suppress_tokens` keeps it from being generated.
             table = language_model[name]
             language_model[name] = mx.pad(table, [(0, max(0, num_tokens - len(table))), (0, 0)])
     tower = {
         f"vision_tower.{name}": a for name, a in pretrained_vision.to_hub(aligner.vision, aligner.vision_config).items()
     }
     side = aligner.processor.image_size // aligner.vision.config.patch_size
-    # transformers wants the positions of pictures as the processor makes them.
+    # transformers expects position embeddings for the processor's image size.
     tower["vision_tower.embeddings.position_embedding.weight"] = aligner.vision.embeddings.positions(side, side)
     return tower | _projector(aligner) | language_model
 
 
 def _projector(aligner) -> dict[str, mx.array]:
-    """Both layers, H features between them: those beyond W are zero before and after GELU, and count for nothing."""
+    """Both layers with H features between them. Those beyond W are padding: zero before and after GELU."""
     one, two = LINEAR.values()
     if aligner.config.projector == "linear":
         (layer,), width = aligner.projector.layers, _text_width(aligner)
@@ -177,7 +184,7 @@ def _processor(aligner, image: str) -> dict:
 
 
 def _check_prompt(tokenizer, image: str, aligner) -> None:
-    """Raise `UserError` where tokens that the module does not read would come before, between or after."""
+    """Raise `UserError` if the tokenizer adds tokens around or between image and prompt: the module reads none."""
     prompt = aligner.tokenizer(aligner.config.prompt, add_special_tokens=False)["input_ids"]
     wanted, read = (
         [tokenizer.convert_tokens_to_ids(image), *prompt],

@@ -1,6 +1,6 @@
 """Model cards: the README.md of a folder on the Hub, its metadata first."""
 
-from mlxmm.storage.hub import is_hub_id
+from mlxmm.storage.hub import card_metadata, is_hub_id
 
 CAPTIONER = """\
 {metadata}
@@ -21,30 +21,28 @@ tokens = model.generate(**inputs)
 print(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
 ```
 
-Where torchvision is installed, transformers resizes pictures a little differently than Pillow, which it was trained
-with.
-{figures}"""
+If torchvision is installed, transformers resizes images with it, and outputs may differ a little: the model was
+trained on images resized with Pillow.
+{metrics}"""
 
 
-def captioner(config, image: str, figures: dict) -> str:
-    """The card of a captioner of `Qwen3AlignerConfig`; `image` is the token that the picture takes the place of.
-
-    Folders of the machine that trained it are not named, repositories of the Hub are.
-    """
+def captioner(config, image_token: str, metrics: dict) -> str:
+    """The card of a captioner with this `Qwen3AlignerConfig`. It names Hub repositories, but no local folders."""
     bases = [str(name) for name in (config.vision, config.lm) if name is not None and is_hub_id(name)]
-    parts = f", from {' and '.join(bases)}" if bases else ""
     return CAPTIONER.format(
-        metadata=_metadata(bases), parts=parts, text=image + config.prompt, figures=_figures(figures)
+        metadata=card_metadata(
+            library_name="transformers",
+            pipeline_tag="image-text-to-text",
+            base_model=bases or None,
+            tags=["image-captioning", "llava", "mlx"],
+        ),
+        parts=f", from {' and '.join(bases)}" if bases else "",
+        text=image_token + config.prompt,
+        metrics=_table(metrics),
     )
 
 
-def _metadata(bases: list[str]) -> str:
-    lines = ["library_name: transformers", "pipeline_tag: image-text-to-text"]
-    if bases:
-        lines += ["base_model:", *(f"- {name}" for name in bases)]
-    return "\n".join(["---", *lines, "tags:", "- image-captioning", "- llava", "- mlx", "---"])
-
-
-def _figures(figures: dict) -> str:
-    rows = [f"| {name} | {value:.4f} |" for name, value in figures.items() if isinstance(value, int | float)]
-    return "\n".join(["", "## Figures", "", "| figure | value |", "| --- | --- |", *rows, ""]) if rows else ""
+def _table(metrics: dict) -> str:
+    """The numbers of `metrics` as a section of Markdown; empty if there are none."""
+    rows = [f"| {name} | {value:.4f} |" for name, value in metrics.items() if isinstance(value, int | float)]
+    return "\n".join(["", "## Metrics", "", "| metric | value |", "| --- | --- |", *rows, ""]) if rows else ""

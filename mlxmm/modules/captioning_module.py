@@ -1,38 +1,29 @@
-"""CaptioningModule: a module that says what is on pictures.
+"""CaptioningModule: the base of modules that caption images.
 
-B pictures, L positions, D features.
+B images, P patches, E features of the vision tower, T caption tokens with their end, L positions, D features.
 """
 
 from collections.abc import Iterator, Sequence
 
+import attrs
 import mlx.core as mx
 import numpy as np
 
-from mlxmm.networks.generation import (
-    DEFAULT_MAX_NEW_TOKENS,
-    DecoderInterface,
-    GenerationConfig,
-    generate,
-    sequence_keys,
-    stream,
-)
+from mlxmm.networks.generation import DecoderInterface, GenerationConfig, generate, sequence_keys, stream
 from mlxmm.training.module import Module, evaluating
 
-MAX_NEW_TOKENS_HELP = (
-    "longest caption with its end, in tokens, also when captions are generated; 0: as the data have it"
-)
-BUCKET = 8  # tokens between one length of a batch and the next
-BATCH = 256  # sequences decoded at a time: pictures, times beams
+BUCKET = 8  # batches are as long as a multiple of this many tokens
+BATCH = 256  # sequences decoded at a time: images times beams
 
 
 class CaptioningModule(Module):
-    """What `caption` needs beside a `tokenizer` and a `processor` of pictures:"""
+    """A subclass sets `tokenizer` and `processor`, and implements the members below that raise NotImplementedError."""
 
-    max_new_tokens = DEFAULT_MAX_NEW_TOKENS  # longest caption with its end, in training and when one is generated
+    max_new_tokens = 32  # longest caption with its end, in tokens; a subclass may have it from its config
 
     @property
     def decoder(self) -> DecoderInterface:
-        """The network that writes."""
+        """The network that generates captions."""
         raise NotImplementedError
 
     @property
@@ -41,28 +32,31 @@ class CaptioningModule(Module):
         raise NotImplementedError
 
     def features(self, images: mx.array) -> mx.array:
-        """(B, H, W, 3) floats to what the tower sees, (B, P, E)."""
+        """Preprocessed images (B, H, W, 3) to the features of the frozen vision tower, (B, P, E)."""
         raise NotImplementedError
 
     def feature_settings(self) -> dict:
-        """What `features` depends on beside the tower's weights and the pictures, as JSON values."""
+        """The settings that `features` depends on, as JSON values: part of the key of cached features.
+
+        Raises `UserError` if the features change during training, so that they cannot be cached.
+        """
         raise NotImplementedError
 
     def prefix(self, features: mx.array, prompt: str = "") -> mx.array:
-        """(B, P, E) features to what the decoder reads before a caption, (B, L, D)."""
+        """(B, P, E) features to the embeddings (B, L, D) that the decoder reads before a caption."""
         raise NotImplementedError
 
     def image_features(self, batch: dict) -> mx.array:
-        """The features (B, P, E) of a batch: of its pixels, or as it brings them from a cache."""
+        """Vision features (B, P, E): cached ones if the batch has them, else computed from its pixels."""
         if "features" in batch:
             return batch["features"].astype(mx.float32)
         return self.features(self.processor.normalize(batch["pixels"]))
 
     def transform(self, row: dict, caption: str) -> dict:
-        """An example: pixels (H, W, 3), tokens (T,) with their end, and a mask (T,) of what is no padding.
+        """An example: uint8 pixels (H, W, 3), tokens (T,) and a mask (T,), which is 0 where tokens are padding.
 
-        A row that has "features" (P, E) instead of an image gives those instead of pixels. T is `max_new_tokens`; a
-        longer caption is cut before its end, which it keeps.
+        T is `max_new_tokens`. A longer caption is truncated and still ends with the end token. A row with cached
+        "features" (P, E) gives these instead of pixels.
         """
         length = self.max_new_tokens
         ids = self.tokenizer(caption, add_special_tokens=False)["input_ids"][: length - 1] + [self.stop_id]
@@ -74,9 +68,9 @@ class CaptioningModule(Module):
         return {"pixels": self.processor.pixels(row["image"]), "tokens": tokens, "mask": mask}
 
     def collate(self, batch: dict) -> dict:
-        """A batch of examples (NumPy arrays), cut where all of it is padding: to a multiple of `BUCKET` tokens.
+        """Trim padding shared by the whole batch: cut to the longest caption, rounded up to a multiple of `BUCKET`.
 
-        A step is compiled once for each length that comes: there are as many as T has buckets.
+        The training step is compiled again for each new length; rounding leaves T / `BUCKET` of them at most.
         """
         longest = int(np.flatnonzero(batch["mask"].any(axis=0))[-1]) + 1
         length = -(-longest // BUCKET) * BUCKET
@@ -85,35 +79,38 @@ class CaptioningModule(Module):
     def caption(self, images: Sequence, prompt: str = "", **settings) -> list[str]:
         """One caption for each PIL image. `settings` are those of `GenerationConfig`, for example `num_beams=3`.
 
-        `prompt` takes the place of the text between image and caption that the module was trained with. A picture
-        gets the caption it would get alone; a drawn one depends on `seed` and the picture's place in `images`.
+        Captions are as long as in training unless `max_new_tokens` is given. `prompt` replaces the text between image
+        and caption that the module was trained with. Captions do not depend on how images are batched; a sampled
+        caption depends on `seed` and on the index of its image. Raises `UserError` if the prompt is too long.
         """
         config, rows = self._generation(settings, prompt), []
         size = max(1, BATCH // config.num_beams)
         with evaluating(self):
             for start in range(0, len(images), size):
-                part = images[start : start + size]
-                keys = sequence_keys(config.seed, start, start + len(part))
-                prefix = self.prefix(self.features(self.processor(part)), prompt)
+                chunk = images[start : start + size]
+                keys = sequence_keys(config.seed, start, start + len(chunk))
+                prefix = self.prefix(self.features(self.processor(chunk)), prompt)
                 rows += generate(self.decoder, prefix, config, stop_id=self.stop_id, keys=keys)
         return [self._text(row) for row in rows]
 
     def stream_caption(self, image, prompt: str = "", **settings) -> Iterator[str]:
-        """The caption of one PIL image, piece by piece, each as soon as its token is chosen."""
-        config, tokens, said = self._generation(settings, prompt), [], ""
+        """Yield the caption of one PIL image piece by piece, each as soon as its token is generated."""
+        config, tokens, yielded = self._generation(settings, prompt), [], ""
         with evaluating(self):
             prefix = self.prefix(self.features(self.processor([image])), prompt)
             for token in stream(self.decoder, prefix, config, stop_id=self.stop_id):
                 tokens.append(token)
                 text = self._text(tokens)
-                if not text.endswith("\ufffd"):  # a letter of several tokens is not whole yet
-                    yield text[len(said) :]
-                    said = text
-        yield self._text(tokens)[len(said) :]
+                if not text.endswith("\ufffd"):  # a character of several tokens is incomplete
+                    yield text[len(yielded) :]
+                    yielded = text
+        yield self._text(tokens)[len(yielded) :]
 
     def _generation(self, settings: dict, prompt: str) -> GenerationConfig:
-        given = {name: value for name, value in settings.items() if value is not None}
-        return GenerationConfig(**{"max_new_tokens": self.max_new_tokens} | given)
+        config = GenerationConfig(**settings)
+        if config.max_new_tokens is not None:
+            return config
+        return attrs.evolve(config, max_new_tokens=self.max_new_tokens)
 
     def _text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()

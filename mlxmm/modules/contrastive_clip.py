@@ -3,7 +3,6 @@
 B pairs, H x W pixels, L text tokens, E features of the shared space.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from mlxmm.preprocessing.images import ImageProcessor
 from mlxmm.preprocessing.tokenizers import load_tokenizer
 from mlxmm.storage import checkpoint
 from mlxmm.storage.hub import local_folder
-from mlxmm.storage.pretrained import read_config, read_weights
+from mlxmm.storage.pretrained import read_config, read_weights, write_arrays, write_settings
 from mlxmm.training.module import Module
 
 TOWERS = ("vision", "text")
@@ -39,16 +38,20 @@ LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 
 @attrs.frozen(kw_only=True)
 class CLIPConfig:
-    """Both towers and how they are trained."""
+    """Both towers and training."""
 
-    model_type: str = option("clip", "clip, or siglip: other towers, and a loss of each pair by itself", in_(KINDS))
+    model_type: str = option(
+        "clip", "clip; siglip: SigLIP's towers, and its loss, which treats each pair by itself", in_(KINDS)
+    )
     vision: VisionConfig = VisionConfig()
     text: TextConfig = section(TextConfig(), without=("vocab_size", "eos_token_id", "max_position_embeddings"))
-    projection_dim: int = option(96, "features of the shared space; of a siglip, those of its vision tower", ge(1))
-    initialization: str = option("small", "small: for narrow towers; openai: CLIP's own", in_(("small", "openai")))
-    chunk_size: int = option(0, "pairs of a batch in memory at a time, with the same gradient; 0: all", ge(0))
-    patch_dropout: float = option(0.0, "fraction of a picture's patches left out in training", ge(0), lt(1))
-    locked: str | None = option(None, "tower that is not trained: vision, text or none", optional(in_(TOWERS)))
+    projection_dim: int = option(96, "features of the shared space; for siglip the width of the vision tower", ge(1))
+    initialization: str = option(
+        "small", "small: for narrow towers; openai: that of OpenAI's CLIP", in_(("small", "openai"))
+    )
+    chunk_size: int = option(0, "GradCache: pairs of a batch computed at a time, with the same gradient; 0: all", ge(0))
+    patch_dropout: float = option(0.0, "fraction of an image's patches dropped in training", ge(0), lt(1))
+    locked: str | None = option(None, "frozen tower (LiT): vision, text or none", optional(in_(TOWERS)))
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=4e-3, warmup_steps=30, final_fraction=0.02, weight_decay=0.05
     )
@@ -56,15 +59,15 @@ class CLIPConfig:
     def __attrs_post_init__(self):
         if self.model_type == "siglip" and self.projection_dim != self.vision.hidden_size:
             raise UserError(
-                f"projection_dim={self.projection_dim} of a siglip must be its vision tower's width: "
+                f"for siglip, projection_dim={self.projection_dim} must be the width of the vision tower: "
                 f"{self.vision.hidden_size}"
             )
         if self.model_type == "siglip" and self.initialization == "openai":
-            raise UserError("initialization=openai is for model_type=clip; a siglip takes small")
+            raise UserError("initialization=openai is for model_type=clip: use small for siglip")
 
 
 class ContrastiveCLIP(Module):
-    """CLIP or SigLIP, its tokenizer and its image processor in one."""
+    """CLIP or SigLIP with its tokenizer and its image processor."""
 
     def __init__(self, config: CLIPConfig, tokenizer, processor: ImageProcessor):
         super().__init__()
@@ -75,8 +78,10 @@ class ContrastiveCLIP(Module):
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, revision: str | None = None) -> "ContrastiveCLIP":
-        """Read a CLIP or SigLIP folder as the Hub has it, at `revision` (a commit, tag or branch), or a checkpoint
-        of ours. Raises `UserError` where it is neither."""
+        """Load a CLIP or SigLIP folder or Hub id, at `revision` (a commit, tag or branch), or a checkpoint of a run.
+
+        Raises `UserError` if it is none of these.
+        """
         folder = local_folder(path_or_id, revision)
         module = cls(_read(folder), load_tokenizer(folder), ImageProcessor.from_pretrained(folder))
         if (folder / checkpoint.WEIGHTS).exists():
@@ -87,12 +92,12 @@ class ContrastiveCLIP(Module):
         return module
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write what `transformers.CLIPModel` or `SiglipModel` loads, with the same numbers."""
+        """Write a folder that `transformers.CLIPModel` or `SiglipModel` loads, with the same outputs."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.save_config(folder)
         weights = KINDS[self.config.model_type].to_hub(dict(tree_flatten(self.network.parameters())))
-        mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+        write_arrays(folder / "model.safetensors", weights, format="pt")
 
     def save_config(self, folder: Path) -> None:
         kind, size = self.config.model_type, self.config.projection_dim
@@ -108,9 +113,7 @@ class ContrastiveCLIP(Module):
         else:
             values["projection_dim"] = size
             values["vision_config"]["projection_dim"] = values["text_config"]["projection_dim"] = size
-        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        (folder / "preprocessor_config.json").write_text(json.dumps(self.processor.to_hub(), indent=2) + "\n")
-        self.tokenizer.save_pretrained(str(folder))
+        write_settings(folder, values, self.processor, self.tokenizer)
 
     @property
     def vision(self):
@@ -118,7 +121,7 @@ class ContrastiveCLIP(Module):
         return self.network.vision_model
 
     def resize_images(self, image_size: int) -> None:
-        """Take pictures of `image_size` pixels from now on. The position embeddings are interpolated, once."""
+        """Change the image size to `image_size` pixels: the position embeddings are interpolated once."""
         if image_size == self.config.vision.image_size:
             return
         side = image_size // self.config.vision.patch_size
@@ -134,7 +137,7 @@ class ContrastiveCLIP(Module):
         return self.processor(images)
 
     def tokenize(self, texts: Sequence[str]) -> mx.array:
-        """(B, L) int32 tokens with start and end, padded to the length that the tower was made for."""
+        """(B, L) int32 tokens with start and end, padded or truncated to the context of the text tower."""
         return mx.array(self._tokens(list(texts)))
 
     def _tokens(self, texts: list[str]) -> np.ndarray:
@@ -142,7 +145,9 @@ class ContrastiveCLIP(Module):
         encoded = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length)
         tokens = np.array(encoded["input_ids"], dtype=np.int32)
         full = tokens[:, -1] != self.tokenizer.pad_token_id
-        tokens[full, -1] = self.tokenizer.eos_token_id  # a text that was cut still ends
+        tokens[full, -1] = (
+            self.tokenizer.eos_token_id
+        )  # a truncated text still ends: CLIP reads the state at its end token
         return tokens
 
     def transform(self, row: dict, caption: str) -> dict:
@@ -162,7 +167,7 @@ class ContrastiveCLIP(Module):
         return self.network(images, tokens)
 
     def setup(self, stage):
-        """Freeze the locked tower (LiT, arXiv 2111.07991), but no projection behind it; put in the patch dropout."""
+        """Freeze the locked tower (LiT, arXiv 2111.07991), but not its projection; add patch dropout."""
         if stage == "fit" and self.config.locked:
             self.network[f"{self.config.locked}_model"].freeze()
         if stage == "fit" and self.config.patch_dropout:
@@ -170,9 +175,10 @@ class ContrastiveCLIP(Module):
             embeddings.patch_dropout = PatchDropout(self.config.patch_dropout, int("class_embedding" in embeddings))
 
     def training_step(self, batch):
-        """CLIP's loss or SigLIP's. Its negatives are those of one batch: accumulating batches does not add any.
+        """CLIP's or SigLIP's loss. Negatives come from one batch: accumulating gradients does not add any.
 
-        In training they are those of all processes; in evaluation, where the last batches may differ, of each alone.
+        In training the batch is gathered from all processes. In evaluation it is not: the processes' last batches may
+        differ in size.
         """
         images, texts = self._features(batch["pixels"], batch["tokens"])
         if self.training:
@@ -206,8 +212,8 @@ def _read(folder: Path) -> CLIPConfig:
     kind = values.get("model_type", "clip")
     if kind not in KINDS or "vision_config" not in values or "text_config" not in values:
         raise UserError(
-            f"{folder} is no CLIP and no SigLIP: its config.json says model_type {kind!r}, and must have "
-            "vision_config and text_config"
+            f"{folder} is neither a CLIP nor a SigLIP: its config.json says model_type {kind!r}, and must "
+            "have vision_config and text_config"
         )
     vision = config_from_hub(VisionConfig, KINDS[kind].VISION_DEFAULTS | values["vision_config"])
     text = config_from_hub(TextConfig, KINDS[kind].TEXT_DEFAULTS | values["text_config"])

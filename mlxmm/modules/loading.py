@@ -1,4 +1,4 @@
-"""A captioner from its folder, whichever module wrote it."""
+"""Load a captioner from its folder, whichever module wrote it."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ KINDS = {
 
 
 def load_captioner(path_or_id: str | Path, revision: str | None = None) -> CaptioningModule:
-    """The CaptionDecoder or Qwen3Aligner of a checkpoint, of a folder or of a Hub id. Raises `UserError`."""
+    """Load the CaptionDecoder or Qwen3Aligner of a checkpoint, folder or Hub id. Raises `UserError`."""
     folder = local_folder(path_or_id, revision)
     kind = read_config(folder).get("model_type")
     if kind not in KINDS:

@@ -1,10 +1,9 @@
-"""Qwen3Aligner: what a vision tower sees, projected to where a language model (Qwen3, Llama, …) reads.
+"""Qwen3Aligner: features of a vision tower, projected to the embeddings of a language model (Qwen3, Llama, …).
 
 B images, H x W pixels, P patches, T caption tokens with their end, N prompt tokens, V vocabulary,
 D features of the language model.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from attrs.validators import ge, gt, in_
 from mlxmm.config import from_json, option, to_json
 from mlxmm.errors import UserError
 from mlxmm.export import llava
-from mlxmm.modules.captioning_module import MAX_NEW_TOKENS_HELP, CaptioningModule
+from mlxmm.modules.captioning_module import CaptioningModule
 from mlxmm.modules.token_metrics import fuses_head, label_positions, token_metrics
 from mlxmm.networks.adapters import LoRAConfig, adapter_names, add_adapters
 from mlxmm.networks.generation import GenerationConfig
@@ -38,7 +37,7 @@ from mlxmm.preprocessing.tokenizers import end_token, load_tokenizer
 from mlxmm.storage import checkpoint
 from mlxmm.storage.atomic import new_folder, read_arrays
 from mlxmm.storage.hub import local_folder
-from mlxmm.storage.pretrained import read_config, read_weights, require_parts
+from mlxmm.storage.pretrained import read_config, read_weights, require_parts, write_settings
 from mlxmm.training.trainable import match_parameters, set_trainable
 
 MODEL_TYPE = "mlxmm_qwen3_aligner"
@@ -46,7 +45,7 @@ MODEL_TYPE = "mlxmm_qwen3_aligner"
 
 @attrs.frozen(kw_only=True)
 class Qwen3AlignerConfig:
-    """What is put together, and how it is trained."""
+    """Vision tower, projector, language model and training."""
 
     vision: str | None = option(
         None, "CLIP, SigLIP or ViT: folder or Hub id; none: a small CLIP is trained first", first=True
@@ -58,12 +57,15 @@ class Qwen3AlignerConfig:
     projector: str = option(
         "mlp", "linear, mlp (two layers, as LLaVA's), or pixel_shuffle (as SmolVLM's)", in_(PROJECTORS)
     )
-    projector_factor: int = option(
-        2, "pixel_shuffle makes one patch of a square with this many patches on a side", ge(1), rare=True
-    )
+    projector_factor: int = option(2, "pixel_shuffle merges squares with this many patches on a side", ge(1), rare=True)
     projector_width: int = option(256, "features inside the mlp", ge(1))
     prompt: str = option("", "text between image and caption")
-    max_new_tokens: int = option(0, MAX_NEW_TOKENS_HELP, ge(0), first=True)
+    max_new_tokens: int = option(
+        0,
+        "longest caption with its end, in tokens, also when captions are generated; 0: as the data have it",
+        ge(0),
+        first=True,
+    )
     lm_lr_scale: float = option(
         1.0, "learning rate of the language model, as a fraction of the projector's", gt(0), rare=True
     )
@@ -73,9 +75,11 @@ class Qwen3AlignerConfig:
 
 
 class Qwen3Aligner(CaptioningModule):
-    """A vision tower, a projector and a language model. All is frozen but the projector and the language model's
-    adapters, if it has any; a `FreezeSchedule` opens other things ("lora" are the adapters). The image is a prefix;
-    the loss is on the caption and its end alone."""
+    """A vision tower, a projector and a language model that reads the image as a prefix.
+
+    The loss is on the caption and its end alone. Only the projector and the language model's adapters, if any, are
+    trained; a `FreezeSchedule` unfreezes other parts ("lora" names the adapters).
+    """
 
     def __init__(
         self,
@@ -107,7 +111,10 @@ class Qwen3Aligner(CaptioningModule):
 
     @classmethod
     def from_parts(cls, config: Qwen3AlignerConfig) -> "Qwen3Aligner":
-        """Read tower and language model from `config.vision` and `config.lm`; the projector is new."""
+        """Load tower and language model from `config.vision` and `config.lm`; the projector gets fresh weights.
+
+        Raises `UserError` if a part cannot be loaded, or if image, prompt and caption exceed the context.
+        """
         tower_folder, folder = local_folder(config.vision), local_folder(config.lm)
         vision, vision_config = load_vision_tower(tower_folder)
         processor = ImageProcessor.from_pretrained(tower_folder)
@@ -116,14 +123,14 @@ class Qwen3Aligner(CaptioningModule):
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, revision: str | None = None) -> "Qwen3Aligner":
-        """Read a checkpoint of ours, or a folder that `save_pretrained` wrote."""
+        """Load a checkpoint of a run, or a folder that `save_pretrained` wrote. Raises `UserError`."""
         folder = local_folder(path_or_id, revision)
         values = read_config(folder)
         is_llava = values.get("model_type") == "llava"
         if is_llava:
             values = llava.own_values(values, folder)
         elif values.get("model_type") != MODEL_TYPE:
-            raise UserError(f"{folder} is no Qwen3Aligner: its config.json says {values.get('model_type')!r}")
+            raise UserError(f"{folder} is not a Qwen3Aligner: its config.json says {values.get('model_type')!r}")
         require_parts(folder, values, "aligner", "vision", "language_model")
         module = cls(
             from_json(Qwen3AlignerConfig, values["aligner"]),
@@ -142,18 +149,18 @@ class Qwen3Aligner(CaptioningModule):
         checkpoint.load_arrays(folder / checkpoint.WEIGHTS, weights, module)
         return module
 
-    def save_pretrained(self, folder: str | Path, figures: dict | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, metrics: dict | None = None) -> None:
         """Write a new folder that `transformers.LlavaForConditionalGeneration` loads, with the same captions.
 
-        `figures` come into its model card. LoRA layers are merged. Raises `UserError` where `folder` holds
-        something already, or where a part of this module is none that LLaVA has.
+        The model card lists `metrics`. LoRA layers are merged. Raises `UserError` if `folder` is not empty, or if a
+        part of this module has no counterpart in LLaVA.
         """
         llava.check(self)
         with new_folder(Path(folder)) as temporary:
-            llava.write(temporary, self, figures or {})
+            llava.write(temporary, self, metrics or {})
 
     def save_language_model(self, folder: str | Path) -> None:
-        """Write the language model alone into a new folder, as `mlx_lm.load` and transformers read it."""
+        """Write the language model alone into a new folder that `mlx_lm.load` and transformers load."""
         with new_folder(Path(folder)) as temporary:
             save_language_model(temporary, self.language_model, self.lm_config)
             self.tokenizer.save_pretrained(str(temporary))
@@ -165,15 +172,13 @@ class Qwen3Aligner(CaptioningModule):
             "vision": self.vision_config,
             "language_model": self.lm_config,
         }
-        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        (folder / "preprocessor_config.json").write_text(json.dumps(self.processor.to_hub(), indent=2) + "\n")
-        self.tokenizer.save_pretrained(str(folder))
+        write_settings(folder, values, self.processor, self.tokenizer)
 
     def parameter_groups(self) -> dict[str, list[str]]:
         return {"lora": [f"language_model.{name}" for name in adapter_names(self.language_model)]}
 
     def collate(self, batch: dict) -> dict:
-        """The captioner's; where logits are dear, with the "positions" that get some."""
+        """As the base class; if the vocabulary is large, also the "positions" that get logits."""
         batch = super().collate(batch)
         return batch | {"positions": label_positions(batch["mask"])} if self._fuses_head else batch
 
@@ -187,16 +192,15 @@ class Qwen3Aligner(CaptioningModule):
 
     @property
     def max_new_tokens(self) -> int:
-        """As long as captions were in training."""
         return self.config.max_new_tokens or CaptioningModule.max_new_tokens
 
     def _room(self, prompt: Sequence[int]) -> int:
-        """Tokens that a caption may have after image and `prompt`; its end needs no position."""
+        """The most tokens that a caption may have after image and `prompt`; its end needs no position."""
         num_image = (self.processor.image_size // self.vision.config.patch_size) ** 2 // self.projector.factor**2
         return self.lm_config.get("max_position_embeddings", sys.maxsize) - num_image - len(prompt) + 1
 
     def _check_context(self) -> None:
-        """Raise `UserError` where image, prompt and the longest caption are more than the language model reads."""
+        """Raise `UserError` if image, prompt and the longest caption exceed the language model's context."""
         room, wanted = self._room(self._prompt), self.config.max_new_tokens
         if room < max(1, wanted):
             raise UserError(
@@ -210,7 +214,7 @@ class Qwen3Aligner(CaptioningModule):
         if room < 1:
             most = self.lm_config["max_position_embeddings"]
             raise UserError(f"the language model reads {most} tokens: shorten the prompt by {1 - room}")
-        return attrs.evolve(config, max_new_tokens=min(config.limit, room))
+        return attrs.evolve(config, max_new_tokens=min(config.max_new_tokens, room))
 
     def _token_ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -222,7 +226,7 @@ class Qwen3Aligner(CaptioningModule):
         return {"layer": self.config.layer, "processor": self.processor.to_hub(), "tower": self.vision_config}
 
     def prefix(self, features: mx.array, prompt: str = "") -> mx.array:
-        """(B, P, E) features to (B, P + N, D): projected patches, then `prompt` or the module's own."""
+        """(B, P, E) features to (B, P + N, D): projected patches, then the embedded `prompt` or the trained one."""
         ids = self._token_ids(prompt) if prompt else self._prompt
         projected = self.projector(features)
         if not ids:
@@ -234,7 +238,7 @@ class Qwen3Aligner(CaptioningModule):
         return self._measure(self.prefix(self.image_features(batch)), batch)
 
     def validation_step(self, batch):
-        """The loss, and as a control the loss with the batch's images given to others' captions."""
+        """The loss, and "loss_shuffled", a control: the loss of the captions given other images of the batch."""
         prefix = self.prefix(self.image_features(batch))
         others = mx.roll(prefix, max(1, len(prefix) // 2), axis=0)
         return self._measure(prefix, batch) | {"loss_shuffled": self._measure(others, batch)["loss"]}

@@ -1,4 +1,4 @@
-"""TextModel: a small Qwen3 that learns to write captions, from text alone.
+"""TextModel: a small Qwen3 trained to write captions, from text alone.
 
 B texts, L tokens.
 """
@@ -28,7 +28,7 @@ class TextModelConfig:
 
 
 class TextModel(Module):
-    """Reads notes, a start token and a caption; learns the caption and its end."""
+    """Reads notes, a start token and a caption. The loss is on the caption and its end."""
 
     def __init__(self, config: TextModelConfig, tokenizer):
         super().__init__()
@@ -37,7 +37,10 @@ class TextModel(Module):
         self.language_model = build_language_model(self.hub_config)
 
     def transform(self, text: tuple[str, str]) -> dict:
-        """An example of (notes, caption): tokens (L,), and a mask (L,) of those to be learned."""
+        """An example of (notes, caption): tokens (L,) and a mask (L,), which is 1 where tokens count in the loss.
+
+        Raises `UserError` if the notes leave no room for a caption.
+        """
         notes, caption = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in text)
         if len(notes) + 3 > self.config.max_tokens:
             raise UserError(f"notes of {len(notes)} tokens leave no room in max_tokens={self.config.max_tokens}")
@@ -59,7 +62,7 @@ class TextModel(Module):
         return self.config.optimizer.build(self.trainer.estimated_stepping_batches)
 
     def save_pretrained(self, folder) -> None:
-        """Write what `mlx_lm.load` and transformers read."""
+        """Write a folder that `mlx_lm.load` and transformers load."""
         folder.mkdir(parents=True, exist_ok=True)
         save_language_model(folder, self.language_model, self.hub_config)
         self.tokenizer.save_pretrained(str(folder))

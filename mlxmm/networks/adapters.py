@@ -12,22 +12,22 @@ from mlxmm.networks.language_model import lora_layers
 
 @attrs.frozen(kw_only=True)
 class LoRAConfig:
-    """LoRA (arXiv 2106.09685) and DoRA (arXiv 2402.09353), with mlx-lm's meaning of the numbers."""
+    """LoRA (arXiv 2106.09685) or DoRA (arXiv 2402.09353), with mlx-lm's settings."""
 
     rank: int = option(0, "inner size of the language model's adapters; 0: no adapters", ge(0))
-    scale: float = option(20.0, "what the adapters' output is multiplied by (elsewhere alpha / rank)", gt(0), rare=True)
+    scale: float = option(20.0, "factor of the adapters' output (alpha / rank in other libraries)", gt(0), rare=True)
     dropout: float = option(0.0, "fraction of the adapters' inputs dropped in training", ge(0), lt(1), rare=True)
-    num_layers: int = option(0, "how many of the last layers get adapters; 0: all", ge(0), rare=True)
+    num_layers: int = option(0, "number of last layers that get adapters; 0: all", ge(0), rare=True)
     keys: tuple[str, ...] = option(
-        (), "what gets one in a layer, for example self_attn.q_proj; none: all that can", rare=True
+        (), "parts of a layer that get adapters, for example self_attn.q_proj; none: all that can", rare=True
     )
-    dora: bool = option(False, "DoRA: learn the lengths of the adapted rows separately", rare=True)
+    dora: bool = option(False, "use DoRA, which learns the magnitude of each adapted row separately", rare=True)
 
 
 def add_adapters(model: nn.Module, config: LoRAConfig) -> None:
-    """Put adapters into mlx-lm's `model`, whose outputs stay what they are until the adapters are trained.
+    """Add adapters to mlx-lm's `model`. Its outputs do not change until the adapters are trained.
 
-    Raises `UserError` for keys that name nothing, or nothing that mlx-lm has such an adapter for.
+    Raises `UserError` for keys that match no layer, or a layer that mlx-lm cannot adapt.
     """
     if config.rank == 0:
         return
@@ -42,7 +42,7 @@ def add_adapters(model: nn.Module, config: LoRAConfig) -> None:
 
 
 def _check_keys(model: nn.Module, config: LoRAConfig) -> None:
-    """mlx-lm passes over keys that name nothing."""
+    """Raise `UserError` for keys without a match, which mlx-lm ignores silently."""
     within = {name: part for layer in model.layers for name, part in layer.named_modules()}
     parts = within | dict(model.named_modules())
     if unknown := sorted(set(config.keys) - set(parts)):
@@ -53,6 +53,6 @@ def _check_keys(model: nn.Module, config: LoRAConfig) -> None:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The dotted names of the adapters' own parameters."""
+    """The dotted names of the adapters' parameters, without those of the layers they adapt."""
     adapters = [(prefix, part) for prefix, part in model.named_modules() if "lora_a" in part]
     return [f"{prefix}.{key}" for prefix, part in adapters for key in part if isinstance(part[key], mx.array)]

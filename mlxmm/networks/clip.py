@@ -62,7 +62,7 @@ class CLIPTextTower(Tower):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        """(B, L) tokens to (B, D): the state at the end token, which has seen the whole text."""
+        """(B, L) tokens to (B, D): the state at the end token, which attends to the whole text."""
         eos = self.config.eos_token_id
         # Configurations of OpenAI's first upload say 2, and mean the highest id (transformers #24773).
         ends = tokens if eos == 2 else (tokens == eos)
@@ -93,7 +93,7 @@ class CLIP(nn.Module):
         return self.logits(self.encode_image(images), self.encode_text(tokens))
 
     def logits(self, images: mx.array, texts: mx.array) -> mx.array:
-        """The same of features, (B, E) each."""
+        """Logits from features, (B, E) each."""
         return mx.exp(self.logit_scale.astype(mx.float32)) * images @ texts.T
 
 
@@ -103,7 +103,7 @@ def vision_tower(values: dict) -> CLIPVisionTower:
 
 
 def initialize(network: CLIP) -> None:
-    """Draw all weights anew as OpenAI's code does (openai/CLIP, clip/model.py).
+    """Initialise all weights as OpenAI's code does (openai/CLIP, clip/model.py).
 
     It gives standard deviations for the text tower, and for class token, positions and projection of the vision
     tower; that tower's blocks stay as PyTorch makes them. Biases are zero.

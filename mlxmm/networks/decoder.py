@@ -1,4 +1,4 @@
-"""A transformer decoder over what a vision tower sees, read by cross-attention or as a prefix.
+"""A transformer decoder over the features of a vision tower, read by cross-attention or as a prefix.
 
 B sequences, P image positions, L text positions, D features of the decoder, E features of the tower, V vocabulary.
 """
@@ -17,17 +17,19 @@ READINGS = ("cross", "prefix")
 
 @attrs.frozen(kw_only=True)
 class DecoderConfig:
-    """Sizes of the decoder and how it reads the image."""
+    """Sizes of the decoder, and how it attends to the image."""
 
-    reading: str = option("cross", "cross: attend to the image in every layer; prefix: read it first", in_(READINGS))
+    reading: str = option(
+        "cross",
+        "cross: cross-attention to the image in every layer; prefix: image positions before the text",
+        in_(READINGS),
+    )
     hidden_size: int = option(96, "features of a position", ge(1))
     num_hidden_layers: int = option(3, "blocks", ge(1))
     num_attention_heads: int = option(4, "attention heads", ge(1))
     intermediate_size: int = option(384, "features inside the MLP", ge(1))
-    max_position_embeddings: int = option(128, "longest caption with its start, in tokens", ge(2))
-    vocab_size: int = option(2_000, "tokens", ge(2))
-    dropout: float = option(0.0, "fraction of features dropped after each part", ge(0), lt(1))
-    tie_word_embeddings: bool = option(True, "predict tokens with the matrix that embeds them")
+    dropout: float = option(0.0, "fraction of features dropped after each attention and MLP", ge(0), lt(1))
+    tie_word_embeddings: bool = option(True, "use the token embeddings as the head")
 
     def __attrs_post_init__(self):
         if self.hidden_size % self.num_attention_heads:
@@ -35,13 +37,13 @@ class DecoderConfig:
 
 
 class LayerCache:
-    """What a layer remembers of the positions behind: `state` maps names to (B, heads, positions, D / heads)."""
+    """A layer's cache of past positions: `state` maps names to (B, heads, positions, D / heads)."""
 
     def __init__(self):
         self.state: dict[str, mx.array] = {}
 
     def extend(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append positions; returns all there are."""
+        """Append the keys and values of new positions; return those of all positions."""
         if self.state.get("keys") is not None:
             keys = mx.concatenate([self.state["keys"], keys], axis=2)
             values = mx.concatenate([self.state["values"], values], axis=2)
@@ -50,7 +52,7 @@ class LayerCache:
 
 
 class Attention(nn.Module):
-    """Queries of one sequence over keys and values of the same or of another."""
+    """Multi-head attention over keys and values that the caller gives, of the same sequence or another."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -74,7 +76,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention where the image is read so, and an MLP, each on normalised input (pre-norm)."""
+    """Pre-norm block: self-attention, cross-attention if `reading` is "cross", and an MLP."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -99,39 +101,39 @@ class Block(nn.Module):
         return self.self_attention(x, keys, values, mask)
 
     def _cross_attend(self, x: mx.array, image: mx.array | None, cache: LayerCache | None) -> mx.array:
-        remembered = {} if cache is None else cache.state
-        if "image_keys" in remembered:
-            keys, values = remembered["image_keys"], remembered["image_values"]
+        cached = {} if cache is None else cache.state
+        if "image_keys" in cached:
+            keys, values = cached["image_keys"], cached["image_values"]
         else:
             keys, values = self.cross_attention.keys_and_values(image)
-            remembered |= {"image_keys": keys, "image_values": values}
+            cached |= {"image_keys": keys, "image_values": values}
         return self.cross_attention(x, keys, values)
 
 
 class Decoder(nn.Module):
-    """Tokens and an image to logits: every position sees the image, and the tokens up to its own."""
+    """Tokens and an image to logits: every position attends to the image and, causally, to the tokens."""
 
-    def __init__(self, config: DecoderConfig, image_width: int):
+    def __init__(self, config: DecoderConfig, *, image_width: int, vocab_size: int, max_positions: int):
         super().__init__()
-        self.config = config
+        self.config, self.max_positions = config, max_positions
         D = config.hidden_size
         self.image_projection, self.image_norm = nn.Linear(image_width, D), nn.LayerNorm(D)
-        self.token_embedding = nn.Embedding(config.vocab_size, D)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, D)
+        self.token_embedding = nn.Embedding(vocab_size, D)
+        self.position_embedding = nn.Embedding(max_positions, D)
         self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.LayerNorm(D)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(D, vocab_size, bias=False)
         self._initialise()
 
     def _initialise(self) -> None:
-        """GPT-2's: embeddings of deviation 0.02 and 0.01, and branches whose sum keeps its variance."""
-        D, branches = self.config.hidden_size, 2 * len(self.layers)
-        self.token_embedding.weight = mx.random.normal((self.config.vocab_size, D), scale=0.02)
-        self.position_embedding.weight = mx.random.normal((self.config.max_position_embeddings, D), scale=0.01)
+        """As GPT-2: embeddings with standard deviations 0.02 and 0.01; the sum of branches keeps its variance."""
+        branches = 2 * len(self.layers)
+        self.token_embedding.weight = mx.random.normal(self.token_embedding.weight.shape, scale=0.02)
+        self.position_embedding.weight = mx.random.normal(self.position_embedding.weight.shape, scale=0.01)
         for layer in self.layers:
-            attentions = [part for name, part in layer.items() if name.endswith("attention")]
-            for last in (*(part.out_proj for part in attentions), layer.fc2):
+            attentions = [child for name, child in layer.items() if name.endswith("attention")]
+            for last in (*(attention.out_proj for attention in attentions), layer.fc2):
                 last.weight = last.weight * branches**-0.5
 
     def read(self, features: mx.array) -> mx.array:
@@ -141,7 +143,7 @@ class Decoder(nn.Module):
     def hidden_states(self, image: mx.array, text: mx.array, caches: list[LayerCache] | None = None) -> mx.array:
         """(B, P, D) image positions and (B, L, D) embedded tokens to normalised states (B, L, D).
 
-        With `caches`, later tokens follow by `continued`.
+        `caches` keep what `continued` needs. Raises `UserError` if there are more tokens than positions.
         """
         self._check_length(text.shape[1])
         text = text + self.position_embedding(mx.arange(text.shape[1]))
@@ -151,7 +153,7 @@ class Decoder(nn.Module):
         return self.norm(self._run(mx.concatenate([image, text], axis=1), None, prefix_mask(P, L), caches)[:, P:])
 
     def continued(self, text: mx.array, start: int, caches: list[LayerCache]) -> mx.array:
-        """(B, 1, D) of the embedded token at text position `start` to its normalised state (B, 1, D)."""
+        """The embedded token (B, 1, D) at text position `start` to its normalised state (B, 1, D)."""
         self._check_length(start + 1)
         return self.norm(self._run(text + self.position_embedding(mx.array([start])), None, None, caches))
 
@@ -164,10 +166,10 @@ class Decoder(nn.Module):
         return self.head(self.hidden_states(image, self.token_embedding(tokens)))
 
     def _check_length(self, length: int) -> None:
-        if length > (most := self.config.max_position_embeddings):
+        if length > self.max_positions:
             raise UserError(
-                f"{length} tokens with the start are more than max_position_embeddings={most}: "
-                "shorten the prompt, or train with more"
+                f"the decoder has {self.max_positions} positions, but start token, prompt and caption have {length} "
+                "tokens: shorten the prompt, or train with a larger --module.max-new-tokens"
             )
 
     def _run(self, x: mx.array, image: mx.array | None, mask, caches: list[LayerCache] | None) -> mx.array:
@@ -177,7 +179,7 @@ class Decoder(nn.Module):
 
 
 class CachedDecoder:
-    """The decoder as `mlxmm.generate` wants a network: the first call gives it P image positions, then tokens."""
+    """The decoder as a `DecoderInterface`: the first call of `logits` begins with `num_image` image positions."""
 
     def __init__(self, decoder: Decoder, num_image: int):
         self.decoder, self.num_image = decoder, num_image
@@ -190,18 +192,18 @@ class CachedDecoder:
         return self.decoder.token_embedding(tokens)
 
     def logits(self, embeddings: mx.array, cache: list[LayerCache]) -> mx.array:
-        """(B, P + L, D) at first, then (B, 1, D), to logits of what follows, (B, V)."""
+        """(B, P + L, D) in the first call, then (B, 1, D), to the logits (B, V) of the next token."""
         if not cache[0].state:
             image, text = embeddings[:, : self.num_image], embeddings[:, self.num_image :]
             states = self.decoder.hidden_states(image, text, cache)
         else:
-            behind = cache[0].state["keys"].shape[2]
+            num_cached = cache[0].state["keys"].shape[2]
             is_prefix = self.decoder.config.reading == "prefix"
-            states = self.decoder.continued(embeddings, behind - self.num_image * is_prefix, cache)
+            states = self.decoder.continued(embeddings, num_cached - self.num_image * is_prefix, cache)
         return self.decoder.head(states[:, -1])
 
 
 def prefix_mask(num_image: int, num_text: int) -> mx.array:
-    """Who sees whom, (P + L, P + L) booleans: image rows see the image alone, text rows all before them."""
+    """Attention mask (P + L, P + L), booleans: image rows attend to the image alone, text rows to all before them."""
     place = mx.arange(num_image + num_text)
     return (place[None] < num_image) | (place[None] <= place[:, None])

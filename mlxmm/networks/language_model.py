@@ -1,11 +1,8 @@
-"""Causal language models: those of mlx-lm, which is used here only.
+"""Causal language models. This is the only file that imports mlx-lm.
 
 B sequences, L positions, D features, V vocabulary.
 """
 
-import functools
-import json
-import sys
 from pathlib import Path
 
 import attrs
@@ -14,10 +11,12 @@ import mlx.nn as nn
 from attrs.validators import ge, gt
 from mlx.utils import tree_flatten, tree_map
 
-from mlxmm.compute import functional as F
 from mlxmm.compute.quantized import is_quantized, unpacked, use_unpacking
 from mlxmm.config import option
 from mlxmm.errors import UserError
+from mlxmm.networks.fast_layers import use_fast_layers
+from mlxmm.storage.atomic import write_json
+from mlxmm.storage.pretrained import write_arrays
 
 
 @attrs.frozen(kw_only=True)
@@ -31,7 +30,7 @@ class Qwen3Config:
     num_key_value_heads: int = option(4, "key and value heads", ge(1))
     head_dim: int = option(16, "features of a head", ge(2))
     max_position_embeddings: int = option(512, "longest text, in tokens", ge(1))
-    rope_theta: float = option(10_000.0, "longest wave length of the positions", gt(0))
+    rope_theta: float = option(10_000.0, "base of the rotary position embeddings", gt(0))
     rms_norm_eps: float = option(1e-6, "added to the mean square", gt(0))
 
     def to_hub(self, tokenizer) -> dict:
@@ -50,15 +49,16 @@ class Qwen3Config:
 
 
 def build_language_model(config: dict) -> nn.Module:
-    """mlx-lm's network for a `config.json`, with fresh weights. Raises `UserError` where mlx-lm has none."""
+    """mlx-lm's network for a `config.json`, with fresh weights. Raises `UserError` if mlx-lm does not support it."""
     from mlx_lm.utils import _get_classes
 
     try:
         network, arguments = _get_classes(config)
     except (ValueError, KeyError) as error:
-        raise UserError(f"config.json describes no language model for mlx-lm: {error}") from None
+        raise UserError(f"config.json describes a language model that mlx-lm does not support: {error}") from None
     model = network(arguments.from_dict(config))
-    _use_fast_forms(model)
+    use_unpacking(model)
+    use_fast_layers(model)
     for name, part in model.named_modules():
         if name.endswith((".o_proj", ".down_proj")):
             # GPT-2's scaling: the sum of 2 * layers branches keeps its variance.
@@ -67,10 +67,10 @@ def build_language_model(config: dict) -> nn.Module:
 
 
 def load_language_model(folder: Path, bits: int = 0) -> tuple[nn.Module, dict]:
-    """mlx-lm's network and its configuration from a folder in the Hub's layout, embeddings as they are.
+    """Load mlx-lm's network and its configuration from a folder in the Hub's layout.
 
-    Half-precision weights become float32 on a CPU, which has no fast arithmetic for them. With `bits` full weights
-    are quantized. Raises `UserError` where mlx-lm has no such network, or one that reads tokens only.
+    Half-precision weights become float32 on a CPU, where half-precision arithmetic is slow. `bits` quantizes
+    full-precision weights. Raises `UserError` if mlx-lm does not support the network, or cannot give it embeddings.
     """
     from mlx_lm.utils import load_model, quantize_model
 
@@ -83,17 +83,18 @@ def load_language_model(folder: Path, bits: int = 0) -> tuple[nn.Module, dict]:
     if mx.default_device() == mx.cpu:
         model.update(tree_map(_to_float32, model.parameters()))
     if bits and any(map(is_quantized, model.modules())):
-        raise UserError(f"{folder} is quantized already: do not ask for {bits} bits")
+        raise UserError(f"{folder} is quantized already: leave out --module.lm-bits {bits}")
     if bits:
         model, config = quantize_model(model, config, group_size=None, bits=bits)
-        mx.eval(model.parameters())  # or the full weights stay
-    _use_fast_forms(model)
+        mx.eval(model.parameters())  # frees the full-precision weights, which the lazy quantized ones refer to
+    use_unpacking(model)
+    use_fast_layers(model)
     _check_embeddings(model, folder)
     return model, config
 
 
 def quantize_as(module: nn.Module, weights: dict[str, mx.array]) -> None:
-    """Quantize those layers of `module` whose `weights`, by their dotted names, are."""
+    """Quantize the layers of `module` whose arrays in `weights` (by dotted name) are quantized."""
     from mlx_lm.utils import infer_quant_config
 
     def choose(path: str, part: nn.Module) -> dict | bool:
@@ -104,15 +105,15 @@ def quantize_as(module: nn.Module, weights: dict[str, mx.array]) -> None:
 
 
 def save_language_model(folder: Path, model: nn.Module, config: dict) -> None:
-    """Write `config.json` and `model.safetensors`, which mlx-lm and transformers load; LoRA layers are merged."""
-    (folder / "config.json").write_text(json.dumps(dense_config(config), indent=2) + "\n")
-    mx.save_safetensors(str(folder / "model.safetensors"), dense_weights(model), metadata={"format": "mlx"})
+    """Write `config.json` and `model.safetensors` for mlx-lm and transformers; adapters are merged."""
+    write_json(folder / "config.json", dense_config(config))
+    write_arrays(folder / "model.safetensors", dense_weights(model), format="mlx")
 
 
 def dense_weights(model: nn.Module) -> dict[str, mx.array]:
-    """The arrays of `model` as if it had neither LoRA nor quantised layers; `model` stays as it is."""
+    """The arrays of `model` with adapters merged and quantized layers dequantized; `model` does not change."""
     weights = dict(tree_flatten(model.parameters()))
-    for name, part in sorted(model.named_modules()):  # a LoRA layer comes before the layer inside it
+    for name, part in sorted(model.named_modules()):  # sorted: a LoRA layer comes before the layer inside it
         if hasattr(part, "fuse") or f"{name}.scales" in weights:
             weights = {key: array for key, array in weights.items() if not key.startswith(f"{name}.")}
             weights |= {f"{name}.{key}": array for key, array in _dense(part).items()}
@@ -125,7 +126,7 @@ def dense_config(config: dict) -> dict:
 
 
 def _dense(part: nn.Module) -> dict[str, mx.array]:
-    """The arrays of the plain layer that computes what a LoRA layer of mlx-lm, or a quantised one, does."""
+    """The arrays of the plain layer that computes the same as mlx-lm's LoRA layer or a quantized one."""
     if hasattr(part, "fuse"):
         return dict(part.fuse(dequantize=True).parameters())
     form = {"group_size": part.group_size, "bits": part.bits, "mode": part.mode}
@@ -139,7 +140,7 @@ def embed(model: nn.Module, tokens: mx.array) -> mx.array:
 
 
 def hidden_states(model: nn.Module, embeddings: mx.array, cache=None) -> mx.array:
-    """(B, L, D) embeddings to the normalised states (B, L, D) that the head reads; each sees those before it."""
+    """(B, L, D) embeddings to the normalised states (B, L, D) that the head reads, with causal attention."""
     return model.model(None, cache, input_embeddings=embeddings)
 
 
@@ -150,14 +151,14 @@ def head(model: nn.Module, states: mx.array) -> mx.array:
 
 
 def lora_layers(model: nn.Module, num_layers: int, settings: dict, dora: bool) -> None:
-    """Let mlx-lm put its adapters into the last `num_layers` layers, or with 0 into all."""
+    """Add mlx-lm's adapters to the last `num_layers` layers; 0: to all."""
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     linear_to_lora_layers(model, num_layers, settings, use_dora=dora)
 
 
 def make_cache(model: nn.Module) -> list:
-    """Keys and values of the positions that are behind, one entry a layer."""
+    """An empty cache of keys and values, one entry a layer."""
     from mlx_lm.models.cache import make_prompt_cache
 
     return make_prompt_cache(model)
@@ -165,7 +166,7 @@ def make_cache(model: nn.Module) -> list:
 
 @attrs.frozen
 class CachedLanguageModel:
-    """mlx-lm's network as what `mlxmm.generate` decodes from."""
+    """mlx-lm's network as a `DecoderInterface`, for `generate`."""
 
     model: nn.Module
 
@@ -176,13 +177,16 @@ class CachedLanguageModel:
         return embed(self.model, tokens)
 
     def logits(self, embeddings: mx.array, cache: list) -> mx.array:
-        """(B, L, D) to (B, V), what follows the last position: the head reads no other."""
+        """(B, L, D) to the logits (B, V) after the last position; the head reads no other position."""
         return head(self.model, hidden_states(self.model, embeddings, cache)[:, -1:])[:, 0]
 
 
 def keep_likeliest(logits: mx.array, top_k: int, top_p: float) -> mx.array:
-    """Log-probabilities of (B, V) float32 logits, -inf for all but the `top_k` largest (0: all), and of those for
-    all but the fewest that have the probability `top_p` together. mlx-lm's filters, in transformers' order."""
+    """Log-probabilities of (B, V) float32 logits, with -inf for tokens that top-k or top-p sampling excludes.
+
+    `top_k` keeps the largest (0: all); of these `top_p` keeps the fewest whose probabilities sum to it. The filters
+    are mlx-lm's, in transformers' order.
+    """
     from mlx_lm.sample_utils import apply_top_k, apply_top_p
 
     if 0 < top_k < logits.shape[-1]:
@@ -192,8 +196,7 @@ def keep_likeliest(logits: mx.array, top_k: int, top_p: float) -> mx.array:
 
 
 def head_weight(model: nn.Module) -> mx.array | None:
-    """The head's matrix (V, D), unpacked if it is quantized; none where the head is more than a product with one
-    (LoRA, biased)."""
+    """The head's matrix (V, D), dequantized if need be; None if the head has a bias or an adapter."""
     part = head_part(model)
     if "bias" in part or not isinstance(part, nn.Linear | nn.Embedding | nn.QuantizedLinear | nn.QuantizedEmbedding):
         return None
@@ -201,14 +204,15 @@ def head_weight(model: nn.Module) -> mx.array | None:
 
 
 def head_part(model: nn.Module) -> nn.Module:
-    """The layer that makes logits: with tied embeddings the table of tokens."""
+    """The layer that computes logits: lm_head, or the token embeddings if they are tied."""
     return model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens
 
 
 def _check_embeddings(model: nn.Module, folder: Path) -> None:
-    """Raise `UserError` unless `embed`, `hidden_states` and `head` give together what the network gives for tokens."""
+    """Raise `UserError` unless `embed`, `hidden_states` and `head` together compute what the network computes."""
     from mlx_lm.utils import does_model_support_input_embeddings
 
+    # Some networks scale their embeddings or logits elsewhere (Gemma): only a trial shows it.
     inner = getattr(model, "model", None)
     if isinstance(inner, nn.Module) and "embed_tokens" in inner and does_model_support_input_embeddings(inner):
         tokens = mx.array([[0, 1]])
@@ -218,28 +222,6 @@ def _check_embeddings(model: nn.Module, folder: Path) -> None:
     raise UserError(
         f"{folder} holds a {model.model_type}, to which mlx-lm cannot give embeddings: take a Qwen3 or Llama"
     )
-
-
-def _use_fast_forms(model: nn.Module) -> None:
-    """Let mlx-lm's network take attention and SwiGLU from `mlxmm.functional`: half the time on a Linux CPU.
-
-    Its networks find both as names of their own file; a network that has no such names is left as it is.
-    """
-    use_unpacking(model)
-    names = vars(sys.modules[type(model).__module__])
-    if "swiglu" in names:
-        names["swiglu"] = lambda gate, x: F.silu(gate) * x
-    own = names.get("scaled_dot_product_attention")
-    if own is not None and not isinstance(own, functools.partial):  # once
-        names["scaled_dot_product_attention"] = functools.partial(_attention, own)
-
-
-def _attention(own, queries, keys, values, cache, scale, mask, sinks=None):
-    """mlx-lm's attention in our form where that computes the same: plain keys, no mask or the causal one."""
-    is_plain = isinstance(keys, mx.array) and sinks is None and (mask is None or isinstance(mask, str))
-    if is_plain and F.uses_fast_forms(queries):
-        return F.attention(queries, keys, values, scale=scale, mask=mask)
-    return own(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
 
 
 def _to_float32(array: mx.array) -> mx.array:

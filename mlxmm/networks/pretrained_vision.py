@@ -1,6 +1,5 @@
-"""Vision towers of the Hub, alone: that of a CLIP or SigLIP folder, or a ViT."""
+"""Load and save vision towers in the Hub's layout: of CLIP, SigLIP or ViT."""
 
-import json
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,8 +9,8 @@ from mlxmm.errors import UserError
 from mlxmm.networks import clip, siglip, vit
 from mlxmm.networks.towers import VisionTower
 from mlxmm.storage import checkpoint
-from mlxmm.storage.atomic import read_arrays
-from mlxmm.storage.pretrained import read_config, read_weights
+from mlxmm.storage.atomic import read_arrays, write_json
+from mlxmm.storage.pretrained import read_config, read_weights, write_arrays
 
 KINDS = {"clip_vision_model": clip, "siglip_vision_model": siglip, "vit": vit}
 ARCHITECTURES = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel", "vit": "ViTModel"}
@@ -24,9 +23,9 @@ def build_vision_tower(values: dict) -> VisionTower:
 
 
 def load_vision_tower(folder: Path) -> tuple[VisionTower, dict]:
-    """The tower and its configuration, as the Hub has it, from a folder of CLIP, SigLIP or ViT; or from one of ours.
+    """Load a vision tower and its Hub configuration from a CLIP, SigLIP or ViT folder, or a ContrastiveCLIP checkpoint.
 
-    Raises `UserError` where there is none.
+    Raises `UserError` if there is no vision tower.
     """
     values = vision_values(read_config(folder), folder)
     tower = build_vision_tower(values)
@@ -40,20 +39,20 @@ def load_vision_tower(folder: Path) -> tuple[VisionTower, dict]:
 
 
 def save_vision_tower(folder: Path, tower: VisionTower, values: dict) -> None:
-    """Write `config.json` and `model.safetensors`, which transformers loads: a ViT as ViTModel without pooler."""
+    """Write a folder that transformers loads; a ViT is saved as ViTModel without its pooler."""
     folder.mkdir(parents=True, exist_ok=True)
     values = values | {"architectures": [ARCHITECTURES[values["model_type"]]]}
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    mx.save_safetensors(str(folder / "model.safetensors"), to_hub(tower, values), metadata={"format": "pt"})
+    write_json(folder / "config.json", values)
+    write_arrays(folder / "model.safetensors", to_hub(tower, values), format="pt")
 
 
 def to_hub(tower: VisionTower, values: dict) -> dict[str, mx.array]:
-    """The arrays of a tower as transformers has them; `values` are its configuration."""
+    """The arrays of a tower in transformers' layout; `values` is its configuration."""
     return _kind(values).to_hub(dict(tree_flatten(tower.parameters())))
 
 
 def from_hub(weights: dict[str, mx.array], values: dict) -> dict[str, mx.array]:
-    """The inverse of `to_hub`: arrays as a tower of the configuration `values` has them."""
+    """The inverse of `to_hub`."""
     return _kind(values).from_hub(weights)
 
 

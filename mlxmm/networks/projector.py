@@ -1,4 +1,4 @@
-"""Projectors: from what a vision tower sees to where a language model reads.
+"""Projectors: from features of a vision tower to embeddings of a language model.
 
 B images, P patches, D features of the tower.
 """
@@ -37,7 +37,7 @@ class Projector(nn.Module):
 def pixel_shuffle(x: mx.array, factor: int) -> mx.array:
     """(B, P, D) to (B, P / factor ** 2, factor ** 2 * D): the patches of each square side by side, row by row.
 
-    Raises `UserError` where the patches are no square, or their side is no multiple of `factor`.
+    Raises `UserError` if the patches do not form a square whose side is a multiple of `factor`.
     """
     B, P, D = x.shape
     side = squares(P, factor)
@@ -46,7 +46,7 @@ def pixel_shuffle(x: mx.array, factor: int) -> mx.array:
 
 
 def squares(num_patches: int, factor: int) -> int:
-    """How many squares of `factor` x `factor` patches are side by side in a square picture of `num_patches`."""
+    """The number of `factor` x `factor` squares along a side of a square image of `num_patches` patches."""
     side = math.isqrt(num_patches)
     if side * side != num_patches:
         raise UserError(f"pixel_shuffle wants patches in a square: {num_patches} is no square number")

@@ -95,11 +95,11 @@ class Siglip(nn.Module):
         return l2_normalize(self.text_model(tokens))
 
     def __call__(self, images: mx.array, tokens: mx.array) -> mx.array:
-        """Logits (B images, B texts), in float32: of each pair by itself, whether it matches."""
+        """Logits (B images, B texts), in float32; the sigmoid of each is the probability that the pair matches."""
         return self.logits(self.encode_image(images), self.encode_text(tokens))
 
     def logits(self, images: mx.array, texts: mx.array) -> mx.array:
-        """The same of features, (B, E) each."""
+        """Logits from features, (B, E) each."""
         scale, bias = (x.astype(mx.float32) for x in (self.logit_scale, self.logit_bias))
         return scale.exp() * (images @ texts.T) + bias
 
@@ -111,7 +111,7 @@ def vision_tower(values: dict) -> SiglipVisionTower:
 
 
 def from_hub(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """A Hub checkpoint's arrays in our layout: as `towers.from_hub`, q, k and v of the pooling head apart."""
+    """A Hub checkpoint's arrays in our layout: as `towers.from_hub`, with q, k and v of the pooling head split."""
     arrays = {}
     for name, array in towers.from_hub(weights).items():
         if PACKED in name and len(array) % 3 == 0:

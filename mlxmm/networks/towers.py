@@ -41,7 +41,7 @@ class TextConfig(TransformerConfig):
     intermediate_size: int = option(128, "features inside the MLP", ge(1))
     vocab_size: int = option(512, "tokens", ge(1))
     max_position_embeddings: int = option(24, "longest text, in tokens", ge(2))
-    eos_token_id: int = option(0, "token whose position speaks for the text; 2: the highest id does", ge(0))
+    eos_token_id: int = option(0, "token whose state is the text's feature; 2: the highest id", ge(0))
 
 
 class Tower(nn.Module):
@@ -67,7 +67,7 @@ class Tower(nn.Module):
         return self.encoder(self.embed(inputs), self.mask, num_layers=layer % (depth + 1))
 
     def all_hidden_states(self, inputs: mx.array) -> list[mx.array]:
-        """Every state that `hidden_states` knows, from 0 to the last, in one pass."""
+        """The hidden states of all layers, from 0 to the last, in one pass."""
         states = [self.embed(inputs)]
         for block in self.encoder.layers:
             states.append(block(states[-1], self.mask))
@@ -75,14 +75,14 @@ class Tower(nn.Module):
 
 
 class VisionTower(Tower):
-    """A tower of patches, behind a class token where the embeddings have one."""
+    """A tower whose positions are patches, after a class token if the embeddings have one."""
 
     def patches(self, images: mx.array, layer: int = -1) -> mx.array:
         """(B, H, W, 3) to (B, P, D): the hidden states of `layer` without the class token."""
         return self._without_class(self.hidden_states(images, layer))
 
     def all_patches(self, images: mx.array) -> list[mx.array]:
-        """What `patches` gives for every layer, from 0 to the last, in one pass."""
+        """The `patches` of all layers, from 0 to the last, in one pass."""
         return [self._without_class(states) for states in self.all_hidden_states(images)]
 
     def _without_class(self, states: mx.array) -> mx.array:
@@ -90,7 +90,7 @@ class VisionTower(Tower):
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches with their positions, which are interpolated where images are not of the size in the config."""
+    """Patch and position embeddings; positions are interpolated if images differ from the config's size."""
 
     def __init__(self, config: VisionConfig, *, class_token: bool, bias: bool):
         super().__init__()
@@ -141,7 +141,9 @@ class PatchEmbedding(nn.Module):
         rows, columns = H // p, W // p
         if rows * columns == 0:
             raise UserError(f"images are {H}x{W} pixels, smaller than a patch of {p}x{p}")
-        images = images[:, : rows * p, : columns * p].astype(self.weight.dtype)  # or all that follows is float32
+        images = images[:, : rows * p, : columns * p].astype(
+            self.weight.dtype
+        )  # float32 pixels would make all that follows float32
         x = images.reshape(B, rows, p, columns, p, C).transpose(0, 1, 3, 2, 4, 5).reshape(B, rows, columns, -1)
         x = x @ self.weight.reshape(D, -1).T
         return x + self.bias if "bias" in self else x
@@ -176,18 +178,18 @@ def bicubic(num_in: int, num_out: int) -> np.ndarray:
 
 
 def l2_normalize(x: mx.array) -> mx.array:
-    """Rows of length one, in float32: a temperature of 1/100 makes of bfloat16's steps half a logit."""
+    """Scale rows to unit length, in float32: bfloat16 rounding, divided by a temperature of 0.01, is half a logit."""
     x = x.astype(mx.float32)
     return x * mx.rsqrt(mx.square(x).sum(-1, keepdims=True))
 
 
 def config_from_hub(cls: type, values: dict):
-    """`cls` from a config.json, which says more than the network needs. Raises `UserError` for what cannot be."""
+    """Build `cls` from a config.json, ignoring other keys. Raises `UserError` for values that it refuses."""
     names = {field.name for field in attrs.fields(cls)}
     try:
         return cls(**{name: value for name, value in values.items() if name in names})
     except (ValueError, TypeError) as error:
-        raise UserError(f"config.json describes no tower that is known here: {error.args[0]}") from None
+        raise UserError(f"config.json describes an unsupported tower: {error.args[0]}") from None
 
 
 def from_hub(weights: dict[str, mx.array]) -> dict[str, mx.array]:

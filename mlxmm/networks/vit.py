@@ -32,7 +32,7 @@ NAMES = [
 ]
 # These have three axes on the Hub; the last one that is joined to the first.
 THREE_AXES = {"class_embedding": -1, "position_embedding.weight": -2}
-HEADS = ("classifier.", "pooler.", "decoder.", "embeddings.mask_token")  # what reads the tower, and is none of it
+HEADS = ("classifier.", "pooler.", "decoder.", "embeddings.mask_token")  # layers that are not part of the tower
 
 
 @attrs.frozen(kw_only=True)

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: folders of weights, here or there. `huggingface_hub` is used here only."""
+"""The Hugging Face Hub: download and upload models. This is the only file that imports `huggingface_hub`."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,10 @@ NEEDED = [
 
 
 def local_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
-    """The folder `path_or_id` if it is one, else the snapshot of that Hub repository, from the cache if offline."""
+    """`path_or_id` if it is a folder, else a snapshot of that Hub repository, from the cache if offline.
+
+    Raises `UserError` if it is neither.
+    """
     path = Path(path_or_id)
     if path.is_dir():
         return path
@@ -30,30 +33,30 @@ def local_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
 
 
 def is_hub_id(path_or_id: str | Path) -> bool:
-    """Whether this is the name of a repository (user/name), and no folder here."""
+    """Whether this is the name of a Hub repository (user/name) and not a local folder."""
     name = str(path_or_id)
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).is_dir()
 
 
 def check_upload(repo_id: str) -> None:
-    """Raise `UserError` where `upload` could not begin: no name of a repository, or no token. Asks no network."""
+    """Raise `UserError` if `repo_id` is not a repository name or there is no token. Makes no network calls."""
     from huggingface_hub import get_token
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UserError(f"{repo_id!r} is no name of a repository, user/name: {_line(error)}") from None
+        raise UserError(f"{repo_id!r} is not a repository name, user/name: {_line(error)}") from None
     if repo_id.count("/") != 1:
-        raise UserError(f"{repo_id!r} is no name of a repository: it wants a user too, user/name")
+        raise UserError(f"{repo_id!r} is not a repository name: it needs a user, user/name")
     if get_token() is None:
         raise UserError(f"nothing can be uploaded to {repo_id} without a token: hf auth login, or set HF_TOKEN")
 
 
 def upload(folder: Path, repo_id: str, *, public: bool = False) -> str:
-    """Upload the files of `folder` to the Hub's model `repo_id`, in one commit, and return the commit's address.
+    """Upload the files of `folder` to the Hub model `repo_id` in one commit; return the commit's URL.
 
-    A repository that is not there yet is made; one that is there stays as public as it is. Raises `UserError`.
+    A missing repository is created; an existing one keeps its visibility. Raises `UserError` if the upload fails.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -62,7 +65,7 @@ def upload(folder: Path, repo_id: str, *, public: bool = False) -> str:
     try:
         api = HfApi()
         api.create_repo(repo_id, private=not public, exist_ok=True)
-        # `upload_folder` makes several commits of large files.
+        # One commit of our own: `upload_folder` splits large files over several commits.
         added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
         return api.create_commit(repo_id, added, commit_message="A captioner that mlxmm trained").commit_url
     except Exception as error:
@@ -70,7 +73,14 @@ def upload(folder: Path, repo_id: str, *, public: bool = False) -> str:
         raise UserError(f"not uploaded to {repo_id}: {_line(error)}; to try again: {again}") from error
 
 
+def card_metadata(**data) -> str:
+    """The YAML block that a model card begins with, of fields of `huggingface_hub.ModelCardData`."""
+    from huggingface_hub import ModelCardData
+
+    return f"---\n{ModelCardData(**data)}\n---"
+
+
 def _line(error: Exception) -> str:
-    """What `error` says, on one line, without the number of the request."""
+    """The message of `error` on one line, without the request ID."""
     lines = [re.sub(r"\(Request ID: .*?\)", "", line).strip() for line in str(error).splitlines()]
     return " ".join(line for line in lines if line) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Folders in the Hub's layout: their JSON files and their weights."""
+"""Folders in the Hub's layout: their JSON files, tokenizer and weights."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxmm.errors import UserError
-from mlxmm.storage.atomic import read_arrays
+from mlxmm.storage.atomic import atomic_file, read_arrays, write_json
 
 
 def read_config(folder: Path) -> dict:
@@ -15,7 +15,7 @@ def read_config(folder: Path) -> dict:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object of a file. Raises `UserError` where it is missing or damaged."""
+    """The JSON object in a file. Raises `UserError` if it is missing or damaged."""
     try:
         values = json.loads(path.read_text())
     except OSError as error:
@@ -28,13 +28,26 @@ def read_json(path: Path) -> dict:
 
 
 def require_parts(folder: Path, values: dict, *names: str) -> None:
-    """Raise `UserError` where the `config.json` of a module, read as `values`, lacks a part."""
+    """Raise `UserError` if `values`, the `config.json` of a module, lacks one of the parts `names`."""
     if missing := [name for name in names if not isinstance(values.get(name), dict)]:
         raise UserError(f"{folder / 'config.json'} is damaged: it does not describe {', '.join(missing)}")
 
 
+def write_settings(folder: Path, config: dict, processor, tokenizer) -> None:
+    """Write all that a model's folder holds beside its weights."""
+    write_json(folder / "config.json", config)
+    write_json(folder / "preprocessor_config.json", processor.to_hub())
+    tokenizer.save_pretrained(str(folder))
+
+
+def write_arrays(path: Path, arrays: dict[str, mx.array], **metadata: str) -> None:
+    """Write a safetensors file, whole or not at all. Arrays may have been read from `path` itself."""
+    with atomic_file(path) as temporary:
+        mx.save_safetensors(str(temporary), arrays, metadata=metadata or None)
+
+
 def read_weights(folder: Path) -> dict[str, mx.array]:
-    """The arrays of all model*.safetensors of a folder."""
+    """The arrays of all model*.safetensors of a folder. Raises `UserError` if there are none."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise UserError(f"{folder} has no model.safetensors")

@@ -17,10 +17,17 @@ from mlxmm.evaluation.caption_metrics import bleu, exact_match
 from mlxmm.evaluation.captions import shuffled
 from mlxmm.evaluation.contact_sheet import contact_sheet
 from mlxmm.modules.captioning_module import CaptioningModule
+from mlxmm.preprocessing.tokenizers import token_length
 from mlxmm.storage.atomic import atomic_file
 from mlxmm.storage.runs import Run
 
 SHEET_ROWS = 24
+MAX_NEW_TOKENS = 128  # where --module.max-new-tokens is 0: one caption of the data may fill a page
+
+
+def longest_caption(tokenizer, source: CaptionSource) -> int:
+    """Tokens of the longest of the first captions, with its end, but at most MAX_NEW_TOKENS."""
+    return min(token_length(tokenizer, source.sample_captions()) + 1, MAX_NEW_TOKENS)
 
 
 def report_truncation(captioner: CaptioningModule, source: CaptionSource, run: Run) -> None:

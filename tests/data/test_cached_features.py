@@ -96,5 +96,5 @@ def test_random_crops_are_refused(tmp_path):
 
 
 def test_a_learned_mix_of_layers_is_refused(tmp_path):
-    with pytest.raises(UserError, match="learned mix of layers"):
+    with pytest.raises(UserError, match="cannot be cached with mix_layers"):
         fit(CachedFeatures(tmp_path), mix_layers=True)

@@ -41,14 +41,14 @@ def test_retrieval_counts_both_ways_with_many_texts_for_an_image():
     #                  texts of image 0  of 1   of 2
     scores = np.array([[0.9, 0.1, 0.0, 0.8], [0.8, 0.7, 0.6, 0.1], [0.3, 0.2, 0.1, 0.2]])
     texts, relevant = captions_of([["a", "b"], ["c"], ["d"]])
-    figures = retrieval(scores, relevant)
+    metrics = retrieval(scores, relevant)
     assert texts == ["a", "b", "c", "d"]
     # Images find their best text at ranks 1, 3 and 3 (a tie counts as before it); texts their image at 1, 2, 1, 2.
-    assert figures["image_to_text/recall_at_1"] == pytest.approx(1 / 3) and figures["image_to_text/median_rank"] == 3
-    assert figures["text_to_image/recall_at_1"] == pytest.approx(2 / 4) and figures["text_to_image/median_rank"] == 1.5
-    assert figures["image_to_text/recall_at_5"] == figures["text_to_image/recall_at_5"] == 1
-    assert figures["image_to_text/recall_at_1_chance"] == pytest.approx((2 / 4 + 1 / 4 + 1 / 4) / 3)
-    assert figures["text_to_image/recall_at_1_chance"] == pytest.approx(1 / 3)
+    assert metrics["image_to_text/recall_at_1"] == pytest.approx(1 / 3) and metrics["image_to_text/median_rank"] == 3
+    assert metrics["text_to_image/recall_at_1"] == pytest.approx(2 / 4) and metrics["text_to_image/median_rank"] == 1.5
+    assert metrics["image_to_text/recall_at_5"] == metrics["text_to_image/recall_at_5"] == 1
+    assert metrics["image_to_text/recall_at_1_chance"] == pytest.approx((2 / 4 + 1 / 4 + 1 / 4) / 3)
+    assert metrics["text_to_image/recall_at_1_chance"] == pytest.approx(1 / 3)
 
 
 def test_a_caption_that_two_images_share_is_right_for_both():
@@ -75,8 +75,8 @@ def test_chance_is_what_all_orders_give_on_average():
 
 def test_top_k_is_the_share_of_labels_among_the_k_likeliest():
     scores = np.array([[3, 2, 1, 0, -1, -2, -3], [0, 1, 2, 3, 4, 5, 6]], dtype=np.float32)
-    figures = top_k(scores, class_labels("abcdefg", ["a", "b"]))
-    assert figures == {
+    metrics = top_k(scores, class_labels("abcdefg", ["a", "b"]))
+    assert metrics == {
         "top1": 0.5,
         "top1_chance": pytest.approx(1 / 7),
         "top5": 0.5,
@@ -100,9 +100,9 @@ def blobs(num, seed, spread=0.3):
 
 def test_a_linear_probe_separates_what_is_separable_and_not_noise():
     pytest.importorskip("sklearn")
-    figures = linear_probe(blobs(60, 0), blobs(30, 1), blobs(30, 2))
-    assert figures["accuracy"] == 1 and figures["accuracy_chance"] == pytest.approx(1 / 3)
-    assert 1e-6 <= figures["C"] <= 1e6
+    metrics = linear_probe(blobs(60, 0), blobs(30, 1), blobs(30, 2))
+    assert metrics["accuracy"] == 1 and metrics["accuracy_chance"] == pytest.approx(1 / 3)
+    assert 1e-6 <= metrics["C"] <= 1e6
     noise = [(np.random.default_rng(seed).normal(size=(60, 4)), blobs(60, 0)[1]) for seed in range(3)]
     assert linear_probe(*noise)["accuracy"] < 0.6
 
@@ -151,7 +151,7 @@ def test_callbacks_log_retrieval_zero_shot_and_probe_to_tensorboard(make_trainer
 
 
 def test_nothing_to_find_is_an_error():
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="at least one image"):
         retrieve(small_clip(), [])
     with pytest.raises(ValueError, match="no relevant"):
         best_ranks(np.zeros((2, 3)), np.array([[True, False, False], [False] * 3]))

@@ -95,22 +95,22 @@ def test_one_file_classifies_features_without_a_clip(tmp_path, pictures):
     assert loaded.class_names == (*NAMES, "schöne Katze")
     features = clip.encode_image(clip.preprocess(pictures))
     assert mx.allclose(loaded.classify(features), built.predict(pictures), atol=1e-6)
-    with pytest.raises(UserError, match="without a clip"):
+    with pytest.raises(UserError, match="without a CLIP"):
         loaded.predict(pictures)
 
 
 def test_a_file_that_holds_no_classifier_is_refused(tmp_path):
     mx.save_safetensors(str(tmp_path / "other.safetensors"), {"x": mx.zeros(2)})
-    with pytest.raises(UserError, match="holds no classifier"):
+    with pytest.raises(UserError, match="is not a classifier"):
         ZeroShotClassifier.load(tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         ZeroShotClassifier.load(tmp_path / "nowhere.safetensors")
 
 
 @pytest.mark.parametrize(
     ("names", "templates", "message"),
     [
-        (["cat", "cat"], ["{}"], "'cat' is there twice"),
+        (["cat", "cat"], ["{}"], "'cat' is repeated"),
         (["cat", " "], ["{}"], "class name 2 is empty"),
         ([], ["{}"], "at least one class name"),
         (["cat"], ["a photo"], "'a photo' has no {}"),
@@ -162,7 +162,7 @@ def test_the_recipe_prints_a_line_for_each_picture_and_keeps_the_classifier(fold
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--classes", "cat,cat", "0.png"], "'cat' is there twice"),
+        (["--classes", "cat,cat", "0.png"], "'cat' is repeated"),
         (["--classes", "cat,,dog", "0.png"], "class name 2 is empty"),
         (["--classes", "cat,dog"], "at least one picture"),
         (["0.png"], "--classes wants"),
@@ -202,14 +202,14 @@ def test_the_first_picture_of_each_class_of_a_column_is_classified_by_first_capt
     table.to_parquet(tmp_path / "rows.parquet")
     data = open_source(CaptionDataConfig(source=str(tmp_path / "rows.parquet"), split_column="split"), 0)
     clip, config = small_clip(), evaluate_clip.Config(data=data.config, class_column="kind", templates="a {}")
-    figures = evaluate_clip.evaluate(config, clip, data)
+    metrics = evaluate_clip.evaluate(config, clip, data)
     names = ["thing 10", "thing 11", "thing 13"]  # of the classes a, b, c of the test split
     first = data.rows["test"].first_of_each("kind")
     assert [first[i]["captions"][0] for i in range(len(first))] == names
     expected = ZeroShotClassifier.build(clip, names, ["a {}"]).top_k([pictures[i] for i in (0, 1, 3)], names)
-    assert {name: figures[f"zero_shot/{name}"] for name in expected} == expected
+    assert {name: metrics[f"zero_shot/{name}"] for name in expected} == expected
     assert expected["top1_chance"] == pytest.approx(1 / 3)
-    assert figures["retrieval/image_to_text/recall_at_1_chance"] == pytest.approx(1 / 3)  # 2 of 6 texts, 5 pictures
+    assert metrics["retrieval/image_to_text/recall_at_1_chance"] == pytest.approx(1 / 3)  # 2 of 6 texts, 5 pictures
     with pytest.raises(UserError, match="there is no column 'sort'; the columns are image, caption, kind, split"):
         evaluate_clip.evaluate(evaluate_clip.Config(data=data.config, class_column="sort"), clip, data)
 
@@ -218,25 +218,25 @@ def test_a_clip_is_judged_with_chance_beside_each_figure(folder):
     shapes = ["--data.shapes.num-test", "12", "--data.shapes.image-size", "16"]
     done = run("evaluate_clip", "--module", "model", "--run-dir", "judged", *shapes, folder=folder)
     assert done.returncode == 0, done.stderr
-    figures = json.loads((folder / "judged/summary.json").read_text())
+    metrics = json.loads((folder / "judged/summary.json").read_text())
     for name in ("zero_shot/accuracy", "retrieval/image_to_text/recall_at_1", "retrieval/text_to_image/median_rank"):
-        assert f"{name}_chance" in figures
+        assert f"{name}_chance" in metrics
         line = next(line for line in done.stdout.splitlines() if line.startswith(name + " "))
-        assert line.split()[1:] == [f"{figures[name]:.4f}", f"{figures[name + '_chance']:.4f}"]
-    assert figures["zero_shot/accuracy_chance"] == pytest.approx(1 / 40)
-    assert "zero_shot/pairs" in figures and "zero_shot/pairs_unseen" in figures
+        assert line.split()[1:] == [f"{metrics[name]:.4f}", f"{metrics[name + '_chance']:.4f}"]
+    assert metrics["zero_shot/accuracy_chance"] == pytest.approx(1 / 40)
+    assert "zero_shot/pairs" in metrics and "zero_shot/pairs_unseen" in metrics
 
 
-def test_training_ends_with_zero_shot_and_retrieval_figures(folder):
+def test_training_ends_with_zero_shot_and_retrieval_metrics(folder):
     sizes = ["--data.shapes.num-train", "32", "--data.shapes.num-val", "8", "--data.shapes.num-test", "16"]
     steps = ["--data.batch-size", "8", "--trainer.max-steps", "2", "--module.chunk-size", "4"]
     more = ["--module.patch-dropout", "0.5", "--trainer.no-compile"]
     done = run("train_clip", *sizes, *steps, *more, "--run-dir", "trained", folder=folder)
     assert done.returncode == 0, done.stderr
-    figures = json.loads((folder / "trained/summary.json").read_text())
+    metrics = json.loads((folder / "trained/summary.json").read_text())
     names = ("accuracy", "pairs", "pairs_unseen", "pairs_unseen_attributes")
     wanted = [*(f"zero_shot/{name}" for name in names), "retrieval/text_to_image/recall_at_1"]
-    assert all(0 < figures[f"{name}_chance"] < 1 and 0 <= figures[name] <= 1 for name in wanted)
+    assert all(0 < metrics[f"{name}_chance"] < 1 and 0 <= metrics[name] <= 1 for name in wanted)
     assert all(f"{name} " in done.stdout for name in wanted)
 
 
@@ -260,6 +260,6 @@ def test_a_column_of_classes_is_classified_and_probed(folder):
     )
     (folder / "rows.parquet").unlink()
     assert done.returncode == 0, done.stderr
-    figures = json.loads((folder / "labels/summary.json").read_text())
-    assert figures["linear_probe/accuracy"] == 1  # two pictures, each its own class
-    assert figures["zero_shot/top1_chance"] == 0.5 and figures["zero_shot/top1"] in (0, 0.5, 1)
+    metrics = json.loads((folder / "labels/summary.json").read_text())
+    assert metrics["linear_probe/accuracy"] == 1  # two pictures, each its own class
+    assert metrics["zero_shot/top1_chance"] == 0.5 and metrics["zero_shot/top1"] in (0, 0.5, 1)

@@ -207,7 +207,7 @@ def test_nothing_that_is_there_is_written_over(tmp_path):
 
 def test_anothers_llava_is_one_clear_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
-    with pytest.raises(UserError, match="is a LLaVA, but none that Qwen3Aligner.save_pretrained wrote"):
+    with pytest.raises(UserError, match="is a LLaVA that Qwen3Aligner.save_pretrained did not write"):
         Qwen3Aligner.from_pretrained(tmp_path)
 
 
@@ -383,8 +383,8 @@ def test_no_network_is_one_line(tmp_path, monkeypatch):
     ("flags", "token", "message"),
     [
         (["--push-to", "alice/tiny"], None, "nothing can be uploaded to alice/tiny without a token: hf auth login"),
-        (["--push-to", "tiny"], TOKEN, "'tiny' is no name of a repository: it wants a user too, user/name"),
-        (["--push-to", "alice/t--y"], TOKEN, "'alice/t--y' is no name of a repository, user/name"),
+        (["--push-to", "tiny"], TOKEN, "'tiny' is not a repository name: it needs a user, user/name"),
+        (["--push-to", "alice/t--y"], TOKEN, "'alice/t--y' is not a repository name, user/name"),
     ],
 )
 def test_a_push_that_cannot_be_is_refused_before_the_run(flags, token, message, cache, tmp_path):

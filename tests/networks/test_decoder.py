@@ -12,8 +12,9 @@ P, L, E, V = 5, 4, 12, 11
 
 def make(reading: str, **settings) -> Decoder:
     mx.random.seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32, "vocab_size": V}
-    return Decoder(DecoderConfig(reading=reading, max_position_embeddings=L, **sizes, **settings), E)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
+    config = DecoderConfig(reading=reading, **sizes, **settings)
+    return Decoder(config, image_width=E, vocab_size=V, max_positions=L)
 
 
 def inputs(batch: int = 3):
@@ -72,9 +73,9 @@ def test_a_text_longer_than_the_decoder_has_positions_for_is_one_clear_line(read
     continuation = CachedDecoder(decoder, P)
     cache, new = continuation.make_cache(), mx.concatenate([decoder.read(features), continuation.embed(tokens)], axis=1)
     continuation.logits(new, cache)
-    with pytest.raises(UserError, match="max_position_embeddings=4"):
+    with pytest.raises(UserError, match="the decoder has 4 positions"):
         continuation.logits(continuation.embed(tokens[:, :1]), cache)
-    with pytest.raises(UserError, match="5 tokens with the start"):
+    with pytest.raises(UserError, match="caption have 5 tokens"):
         decoder(decoder.read(features), mx.concatenate([tokens, tokens[:, :1]], axis=1))
 
 

@@ -163,8 +163,9 @@ def next_log_probabilities(network, prefix, sequence) -> list[float]:
 
 
 def test_a_length_penalty_makes_captions_longer(network, prefix):
+    way = {"max_new_tokens": 32, "num_beams": 4}
     lengths = [
-        sum(map(len, generate(network, prefix, GenerationConfig(num_beams=4, length_penalty=p), stop_id=STOP)))
+        sum(map(len, generate(network, prefix, GenerationConfig(**way, length_penalty=p), stop_id=STOP)))
         for p in (-2.0, 0.0, 3.0)
     ]
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
@@ -191,11 +192,12 @@ def test_draws_have_the_probabilities_of_the_tempered_logits(network):
 
 
 def test_draws_depend_on_the_seed_and_on_nothing_before(network, prefix):
-    drawn = lambda seed: generate(network, prefix, GenerationConfig(temperature=2.0, seed=seed), stop_id=STOP)
+    way = {"temperature": 2.0}
+    drawn = lambda seed: generate(network, prefix, GenerationConfig(max_new_tokens=32, **way, seed=seed), stop_id=STOP)
     first = drawn(1)
     mx.random.uniform()
     assert drawn(1) == first != drawn(2)
-    shorter = generate(network, prefix, GenerationConfig(temperature=2.0, seed=1, max_new_tokens=4), stop_id=STOP)
+    shorter = generate(network, prefix, GenerationConfig(max_new_tokens=4, **way, seed=1), stop_id=STOP)
     assert shorter == [row[:4] for row in first]
 
 
@@ -235,7 +237,7 @@ def test_streamed_tokens_are_those_of_generate(network, prefix):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_beams": 2, "temperature": 1.0}, "num_beams > 1 draws nothing"),
+        ({"num_beams": 2, "temperature": 1.0}, "beam search does not sample"),
         ({"top_p": 0.9}, "set temperature above 0"),
         ({"top_k": 3}, "set temperature above 0"),
         ({"num_beams": 0}, "'num_beams' must be >= 1: 0"),
@@ -247,8 +249,14 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
         GenerationConfig(**settings)
 
 
+def test_a_network_without_a_module_must_be_told_how_long(network, prefix):
+    for decode in (generate, lambda *rest, **named: list(stream(*rest, **named))):
+        with pytest.raises(UserError, match="set max_new_tokens"):
+            decode(network, prefix[:1], GenerationConfig(), stop_id=STOP)
+
+
 def test_beams_cannot_be_streamed(network, prefix):
-    with pytest.raises(UserError, match="stream with num_beams=1"):
+    with pytest.raises(UserError, match="set num_beams=1 to stream"):
         next(stream(network, prefix[:1], GenerationConfig(num_beams=2), stop_id=STOP))
 
 

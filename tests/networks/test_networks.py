@@ -147,7 +147,7 @@ def test_siglip_begins_with_the_papers_scale_and_bias_and_learns_pairs(make_trai
     text = TextConfig(vocab_size=len(tokenizer), max_position_embeddings=16)
     vision, optimizer = VisionConfig(num_hidden_layers=1), OptimizerConfig(learning_rate=4e-3, warmup_steps=5)
     config = CLIPConfig(model_type="siglip", projection_dim=64, vision=vision, text=text, optimizer=optimizer)
-    mx.random.seed(0)
+    mx.random.seed(3)
     module = ContrastiveCLIP(config, tokenizer, ImageProcessor.square(32))
     assert math.exp(module.network.logit_scale.item()) == pytest.approx(10)
     assert module.network.logit_bias.item() == -10
@@ -160,7 +160,7 @@ def test_siglip_begins_with_the_papers_scale_and_bias_and_learns_pairs(make_trai
 
 
 def test_settings_of_a_siglip_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="projection_dim=96 .* its vision tower's width: 64"):
+    with pytest.raises(ValueError, match="projection_dim=96 must be the width of the vision tower: 64"):
         CLIPConfig(model_type="siglip")
     with pytest.raises(ValueError, match="initialization=openai is for model_type=clip"):
         CLIPConfig(model_type="siglip", projection_dim=64, initialization="openai")

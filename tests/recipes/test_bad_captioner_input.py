@@ -323,7 +323,7 @@ def test_empty_captions_and_missing_pictures_are_named_when_a_captioner_is_judge
 
 
 def test_a_language_model_of_a_kind_that_mlx_lm_does_not_have_is_one_clear_line():
-    with pytest.raises(UserError, match="no language model for mlx-lm: Model type nope not supported"):
+    with pytest.raises(UserError, match="mlx-lm does not support: Model type nope not supported"):
         build_language_model({"model_type": "nope"})
 
 

@@ -167,7 +167,7 @@ def test_a_file_of_a_model_that_is_damaged_or_missing_is_one_line(run, model, tm
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (b"cat\ndog\ncat\n", "'cat' is there twice"),
+        (b"cat\ndog\ncat\n", "'cat' is repeated"),
         (b"cat\n\ndog\n", "class name 2 is empty"),
         (b"cat\n  \n", "class name 2 is empty"),
         (b"", "at least one class name"),
