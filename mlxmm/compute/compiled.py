@@ -1,4 +1,4 @@
-"""mx.compile for training: a bounded number of variants, and a failed trace that leaves everything as it was."""
+"""mx.compile for training: a bounded number of compiled variants, and traces that leave nothing behind if they fail."""
 
 import functools
 import shutil
@@ -16,7 +16,7 @@ class Compiled:
     """`function` compiled once per shape of its arguments, for the `most` shapes used last.
 
     `state` are the trees that `function` reads and writes beside its arguments. MLX keeps every variant it ever
-    compiled (mlx#4464), so each gets a compile of its own here, which goes when it is dropped.
+    compiled (mlx#4464), so each variant is a compiled function of its own here, freed when it is dropped.
     """
 
     def __init__(self, function: Callable, state: list, most: int):
@@ -59,7 +59,7 @@ class Compiled:
 
 @attrs.frozen
 class Compiler:
-    """Makes `Compiled` functions, or where `enabled` is false leaves functions as they are; counts the variants."""
+    """Makes `Compiled` functions and counts their variants; returns functions as they are if not `enabled`."""
 
     enabled: bool
     most: int
@@ -79,7 +79,7 @@ class Compiler:
 
 
 def can_compile() -> bool:
-    """Whether compiled steps run here; on a CPU, MLX calls a C++ compiler. Warns, once, where they do not."""
+    """Whether compiled steps can run here: on a CPU, MLX calls a C++ compiler. Warns once if they cannot."""
     if mx.default_device() != mx.cpu or shutil.which("g++"):
         return True
     _warn_of_plain_python()
@@ -88,11 +88,14 @@ def can_compile() -> bool:
 
 @functools.cache
 def _warn_of_plain_python() -> None:
-    warnings.warn("no g++ was found, which MLX compiles CPU kernels with: training runs uncompiled", stacklevel=3)
+    warnings.warn(
+        "MLX compiles kernels for the CPU with g++, which was not found: training runs uncompiled",
+        stacklevel=3,
+    )
 
 
 def snapshot(tree) -> Callable[[], None]:
-    """What puts every array in `tree`, of dicts and lists, back to what it is now."""
+    """Record every array in nested dicts and lists; return a function that restores them in place."""
     places = [(node, key, node[key]) for node in _nodes(tree) for key in _keys(node)]
 
     def restore() -> None:

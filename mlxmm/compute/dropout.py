@@ -1,4 +1,4 @@
-"""Patch dropout (FLIP, arXiv 2212.00794): each picture is trained on with a random part of its patches.
+"""Patch dropout (FLIP, arXiv 2212.00794), and dropout that a recomputed layer repeats.
 
 B pictures, L positions, D features.
 """
@@ -13,9 +13,9 @@ from mlxmm.compute.layer_calls import replaced_calls
 
 
 class PatchDropout(nn.Module):
-    """Leaves out a `fraction` of the patches, others of each picture; in evaluation mode none.
+    """Drops a random `fraction` of the patches of each image; in evaluation mode none.
 
-    The `num_first` first positions are no patches (a class token) and stay. One patch at least is kept.
+    The first `num_first` positions are not patches (a class token) and are kept. At least one patch is kept.
     """
 
     def __init__(self, fraction: float, num_first: int = 0):
@@ -23,7 +23,7 @@ class PatchDropout(nn.Module):
         self.fraction, self.num_first = fraction, num_first
 
     def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
-        """(B, L, D) to (B, fewer, D), drawn from `key`, or from the global one."""
+        """(B, L, D) to (B, fewer, D); patches are drawn with `key`, by default the global one."""
         if not self.training or self.fraction == 0:
             return x
         first, patches = x[:, : self.num_first], x[:, self.num_first :]
@@ -33,14 +33,18 @@ class PatchDropout(nn.Module):
         return mx.concatenate([first, kept], axis=1)
 
 
-DROPOUTS = {nn.Dropout: 0, nn.Dropout2d: 2, nn.Dropout3d: 3}  # and how many axes are dropped as one
+DROPOUTS = {
+    nn.Dropout: 0,
+    nn.Dropout2d: 2,
+    nn.Dropout3d: 3,
+}  # trailing axes that are dropped together
 
 
 @contextlib.contextmanager
 def dropout_from(module: nn.Module, key: mx.array) -> Iterator[None]:
-    """Let every dropout under `module` draw from `key`, so that a second pass drops what the first one did.
+    """Within the block, every dropout under `module` draws from `key`, so that a recomputed layer drops the same.
 
-    MLX's own draws from the global key, which has moved on when a layer is computed again.
+    MLX's dropout draws from the global key, which has advanced by the time a layer is computed again.
     """
     keys = iter(_successors(key))
 

@@ -1,4 +1,4 @@
-"""Gradient checkpointing (arXiv 1604.06174): repeated layers keep their inputs and are computed again."""
+"""Gradient checkpointing (arXiv 1604.06174): layers store their inputs and are computed again in the backward pass."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -13,8 +13,8 @@ from mlxmm.compute.layer_calls import repeated_layers, replaced_calls, replaced_
 
 @contextlib.contextmanager
 def recomputed_layers(module: nn.Module) -> Iterator[None]:
-    """Gradient checkpointing (arXiv 1604.06174): of each entry of a list called `layers` only the input is kept
-    for the backward pass, and the rest computed again, with the same dropout."""
+    """Within the block, each entry of a list named `layers` stores only its input for the backward pass, and computes
+    the rest again there, with the same dropout."""
     with replaced_calls(repeated_layers(module), _recomputed):
         yield
 
@@ -22,7 +22,7 @@ def recomputed_layers(module: nn.Module) -> Iterator[None]:
 def _recomputed(name: str, call: Callable) -> Callable:
     def run(self, *args, **kwargs):
         def inner(trained, others, key, *args, **kwargs):
-            # Those of now come in by name. Neither frozen weights nor random bits have a gradient.
+            # Trainable weights are passed as `trained`; frozen weights and the random key need no gradient.
             others, key = tree_map(mx.stop_gradient, (others, key))
             with replaced_parameters(self, others, trained), dropout_from(self, key):
                 return call(self, *args, **kwargs)
@@ -35,10 +35,10 @@ def _recomputed(name: str, call: Callable) -> Callable:
 
 
 def _gradients_at_once(tree):
-    """`tree`, whose arrays all get their gradients before any of them goes further back.
+    """Backward barrier: all gradients of these arrays are computed before any propagates further.
 
-    MLX may otherwise follow the inputs' gradients down to the first layer and compute those of the weights last,
-    while everything that was computed again for them stays in memory.
+    MLX may otherwise propagate the gradients of the inputs down to the first layer and compute those of the weights
+    last, while everything that was recomputed for them stays in memory.
     """
     floats = [leaf for _, leaf in tree_flatten(tree) if _is_float(leaf)]
     passed = iter(_passed_on(*floats) if floats else ())

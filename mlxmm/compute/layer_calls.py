@@ -1,4 +1,4 @@
-"""What can be done to a module's layers for the length of a run: recompute them, or watch what they give."""
+"""Temporary wrappers around layer calls: for gradient checkpointing, sharding, and checks of outputs."""
 
 import contextlib
 import re
@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 @contextlib.contextmanager
 def replaced_calls(parts: Mapping[str, nn.Module], wrap: Callable[[str, Callable], Callable]) -> Iterator[None]:
-    """Until the end of the block, `wrap(name, call)` stands in for the call of each of `parts`."""
+    """Within the block, calling any of `parts` runs `wrap(name, original_call)` instead."""
     own = {id(part): (part, type(part)) for part in parts.values()}
     for name, part in parts.items():
         kind = own[id(part)][1]
@@ -22,16 +22,16 @@ def replaced_calls(parts: Mapping[str, nn.Module], wrap: Callable[[str, Callable
 
 
 def repeated_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """The entries of all lists called `layers`, by their dotted names."""
+    """The entries of all lists named `layers`, by their dotted names."""
     return {name: part for name, part in module.named_modules() if re.search(r"(^|\.)layers\.\d+$", name)}
 
 
 @contextlib.contextmanager
 def replaced_parameters(module: nn.Module, everything: dict, parameters: dict) -> Iterator[None]:
-    """Until the end of the block, `module` has `everything`, and over it `parameters`.
+    """Within the block, `module` has the arrays of `everything`, overridden by those of `parameters`.
 
-    For a second pass: by then the module may hold other arrays, or of another type (mixed precision has put the
-    float32 weights back), and it keeps its own.
+    For recomputing a layer in the backward pass: by then the module may hold other arrays, or arrays of another dtype
+    (mixed precision has restored the float32 weights). Its own arrays are restored at the end.
     """
     own = module.parameters()
     module.update(everything)

@@ -1,9 +1,9 @@
-"""Features of pictures, computed once and kept on disk: float16, memory-mapped, finished block by block.
+"""Features of images, computed once and kept on disk: float16, memory-mapped, written block by block.
 
     <folder>/features.bin    (N, P, E) float16 in the order of the rows
-    <folder>/blocks.jsonl    a line for each block that is whole: its number and its checksum
+    <folder>/blocks.jsonl    one line per complete block: its number and its checksum
 
-N rows, P positions, E features. A block that was cut off, or that was damaged since, is computed again.
+N rows, P positions, E features. A block that is incomplete or damaged is computed again.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ BLOCK = 64  # rows that are computed, written and checked together
 
 
 def cache_key(**parts) -> str:
-    """A folder's name for what features depend on: JSON values, and byte strings of any length."""
+    """The name of a folder, made from everything that features depend on: JSON values, and byte strings."""
     digest = hashlib.sha256()
     for name, value in sorted(parts.items()):
         data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
@@ -90,7 +90,7 @@ def _computed(rows: Rows, blocks: list[int], pixels, compute, num_threads: int) 
 
 
 def _opened(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """The file at its full length; what was never written reads as zeros."""
+    """The file at its full length; blocks that were never written read as zeros."""
     size = int(np.prod(shape)) * 2
     if not path.exists() or path.stat().st_size != size:
         with path.open("ab") as file:
@@ -99,11 +99,11 @@ def _opened(path: Path, shape: tuple[int, ...]) -> np.memmap:
 
 
 def _recorded(folder: Path) -> list[tuple[int, int]]:
-    """What the journal says; its last line may have been cut off."""
+    """(block, checksum) of each line of the journal, whose last line may be incomplete."""
     if not (folder / JOURNAL).exists():
         return []
     text = (folder / JOURNAL).read_text()
-    if text and not text.endswith("\n"):  # the next line must not join what is left of this one
+    if text and not text.endswith("\n"):  # the next line must not be appended to an incomplete one
         (folder / JOURNAL).write_text(text[: text.rfind("\n") + 1])
     return [tuple(json.loads(line)) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 

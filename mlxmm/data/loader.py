@@ -18,10 +18,10 @@ from mlxmm.errors import UserError
 class Loader:
     """Batches of `transform(row, rng)`, a dict of NumPy arrays of fixed shapes, stacked along a first axis.
 
-    `rng` is a function of (seed, epoch, place in the epoch) too, so `epoch(3, start=7)` gives batch 7 of epoch
-    3 as it was the first time. Every process has its own share of the rows: with `drop_last` equally many, otherwise
-    up to one more or less. Threads prepare a few batches ahead; they must not touch MLX, whose random key is
-    each thread's own.
+    `rng` is a function of (seed, epoch, place in the epoch), so `epoch(3, start=7)` yields batch 7 of epoch 3 exactly
+    as the first time. Every process has its own share of the rows: with `drop_last` all have equally many, otherwise
+    shares may differ by one. Threads prepare a few batches ahead; `transform` must not use MLX there, whose random key
+    belongs to a thread.
     """
 
     rows: Sequence
@@ -31,7 +31,7 @@ class Loader:
     shuffle: bool = False
     drop_last: bool = False
     num_threads: int = 1
-    collate: Callable[[dict], dict] | None = None  # adds what only a whole batch can tell
+    collate: Callable[[dict], dict] | None = None  # completes a batch of stacked examples
 
     def __len__(self) -> int:
         num_rows = len(range(*self._share.indices(len(self.rows))))
@@ -44,7 +44,7 @@ class Loader:
         rows = grain.MapDataset.source(self.rows).seed(seed)
         if self.shuffle:
             rows = rows.shuffle()
-        # Sliced last, so that a row's `rng` is the same whoever gets it.
+        # Sliced last, so that the `rng` of a row is the same on whichever process it lands.
         rows = rows.random_map(self.transform)[self._share]
         batches = rows.batch(self.batch_size, drop_remainder=self.drop_last)[start:]
         if self.collate is not None:
@@ -60,7 +60,7 @@ class Loader:
 
 
 def prefetched(batches: Iterator[dict]) -> Iterator[dict]:
-    """`batches`, of which a thread makes a few ahead."""
+    """`batches`, a few of which a thread prepares ahead."""
     grain = _grain()
 
     class Made(grain.DatasetIterator):
@@ -81,7 +81,7 @@ def prefetched(batches: Iterator[dict]) -> Iterator[dict]:
 
 
 def _grain():
-    """grain, without its remark that JAX's profiler is not there."""
+    """Import grain without its log message about JAX's profiler."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -94,10 +94,10 @@ def _grain():
 
 @attrs.frozen(kw_only=True)
 class StreamLoader:
-    """Whole batches of `transform(row, rng)` from a stream, in the manner of `Loader`, but of unknown number.
+    """Full batches of `transform(row, rng)` from a stream: like `Loader`, but without a length.
 
-    Order and `rng` are functions of (seed, epoch, rank, place in this process's epoch). `epoch(3, start=7)` gives
-    batch 7 of epoch 3 as it was the first time: the batches before it are made again and left out.
+    Order and `rng` are functions of (seed, epoch, rank, place in this process's epoch). `epoch(3, start=7)` yields
+    batch 7 of epoch 3 exactly as the first time: the batches before it are made again and skipped.
     """
 
     rows: StreamRows
@@ -109,7 +109,7 @@ class StreamLoader:
     collate: Callable[[dict], dict] | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict]:
-        """The batches of an epoch from number `start` on. Raises `UserError` where too many rows cannot be used."""
+        """The batches of an epoch from number `start` on. Raises `UserError` if too many rows are unusable."""
         return prefetched(islice(self._batches(epoch), start, None))
 
     def _batches(self, epoch: int) -> Iterator[dict]:

@@ -1,7 +1,7 @@
-"""Several processes that train one module. A lone process is a group of one, so nobody else asks.
+"""Collective operations of the processes that train one module. A single process is a group of one.
 
-Ranks are the processes' numbers, from 0. Every function but `rank`, `world_size` and `watched` is a meeting point:
-all processes must call it, in the same order.
+Processes are numbered by rank, from 0. Every function except `rank`, `world_size` and `watched` is a collective call:
+all processes must make it, in the same order.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from mlxmm.compute import linux_blas
 from mlxmm.distributed import watchdog
 from mlxmm.errors import UserError
 
-GROUP_BYTES = 32 * 1024**2  # what goes around at once, as in mlx.nn.average_gradients
-START_SECONDS = 60  # in which a ring forms, once all processes are there
+GROUP_BYTES = 32 * 1024**2  # size of one all_sum, as in mlx.nn.average_gradients
+START_SECONDS = 60  # limit for forming the ring, once all processes have started
 
 _watchdog: watchdog.Watchdog | None = None
 
@@ -46,13 +46,13 @@ def _group() -> mx.distributed.Group:
 
 
 def _share_cores(ranks: int) -> None:
-    """Divide the cores among the ranks of this machine: BLAS threads of two that share one wait for each other."""
+    """Divide the cores among the ranks of this machine: BLAS threads that share a core wait for each other."""
     if ranks > 1 and not environment.blas_threads_are_set():
         linux_blas.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """The number of this process, from 0."""
     return _group().rank()
 
 
@@ -62,14 +62,14 @@ def world_size() -> int:
 
 
 def enter_collective() -> None:
-    """Say that this process is about to wait for the others; raises `PeerLost` where one of them is gone."""
+    """Announce that this rank enters a collective operation. Raises `PeerLost` if another rank has failed."""
     if _watchdog is not None:
         _watchdog.enter_collective()
 
 
 @contextlib.contextmanager
 def watched(waits: bool = True) -> Iterator[None]:
-    """Let the other processes know of an exception that leaves the block; with `waits`, none waits in it for ever."""
+    """Report an exception in the block to the other ranks; with `waits`, the rank timeout applies inside it."""
     if waits and _watchdog is not None:
         _watchdog.me.waits = True
     try:
@@ -84,7 +84,7 @@ def watched(waits: bool = True) -> Iterator[None]:
 
 
 def all_sum(tree):
-    """Add every array of `tree` across processes, small ones together."""
+    """Add every array of `tree` across processes. Small arrays are sent together."""
     if world_size() == 1:
         return tree
     arrays: list[mx.array] = []
@@ -99,7 +99,7 @@ def all_sum(tree):
 
 
 def _groups(arrays: list[mx.array]) -> Iterator[list[int]]:
-    """The numbers of arrays that go around together: of one dtype, up to about `GROUP_BYTES`."""
+    """Indices of the arrays that are sent together: of one dtype, up to about `GROUP_BYTES`."""
     for dtype in dict.fromkeys(array.dtype for array in arrays):
         group, size = [], 0
         for i, array in enumerate(arrays):
@@ -115,7 +115,7 @@ def _groups(arrays: list[mx.array]) -> Iterator[list[int]]:
 def all_gather(array: mx.array) -> mx.array:
     """Concatenate (B, ...) arrays of all processes, in rank order, to (world_size * B, ...).
 
-    The gradient is what the losses of all processes ask of this one's part (MLX's own: what this one's asks).
+    This rank's part receives the gradient summed over every rank's loss (MLX's own: of this rank's loss only).
     """
     if world_size() == 1:
         return array
@@ -126,7 +126,7 @@ def all_gather(array: mx.array) -> mx.array:
 
 
 def all_gather_object(value) -> list:
-    """What each process gave, JSON values, in rank order."""
+    """The values (JSON) of all processes, in rank order."""
     if world_size() == 1:
         return [value]
     enter_collective()
@@ -139,7 +139,7 @@ def all_gather_object(value) -> list:
 
 
 def all_max(*numbers: int) -> list[int]:
-    """The largest that any process gave, for each of the numbers."""
+    """The maximum over processes of each of the numbers."""
     if world_size() == 1:
         return list(numbers)
     enter_collective()
@@ -147,7 +147,8 @@ def all_max(*numbers: int) -> list[int]:
 
 
 def lockstep(items: Iterable) -> Iterator[tuple]:
-    """Each item and True; where other processes have more of them, the last one and False. `UserError` without any."""
+    """Yield (item, True); a rank that runs out early repeats its last item with False, so that all ranks make equally
+    many collective calls. Raises `UserError` on a rank without items."""
     rest, item = iter(items), None
     while all_max((new := next(rest, None)) is not None) == [1]:
         item = item if new is None else new
@@ -157,12 +158,12 @@ def lockstep(items: Iterable) -> Iterator[tuple]:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have called this."""
     all_max(0)
 
 
 def broadcast(tree):
-    """Rank 0's arrays, to the bit, on every process; shapes and dtypes must be the same."""
+    """The arrays of rank 0, to the bit, on every process. Shapes and dtypes must agree."""
     if world_size() == 1:
         return tree
     enter_collective()
@@ -174,12 +175,12 @@ def broadcast(tree):
 
 
 def broadcast_object(make: Callable):
-    """What `make()` returns, JSON values, on rank 0; the other processes wait until it is made."""
+    """What `make()` returns on rank 0 (JSON values), on every process; the others wait for it."""
     return all_gather_object(make() if rank() == 0 else None)[0]
 
 
 def broadcast_paths(make: Callable[[], Sequence[Path | None]]) -> list[Path | None]:
-    """The paths that `make()` returns on rank 0. Raises `UserError` on a process that does not see one of them."""
+    """The paths that `make()` returns on rank 0. Raises `UserError` on a process that cannot see one of them."""
     paths = [text and Path(text) for text in broadcast_object(lambda: [path and str(path) for path in make()])]
     if rank() > 0 and (unseen := [str(path) for path in paths if path and not path.exists()]):
         raise UserError(f"rank {rank()} does not see {unseen[0]}: it must be on storage that all machines share")
@@ -187,12 +188,12 @@ def broadcast_paths(make: Callable[[], Sequence[Path | None]]) -> list[Path | No
 
 
 def check_strategy(strategy: str) -> None:
-    """Raise `UserError` where processes cannot work together by `strategy`."""
+    """Raise `UserError` if the processes cannot train with this `strategy`."""
     if strategy != "fsdp":
         return
     if world_size() == 1:
-        raise UserError("strategy fsdp shards a module over processes, and this one is alone: use auto, or mlx.launch")
+        raise UserError("strategy fsdp shards a module over processes, and there is only one: use auto, or mlx.launch")
     try:
         mx.eval(mx.distributed.sum_scatter(mx.ones((world_size(), 1))))
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"strategy fsdp needs sum_scatter, which this backend has not ({error}): use ddp") from None
+        raise UserError(f"strategy fsdp needs sum_scatter, which this backend lacks ({error}): use ddp") from None

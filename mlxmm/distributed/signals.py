@@ -1,4 +1,4 @@
-"""Signals that end a run in good order: after the update in hand, with a checkpoint."""
+"""Signals that end a run cleanly: after the current update, with a checkpoint."""
 
 import contextlib
 import signal
@@ -9,7 +9,7 @@ import attrs
 
 
 class Interrupted(SystemExit):
-    """A run was asked to end. The exit code is 128 + the signal's number, as a shell reports it."""
+    """A signal asked the run to end. The exit code is 128 + the signal's number, as shells report it."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)
@@ -18,17 +18,17 @@ class Interrupted(SystemExit):
 
 @attrs.define
 class Request:
-    """Which signal asked for the end, if any did."""
+    """The number of the signal that asked for the end, if one did."""
 
     number: int | None = None
 
 
 @contextlib.contextmanager
 def end_requests() -> Iterator[Request]:
-    """Note SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once.
+    """Within the block, SIGINT and SIGTERM are recorded instead of ending the process; a second SIGINT interrupts.
 
-    A handler that was there before is called too, and is put back afterwards. Only the main thread receives
-    signals; in any other one this does nothing.
+    Handlers that were set before are called too, and restored afterwards. Only the main thread receives signals: in
+    any other thread this does nothing.
     """
     request = Request()
     if threading.current_thread() is not threading.main_thread():

@@ -1,9 +1,9 @@
-"""Watchdog: processes that train together tell each other how far they are, so that none waits for one that is gone.
+"""Watchdog: ranks report their progress to each other, so that none waits forever for one that has failed.
 
-MLX waits without limit, for a rank that never comes as for one that hangs. So every rank holds a TCP connection to
-rank 0, made before MLX's ring is, on the address that rank 0 has in the hostfile. A thread says over it, a few times a
-second, how many meeting points (operations that all ranks take part in) its main thread has come to. A rank that
-dies, fails, leaves early, is silent or stays behind ends all of them, with an error that names it.
+MLX waits without a limit, for a rank that never starts as for one that hangs. So every rank holds a TCP connection to
+rank 0, made before MLX's ring, on rank 0's address in the hostfile. A thread reports over it, a few times a second, how
+many collective operations its main thread has entered. A rank that dies, fails, leaves early, stops reporting or falls
+behind ends all ranks, with an error that names it.
 """
 
 import atexit
@@ -23,26 +23,26 @@ from mlxmm import environment
 from mlxmm.distributed.signals import Interrupted
 from mlxmm.errors import UserError
 
-TICK = 0.25  # seconds between two reports
-GRACE = 3.0  # seconds that the main thread has to end by itself, once a rank is lost
+TICK = 0.25  # seconds between reports
+GRACE = 3.0  # seconds for the main thread to end by itself, once a rank is lost
 
 
 class PeerLost(SystemExit):
-    """Another process is gone. Its text is printed as one line, and the exit code is 1."""
+    """Another process has failed. The message is printed as one line, and the exit code is 1."""
 
 
 @attrs.define(eq=False)
 class Peer:
-    """A process as this one knows it; `connection` is none for this process itself. Times are of time.monotonic."""
+    """What is known of a process; `connection` is None for this process. Times are from time.monotonic."""
 
     rank: int
     connection: socket.socket | None = None
-    count: int = 0  # meeting points it has come to
-    waits: bool = False  # whether the time limit holds for who keeps it waiting
-    left: bool = False  # ended, and said so
+    count: int = 0  # collective operations it has entered
+    waits: bool = False  # whether the timeout applies to ranks that keep it waiting
+    left: bool = False  # has ended without an error
     moved: float = attrs.field(factory=time.monotonic)
     heard: float = attrs.field(factory=time.monotonic)
-    rest: bytes = b""  # of a message that has not wholly come
+    rest: bytes = b""  # of a message that is not complete yet
 
     def advance(self, count: int) -> None:
         if count != self.count:
@@ -53,7 +53,7 @@ class Peer:
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict] | None:
-        """The messages that have come; None at the connection's end."""
+        """The messages received; None at the end of the connection."""
         try:
             data = self.connection.recv(1 << 16)
         except OSError:
@@ -64,7 +64,7 @@ class Peer:
 
 
 class Watchdog:
-    """This process and its peers: all others on rank 0, rank 0 on the others. `limit` is in seconds."""
+    """Watches the peers of this process: all other ranks on rank 0, rank 0 on the others. `limit` is in seconds."""
 
     def __init__(self, rank: int, peers: Sequence[Peer], limit: float):
         self.me, self.peers, self.limit = Peer(rank), list(peers), limit
@@ -74,15 +74,15 @@ class Watchdog:
         atexit.register(self._leave)
 
     def enter_collective(self) -> None:
-        """The main thread has come to the next meeting point. Raises `PeerLost` where nobody will meet it."""
+        """The main thread enters the next collective operation. Raises `PeerLost` if another rank has failed."""
         self.me.advance(self.me.count + 1)
         if self.failure:
             raise PeerLost(f"error: {self.failure}")
 
     def note(self, error: BaseException) -> None:
-        """Tell the others of an error of this process. Raises `PeerLost` where the error is that another is gone."""
+        """Report an error of this process to the others. Raises `PeerLost` if its cause is that another rank failed."""
         if isinstance(error, Interrupted) or (isinstance(error, SystemExit) and not error.code):
-            return  # as agreed, or in peace
+            return  # a signal that all ranks obey, or a normal exit
         if "[ring]" in str(error) and self._verdict_comes():
             raise PeerLost(f"error: {self.failure}") from error
         if self.failure is None:
@@ -90,7 +90,7 @@ class Watchdog:
             self._tell({"failed": self.failure})
 
     def _verdict_comes(self) -> bool:
-        """Whether it becomes known, soon after MLX has lost a connection, who is gone."""
+        """Wait a little, after MLX has lost a connection, for the report that names the failed rank."""
         deadline = time.monotonic() + 8 * TICK
         while self.failure is None and time.monotonic() < deadline:
             time.sleep(TICK / 8)
@@ -111,15 +111,15 @@ class Watchdog:
         while (reason := self._listen() or self._judge()) is None:
             self._tell({"count": self.me.count, "waits": self.me.waits})
         if self.failure is not None:
-            return  # by itself: the main thread is about to end with its own error
+            return  # the main thread is about to end with its own error
         self.failure = reason
         self._tell({"failed": reason})
         time.sleep(GRACE)
         print(f"error: {reason}", file=sys.stderr, flush=True)
-        os._exit(1)  # the main thread is inside MLX, and does not come back
+        os._exit(1)  # the main thread is blocked inside MLX
 
     def _listen(self) -> str | None:
-        """Take in what comes within a tick; the reason to end, if one comes."""
+        """Receive messages for one tick; return the reason to end, if there is one."""
         there = {peer.connection: peer for peer in self.peers if not peer.left}
         deadline = time.monotonic() + TICK
         while (rest := deadline - time.monotonic()) > 0:
@@ -139,7 +139,7 @@ class Watchdog:
         return None
 
     def _judge(self) -> str | None:
-        """The reason to end, if a rank is silent, has left too early, or keeps another waiting for too long."""
+        """The reason to end, if a rank stopped reporting, left too early, or keeps another waiting for too long."""
         now, everyone = time.monotonic(), [self.me, *self.peers]
         first = max(everyone, key=lambda peer: peer.count)
         for peer in everyone:
@@ -156,7 +156,7 @@ class Watchdog:
 
 
 def read_hosts() -> list[list[str]]:
-    """The "ip:port" addresses of each rank's ring, as `mlx.launch --backend ring` gives them; [] for a lone process."""
+    """The "ip:port" addresses of all ranks, as `mlx.launch --backend ring` sets them; [] for a single process."""
     hostfile = environment.ring_hostfile()
     if environment.ring_rank() is None or hostfile is None:
         return []
@@ -165,7 +165,7 @@ def read_hosts() -> list[list[str]]:
 
 
 def gather(hosts: Sequence[Sequence[str]], rank: int) -> Watchdog:
-    """Connect with the other ranks. Raises `UserError` that names those who do not come within the time limit."""
+    """Connect with the other ranks. Raises `UserError` that names those that do not connect within the limit."""
     address, _, port = hosts[0][0].rpartition(":")
     place, limit = (address.strip("[]"), int(port)), environment.rank_timeout()
     peers = _receive_others(place, len(hosts), limit) if rank == 0 else [_join(place, rank, limit)]
@@ -188,13 +188,13 @@ def _receive_others(place: tuple[str, int], size: int, limit: float) -> list[Pee
         raise _refuse(peers, str(error)) from None
     except OSError as error:
         raise UserError(f"rank 0 cannot listen on {place[0]}:{place[1]}: {error.strerror}") from None
-    for peer in peers.values():  # only now: until here the port, which MLX wants next, was this listener's
+    for peer in peers.values():  # only now: until here this listener held the port, which MLX needs next
         peer.send({"all": sorted(peers)})
     return list(peers.values())
 
 
 def _greet(connection: socket.socket) -> Peer | None:
-    """Who connected; None if it is none of ours. All must have the same flags, or they would train other things."""
+    """The rank that connected; None for a stranger. All ranks must have the same flags."""
     connection.settimeout(5.0)
     peer = Peer(-1, connection)
     try:
@@ -226,7 +226,7 @@ def _join(place: tuple[str, int], rank: int, limit: float) -> Peer:
                 raise UserError(f"rank 0 did not come within {limit:g} s (MLXMM_RANK_TIMEOUT)") from None
             time.sleep(TICK / 4)
     peer.send({"rank": rank, "flags": sys.argv[1:]})
-    peer.connection.settimeout(limit + 5.0)  # rank 0's own limit ends first, and it knows who is missing
+    peer.connection.settimeout(limit + 5.0)  # rank 0 times out first, and knows which rank is missing
     answer = (peer.receive() or [{"failed": "rank 0 died"}])[0]
     if "failed" in answer:
         raise UserError(answer["failed"])

@@ -12,12 +12,12 @@ import mlx.core as mx
 
 from mlxmm.errors import UserError
 
-TEMPORARY = ".tmp-"  # begins the name of whatever is not whole yet
+TEMPORARY = ".tmp-"  # prefix of files and folders that are not complete yet
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write; on success it becomes `path`, at once and for good."""
+    """Yield a temporary path to write to; on success it is renamed to `path`, after it reached the disk."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")  # the suffix stays: MLX reads it
     try:
         yield temporary
@@ -30,8 +30,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill; on success it becomes `path`. A folder already there is kept aside
-    until the new one stands in its place."""
+    """Yield a temporary folder to fill; on success it is renamed to `path`. A folder that exists is moved aside until
+    the new one is in its place."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -53,16 +53,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """As `atomic_folder`, for what must replace nothing. Raises `UserError` where `path` holds something already."""
+    """Like `atomic_folder`, but never replaces anything: raises `UserError` if `path` exists and is not empty."""
     path = path.absolute()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} is there already, and not empty: name another folder")
+        raise UserError(f"{path} exists and is not empty: name another folder")
     with atomic_folder(path) as temporary:
         yield temporary
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds all of it or what it held before."""
+    """Write `text`: `path` then holds all of it, or what it held before."""
     with atomic_file(path) as temporary:
         temporary.write_text(text)
 
@@ -73,7 +73,7 @@ def write_json(path: Path, value) -> None:
 
 
 def read_arrays(path: Path, **options):
-    """What `mx.load` reads of a safetensors file. Raises `UserError` where it is missing or damaged."""
+    """The arrays of a safetensors file, by `mx.load`. Raises `UserError` if it is missing or damaged."""
     try:
         return mx.load(str(path), **options)
     except RuntimeError as error:
@@ -81,7 +81,7 @@ def read_arrays(path: Path, **options):
 
 
 def replace_symlink(link: Path, target: Path) -> None:
-    """Make `link` name its neighbour `target`, replacing what it named before in one step."""
+    """Make the symlink `link` point to its neighbour `target`, in one step if it exists already."""
     temporary = link.with_name(f"{TEMPORARY}{os.getpid()}-{link.name}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
@@ -90,7 +90,7 @@ def replace_symlink(link: Path, target: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a process that was killed left unfinished in `folder`."""
+    """Delete the incomplete files that a killed process left in `folder`."""
     for path in folder.glob(f"{TEMPORARY}*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -99,7 +99,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The checksum of a file's bytes, in hexadecimal."""
+    """The SHA-256 checksum of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,9 +1,9 @@
-"""A checkpoint: a folder of safetensors and a state.json, whole or absent.
+"""Checkpoints: a folder of safetensors files and a state.json, complete or absent.
 
 weights.safetensors     every parameter of the module, by its dotted name
 optimizer.safetensors   moments, step counts, learning rates
-state.json              counters, what was trainable, callbacks, loggers, and a checksum of each file
-...                     what the module's `from_pretrained` reads beside the weights
+state.json              counters, names of trainable parameters, callbacks, loggers, and a checksum of each file
+...                     what the module's `from_pretrained` needs beside the weights
 """
 
 import copy
@@ -23,7 +23,7 @@ WEIGHTS, STATE = "weights.safetensors", "state.json"
 
 
 def contents(module, optimizer, state: dict) -> dict[str, dict]:
-    """What a checkpoint holds: arrays by their dotted names, and JSON values. Later updates do not change it."""
+    """The contents of a checkpoint: arrays by dotted names, and JSON values. Later updates do not change them."""
     weights, moments = (dict(tree_flatten(tree)) for tree in (module.parameters(), optimizer.state))
     return {"weights": weights, "optimizer": moments, "state": copy.deepcopy(state)}
 
@@ -80,12 +80,12 @@ def _checksum_of(path: Path, *identity: int) -> str:
 
 
 def load_weights(path: Path, module) -> None:
-    """Read a safetensors file into `module`; every name and shape must be the module's own."""
+    """Load a safetensors file into `module`. Raises `UserError` unless names and shapes are the module's."""
     load_arrays(path, read_arrays(path), module)
 
 
 def load_arrays(path: Path, weights: dict[str, mx.array], module) -> None:
-    """Put named arrays, read from `path`, into `module`, each in the dtype that the module has."""
+    """Load named arrays, read from `path`, into `module`, cast to its dtypes. Raises `UserError` unless they fit."""
     own = dict(tree_flatten(module.parameters()))
     misfits = {
         "missing": sorted(set(own) - set(weights)),
@@ -104,7 +104,7 @@ def load_arrays(path: Path, weights: dict[str, mx.array], module) -> None:
 
 
 def load_optimizer(arrays: dict[str, mx.array], optimizer, module) -> None:
-    """Take back moments and step counts; parameters that are new to the optimizer start at zero."""
+    """Restore moments and step counts; parameters that are new to the optimizer start at zero."""
     mx.eval(arrays)
     optimizer.state = tree_unflatten(list(arrays.items()))
     # Frozen layers leave empty dicts, which safetensors cannot hold: `init` puts them back.

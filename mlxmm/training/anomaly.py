@@ -1,4 +1,4 @@
-"""Checks for numbers that are not finite, by the name of the part that gave them."""
+"""Checks for numbers that are not finite, by the name of the part that produced them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from mlxmm.compute.layer_calls import replaced_calls
 
 
 class AnomalyError(ArithmeticError):
-    """Something that is not finite, and where it was first seen."""
+    """A value that is not finite; the message names the part that produced it."""
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def watched_outputs(module: nn.Module) -> Iterator[None]:
 
 
 def assert_finite(tree, what: str) -> None:
-    """Raise `AnomalyError` where `tree` holds a number that is not finite; `what` tells of which tree it is."""
+    """Raise `AnomalyError` if `tree` holds a number that is not finite; `what` describes the tree in the message."""
     for name, array in tree_flatten(tree):
         if isinstance(array, mx.array) and not mx.isfinite(array).all().item():
             raise AnomalyError(f"{what}{f' ({name})' if name else ''} is not finite")

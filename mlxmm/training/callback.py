@@ -7,96 +7,96 @@ from mlxmm.errors import UserError
 
 
 class Callback:
-    """Override the moments you want. `trainer` tells where the run is; `module` is what it fits.
+    """Override the hooks you need. `trainer` knows the state of the run; `module` is what it fits.
 
     Callbacks are called in the trainer's order, then the module's own method of the same name, which gets neither
-    `trainer` nor `module`. Hooks come per update, not per micro-batch. Metrics are scalar arrays: `float` of one
-    waits for the device, so do that rarely.
+    `trainer` nor `module`. Hooks run once per update, not per micro-batch. Metrics are scalar arrays: `float` of one
+    waits for the device, so call it rarely.
     """
 
     reads_rows = False  # such callbacks come after those that replace rows
     saves_checkpoints = False  # such callbacks come last: what they save includes what the others did
 
     def setup(self, trainer, module, stage) -> None:
-        """Before anything else of `fit`, `validate`, `test` or `predict` (the `stage`)."""
+        """Called first in `fit`, `validate`, `test` or `predict` (the `stage`), before the optimizer exists."""
 
     def teardown(self, trainer, module, stage) -> None:
-        """After everything else of a stage that ended well."""
+        """Called last in a stage that ended without an exception."""
 
     def on_fit_start(self, trainer, module) -> None:
-        """Weights, counters and optimizer are there, restored if the run is resumed."""
+        """Weights, counters and optimizer exist, and are restored if the run is resumed."""
 
     def on_fit_end(self, trainer, module) -> None:
-        """The last update and its validation are behind."""
+        """The last update and its validation are done."""
 
     def on_sanity_check_start(self, trainer, module) -> None:
-        """A few validation batches are about to be tried. No other hook hears of them."""
+        """A few validation batches are about to run as a check. No other hook is called for them."""
 
     def on_sanity_check_end(self, trainer, module) -> None:
-        """They went well; nothing was logged, and no random state was touched."""
+        """The check passed. Nothing was logged, and random states are unchanged."""
 
     def on_train_start(self, trainer, module) -> None:
-        """The first epoch is next."""
+        """The first epoch is about to begin."""
 
     def on_train_end(self, trainer, module) -> None:
-        """The last epoch, or as much of it as was wanted, is behind."""
+        """Training is over; the last epoch may be incomplete."""
 
     def on_train_epoch_start(self, trainer, module) -> None:
-        """An epoch is entered: at its beginning, or in its middle after a resume."""
+        """An epoch begins, or continues in its middle after a resume."""
 
     def on_train_epoch_end(self, trainer, module) -> None:
-        """The last update of an epoch, and its validation, are behind."""
+        """The last update of an epoch, and its validation, are done."""
 
     def on_train_batch_start(self, trainer, module, batches) -> int | None:
-        """An update is next; `batches` is the tuple of its micro-batches. Return -1 to skip the rest of the epoch."""
+        """An update is about to run on the micro-batches `batches`. Return -1 to skip the rest of the epoch."""
 
     def on_before_optimizer_step(self, trainer, module, grads) -> None:
-        """Gradients are summed and divided, not yet clipped; overriding this splits the compiled step in two."""
+        """Gradients are averaged, not yet clipped. Overriding this splits the compiled update in two."""
 
     def on_train_batch_end(self, trainer, module, metrics, batches) -> None:
-        """An update is done and counted; `metrics` are its means."""
+        """An update is done and counted; `metrics` are its means, as scalar arrays."""
 
     def on_save_point(self, trainer, module) -> None:
-        """The update, its validation and its epoch's end are behind: a checkpoint saved now misses nothing."""
+        """The update, its validation and the end of its epoch are done: a checkpoint saved now resumes exactly here."""
 
     def on_validation_start(self, trainer, module) -> None:
-        """The module is about to be validated, and is in evaluation mode."""
+        """Validation is about to begin; the module is in evaluation mode."""
 
     def on_validation_epoch_start(self, trainer, module) -> None:
         """Right after `on_validation_start`."""
 
     def on_validation_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        """A validation batch is next."""
+        """A validation batch is about to be evaluated."""
 
     def on_validation_batch_end(self, trainer, module, batch, batch_idx) -> None:
-        """A validation batch is counted."""
+        """A validation batch is evaluated."""
 
     def on_validation_epoch_end(self, trainer, module) -> None:
-        """The last validation batch is behind; its means are logged next."""
+        """The last validation batch is done; the means are logged next."""
 
     def on_validation_end(self, trainer, module, metrics) -> None:
-        """The means over the validation data are known, and logged; the module is still in evaluation mode."""
+        """The means over the validation data are logged; the module is still in evaluation mode."""
 
     def on_test_start(self, trainer, module) -> None:
-        """The module is about to be tested, and is in evaluation mode."""
+        """Testing is about to begin; the module is in evaluation mode."""
 
     def on_test_epoch_start(self, trainer, module) -> None:
         """Right after `on_test_start`."""
 
     def on_test_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        """A test batch is next."""
+        """A test batch is about to be evaluated."""
 
     def on_test_batch_end(self, trainer, module, batch, batch_idx) -> None:
-        """A test batch is counted."""
+        """A test batch is evaluated."""
 
     def on_test_epoch_end(self, trainer, module) -> None:
-        """The last test batch is behind; its means are logged next."""
+        """The last test batch is done; the means are logged next."""
 
     def on_test_end(self, trainer, module, metrics) -> None:
-        """The means over the test data are known, and logged."""
+        """The means over the test data are logged."""
 
     def on_predict_start(self, trainer, module) -> None:
-        """Predictions are about to be made, in evaluation mode."""
+        """Prediction is about to begin; the module is in evaluation mode."""
 
     def on_predict_epoch_start(self, trainer, module) -> None:
         """Right after `on_predict_start`."""
@@ -114,7 +114,7 @@ class Callback:
         """Right after `on_predict_epoch_end`."""
 
     def on_exception(self, trainer, module, exception) -> None:
-        """The run ends early, by an error or by a signal; the exception is raised again afterwards."""
+        """The stage ends early, by an error or a signal; the exception is raised again afterwards."""
 
     def on_save_checkpoint(self, trainer, module, checkpoint) -> None:
         """Add to what is saved, or change it: a flat dict of arrays for each file, and JSON values as "state"."""
@@ -123,15 +123,15 @@ class Callback:
         """The module is about to be restored from `checkpoint`, which is as `on_save_checkpoint` left it."""
 
     def state_dict(self) -> dict:
-        """What to remember across a resume, as JSON values."""
+        """The state to keep across a resume, as JSON values."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
     @property
     def state_key(self) -> str:
-        """Under what name the state is saved; two callbacks of one class need two names."""
+        """The name under which the state is saved; two callbacks of one class need different ones."""
         return type(self).__qualname__
 
 
@@ -139,10 +139,10 @@ HOOKS = [name for name in vars(Callback) if name.startswith(("on_", "setup", "te
 
 
 def arrange_callbacks(callbacks: Sequence[Callback], of_module: Sequence[Callback] = ()) -> list[Callback]:
-    """The order of a run's callbacks: as given, those that save checkpoints last.
+    """The order in which a run's callbacks are called: as given, but those that save checkpoints last.
 
-    What a module's `configure_callbacks` gives (`of_module`) replaces callbacks of the same class, or of one that it
-    derives from. Raises `UserError` where two would save their state under one name.
+    Callbacks of the module (`configure_callbacks`) replace those of the same class or of a base class of theirs.
+    Raises `UserError` if two would save their state under one name.
     """
     kept = [callback for callback in callbacks if not any(isinstance(new, type(callback)) for new in of_module)]
     arranged = sorted([*kept, *of_module], key=lambda callback: (callback.saves_checkpoints, callback.reads_rows))
@@ -153,7 +153,7 @@ def arrange_callbacks(callbacks: Sequence[Callback], of_module: Sequence[Callbac
 
 
 def hook_table(callbacks: Sequence[Callback], trainer, module) -> dict[str, list[Callable]]:
-    """For each moment, the methods that somebody wrote for it: an empty one costs nothing."""
+    """For each hook, the methods that override it: hooks that nobody overrides cost nothing."""
     calls = {hook: [] for hook in HOOKS}
     for hook, methods in calls.items():
         methods += [partial(getattr(c, hook), trainer, module) for c in callbacks if _overrides(c, hook)]

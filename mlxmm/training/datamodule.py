@@ -6,33 +6,33 @@ import attrs
 
 
 class DataModule:
-    """Where batches come from: Lightning's `LightningDataModule`. A missing loader is None."""
+    """Provides the loaders of all stages: Lightning's `LightningDataModule`. A missing loader is None."""
 
     def prepare_data(self) -> None:
-        """Download and unpack: once, before anything else."""
+        """Download and unpack, on one process, before `setup`."""
 
     def setup(self, stage: str) -> None:
-        """Open the data for "fit", "validate", "test" or "predict"; called before each, so do it once."""
+        """Open the data for "fit", "validate", "test" or "predict". Called before each stage: open only once."""
 
     def teardown(self, stage: str) -> None:
-        """Close what `setup` opened, after a stage that ended well."""
+        """Close what `setup` opened, after a stage that ended without an exception."""
 
     def train_dataloader(self):
-        """Asked for at the start of every epoch."""
+        """Called at the start of every epoch."""
 
     def val_dataloader(self):
-        """Asked for at every validation."""
+        """Called at every validation."""
 
     def test_dataloader(self):
-        """Asked for at every test."""
+        """Called at every test."""
 
     def predict_dataloader(self):
-        """Asked for at every prediction."""
+        """Called at every prediction."""
 
 
 @attrs.frozen
 class Loaders:
-    """Loaders handed to the Trainer one by one, in the shape of a DataModule."""
+    """Loaders that were given to the Trainer one by one, as a DataModule."""
 
     train: Iterable | None = None
     val: Iterable | None = None

@@ -1,4 +1,4 @@
-"""The loops over held-out data: validation, test, prediction, and a rehearsal of the first."""
+"""The loops over held-out data: validation, test, prediction, and the sanity check before training."""
 
 from collections.abc import Callable, Iterator
 
@@ -14,7 +14,7 @@ PREFIXES = {"validation": "val", "test": "test"}  # of the metrics of a stage
 
 
 class Evaluator:
-    """Evaluates the module of a `trainer`; `call(hook, *args)` is how it tells the callbacks."""
+    """Evaluates the module of a `trainer`; `call(hook, *args)` runs a hook of all callbacks."""
 
     def __init__(self, trainer, call: Callable):
         self.trainer, self.call = trainer, call
@@ -57,7 +57,7 @@ class Evaluator:
         return results
 
     def sanity_check(self, loader, limit: int) -> None:
-        """Try a few validation batches, so that an error in them comes now and not after an hour."""
+        """Run a few validation batches, so that an error in validation is raised now and not after an hour."""
         with isolated_random_state(), evaluating(self.trainer.module):
             self.call("on_sanity_check_start")
             step = self._step("validation")
@@ -66,7 +66,7 @@ class Evaluator:
             self.call("on_sanity_check_end")
 
     def _with_hooks(self, stage: str, loader, limit: int | float) -> Iterator:
-        """The batches, with the hooks before them all, and before and after each."""
+        """The batches; runs the hooks at the start of the stage, and before and after each batch."""
         self.call(f"on_{stage}_start")
         self.call(f"on_{stage}_epoch_start")
         for batch_idx, batch in enumerate(batches.epoch(loader, 0, limit=limit)):

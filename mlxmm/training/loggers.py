@@ -1,4 +1,4 @@
-"""Where metrics go: a line of JSON each, and TensorBoard's event files."""
+"""Loggers: metrics as JSON lines, and TensorBoard's event files."""
 
 import json
 import math
@@ -19,32 +19,32 @@ class Logger:
         """Write scalars; `step` counts updates."""
 
     def log_hyperparams(self, params: dict) -> None:
-        """Write the settings of a run: a dict, of dicts where parts have settings of their own."""
+        """Write the settings of a run, a nested dict."""
 
     def log_images(self, name: str, images: np.ndarray, step: int) -> None:
-        """Write (N, H, W, 3) uint8 pictures."""
+        """Write images (N, H, W, 3), uint8."""
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Write Markdown."""
 
     def flush(self) -> None:
-        """Hand everything to the operating system: a checkpoint is about to be saved."""
+        """Write everything to disk: a checkpoint is about to be saved."""
 
     def finalize(self, status: str) -> None:
         """The run has ended; `status` is "success" or "failed"."""
 
     def position(self) -> int:
-        """How far the logger's file reaches, in bytes."""
+        """The size of the logger's file, in bytes."""
         return 0
 
     def rewind(self, position: int, step: int) -> None:
-        """Forget what was written after `position`, when `step` updates were done: a run resumes there."""
+        """Discard what was written after `position`, at which `step` updates were done: a run resumes there."""
 
 
 class JSONLLogger(Logger):
     """`metrics.jsonl` in `folder`: one object a line, {"step": 10, "epoch": 0, "train/loss": …, "time": …}.
 
-    `time` is in seconds since the epoch of Unix. What is not finite is written as null: JSON has no NaN.
+    `time` is Unix time in seconds. Values that are not finite are written as null: JSON has no NaN.
     """
 
     def __init__(self, folder: Path | str):
@@ -65,7 +65,7 @@ class JSONLLogger(Logger):
 
 
 class TensorBoardLogger(Logger):
-    """TensorBoard's event files in `folder`: scalars, pictures, text, hyper-parameters."""
+    """TensorBoard's event files in `folder`: scalars, images, text, hyper-parameters."""
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
@@ -74,7 +74,7 @@ class TensorBoardLogger(Logger):
 
     @property
     def writer(self):
-        """The tensorboardX writer, made when something is first written: no file without content."""
+        """The tensorboardX writer, created at the first write, so that no empty file is left."""
         if self._writer is None:
             from tensorboardX import SummaryWriter
 
@@ -109,11 +109,11 @@ class TensorBoardLogger(Logger):
             self._writer = None
 
     def rewind(self, position, step):
-        self._purge_step = step + 1  # TensorBoard hides what older files hold from here on
+        self._purge_step = step + 1  # from this step on, TensorBoard hides what older files hold
 
 
 def _flatten(params: dict, prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:
-    """Dotted names and values of a kind that TensorBoard's table of hyper-parameters shows."""
+    """Dotted names, and values of types that TensorBoard's table of hyper-parameters shows."""
     for name, value in params.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""Where a run's time goes: seconds in each phase, without the phases inside it."""
+"""Where the time of a run goes: seconds in each phase, phases nested inside it not counted."""
 
 import contextlib
 import time
@@ -9,22 +9,22 @@ import mlx.core as mx
 
 from mlxmm.errors import UserError
 
-CAPTURED = range(3, 6)  # updates: those before them compile
+CAPTURED = range(3, 6)  # updates to capture: earlier ones compile
 
 
 class Profiler:
-    """`with profiler.phase("data"): …` adds up the time that passes; `profiler.table()` shows it."""
+    """`with profiler.phase("data"): …` measures the time in the block; `profiler.table()` shows the totals."""
 
     def __init__(self):
         self.seconds: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
-        self._inside = [0.0]  # for each open phase, the time that phases inside it took
+        self._inside = [0.0]  # for each open phase, the time spent in phases nested inside it
 
     def phase(self, name: str) -> "Phase":
         return Phase(self, name)
 
     def table(self) -> str:
-        """A line for each phase, the longest first: seconds, share, calls, milliseconds a call."""
+        """One line per phase, longest first: seconds, share, calls, milliseconds per call."""
         total = sum(self.seconds.values()) or 1.0
         lines = [f"{'phase':<12}{'seconds':>10}{'share':>8}{'calls':>9}{'ms a call':>12}"]
         for name, seconds in sorted(self.seconds.items(), key=lambda item: -item[1]):
@@ -34,7 +34,7 @@ class Profiler:
 
 
 class Phase:
-    """The time between entering and leaving: a class costs less than half of what a generator does."""
+    """Times a block. A class: a generator-based context manager costs more than twice as much per update."""
 
     __slots__ = ("_name", "_profiler", "_start")
 
@@ -53,7 +53,7 @@ class Phase:
 
 
 class MetalProfiler(Profiler):
-    """Also captures a few updates for Xcode's Metal debugger, in `path` (.gputrace); wants MTL_CAPTURE_ENABLED=1.
+    """Also captures a few updates for Xcode's Metal debugger, in `path` (.gputrace); needs MTL_CAPTURE_ENABLED=1.
 
     Raises `UserError` where there is no Metal.
     """
@@ -61,7 +61,7 @@ class MetalProfiler(Profiler):
     def __init__(self, path: Path):
         super().__init__()
         if not mx.metal.is_available():
-            raise UserError("profiler=metal wants the GPU of a Mac; profiler=simple runs anywhere")
+            raise UserError("profiler=metal needs the GPU of a Mac; profiler=simple runs anywhere")
         self._path, self._is_open = path, False
 
     def phase(self, name: str):
@@ -83,14 +83,14 @@ class MetalProfiler(Profiler):
 
 
 def make_profiler(kind: str | None, root: Path | None) -> "Profiler | NoProfiler":
-    """What a Trainer of that `profiler` setting measures with; traces go to `root`, or where the run was started."""
+    """The profiler of a Trainer with this `profiler` setting; traces go to `root`, or to the working directory."""
     if kind == "metal":
         return MetalProfiler((root or Path()) / "updates.gputrace")
     return Profiler() if kind == "simple" else NoProfiler()
 
 
 class NoProfiler:
-    """Measures nothing and costs next to nothing."""
+    """Measures nothing, at almost no cost."""
 
     _nothing = contextlib.nullcontext()
 

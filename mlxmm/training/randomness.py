@@ -1,4 +1,4 @@
-"""Random keys: of MLX, NumPy and Python, together."""
+"""Random states of MLX, NumPy and Python, set and restored together."""
 
 import contextlib
 import random
@@ -11,20 +11,20 @@ GOLDEN = 0x9E3779B1  # 2**32 over the golden ratio: spreads the upper half of a 
 
 
 def seed_everything(seed: int) -> None:
-    """Seed MLX (this thread's key), NumPy's global generator and Python's with up to 64 bits."""
+    """Seed MLX (the key of this thread) and the global generators of NumPy and Python, with up to 64 bits."""
     mx.random.seed(seed)
-    np.random.seed(((seed >> 32) * GOLDEN ^ seed) & 0xFFFFFFFF)  # of one integer it is three times as fast
+    np.random.seed(((seed >> 32) * GOLDEN ^ seed) & 0xFFFFFFFF)  # one integer seeds three times as fast as two
     random.seed(seed)
 
 
 def step_seed(seed: int, rank: int, step: int) -> int:
-    """Seed, rank and step, each with bits of its own, in the 64 that MLX makes a key of."""
+    """A 64-bit seed made of seed (24 bits), rank (8 bits) and step (32 bits)."""
     return (seed & 0xFFFFFF) << 40 | (rank & 0xFF) << 32 | step
 
 
 @contextlib.contextmanager
 def isolated_random_state() -> Iterator[None]:
-    """Put every random state back, at the end of the block, to what it was at its beginning."""
+    """Restore every random state at the end of the block."""
     high, low = mx.random.state[0].tolist()
     numpy, python = np.random.get_state(), random.getstate()
     try:

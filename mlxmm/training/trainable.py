@@ -13,13 +13,13 @@ from mlxmm.training.module import Module
 
 
 class TraceSnapshot:
-    """What a compiled step captured and never looks at again: what is frozen, and who is in training mode."""
+    """Snapshot of frozen flags and train/eval modes that a compiled step was traced with."""
 
     def __init__(self, module: nn.Module):
         self._parts = [(part, part.training, frozenset(part._no_grad)) for part in module.modules()]
 
     def changed(self) -> bool:
-        """Whether a step compiled at the time of this snapshot would no longer do what the module says."""
+        """True if anything was frozen, unfrozen or switched since: the step must be compiled again."""
         return any(part._training is not mode or part._no_grad != frozen for part, mode, frozen in self._parts)
 
 
@@ -38,10 +38,10 @@ def set_trainable(module: nn.Module, names: Iterable[str]) -> None:
 
 
 def match_parameters(module: nn.Module, pattern: str) -> list[str]:
-    """The names of the parameters under `pattern` that can be trained: dotted, layers by Python slices.
+    """The names of the trainable parameters under `pattern`, a dotted name with Python slices for layers.
 
-    "projector", "language_model.model.layers[-2:]", "vision.layers[0].mlp"; or one of the module's
-    `parameter_groups`, "lora". What is quantized cannot be trained. Raises `UserError` when there are none.
+    Examples: "projector", "language_model.model.layers[-2:]", "vision.layers[0].mlp"; or one of the module's
+    `parameter_groups`: "lora". Quantized weights cannot be trained. Raises `UserError` if nothing matches.
     """
     groups = module.parameter_groups() if isinstance(module, Module) else {}
     expression = re.compile(_expand(module, pattern) + r"(\.|$)")
@@ -50,12 +50,14 @@ def match_parameters(module: nn.Module, pattern: str) -> list[str]:
     names = [name for name in found if not name.startswith(packed)]
     if not names:
         parts = ", ".join(sorted({*module.children(), *groups}))
-        raise UserError(f"{pattern!r} names no parameter to train in {type(module).__name__}, whose parts are {parts}")
+        raise UserError(
+            f"{pattern!r} matches no parameter to train in {type(module).__name__}, whose parts are {parts}"
+        )
     return names
 
 
 def _expand(module: nn.Module, pattern: str) -> str:
-    """`pattern` as a regular expression, its slices as the layers they choose."""
+    """`pattern` as a regular expression, with slices replaced by the layers they select."""
     expression, part = "", module
     for word in re.findall(r"[^.\[\]]+|\[[^\]]*\]", pattern):
         if not word.startswith("["):
@@ -69,10 +71,10 @@ def _expand(module: nn.Module, pattern: str) -> str:
 
 
 def _choose(index: str, length: int) -> list[int]:
-    """The positions that "-2:", "3" or "::2" choose out of `length`."""
+    """The indices that "-2:", "3" or "::2" select out of `length`."""
     try:
         numbers = [int(number) if number else None for number in index.split(":")]
         chosen = range(length)[slice(*numbers) if len(numbers) > 1 else numbers[0]]
     except (ValueError, TypeError, IndexError):
-        raise UserError(f"[{index}] is no index or slice of {length} layers") from None
+        raise UserError(f"[{index}] is not an index or slice of {length} layers") from None
     return [chosen] if isinstance(chosen, int) else list(chosen)

@@ -1,4 +1,4 @@
-"""Updates on the side: real ones, on the module of a run, after which everything is as it was before."""
+"""Trial updates: real updates of a run's module, after which everything is restored."""
 
 import contextlib
 import gc
@@ -17,7 +17,7 @@ from mlxmm.training.train_step import TrainStep
 
 @contextlib.contextmanager
 def restored_after(trainer) -> Iterator[None]:
-    """At the end of the block, weights, moments, schedules and random states are what they were at its beginning."""
+    """At the end of the block, restore weights, moments, schedules and random states."""
     optimizer = trainer.optimizer
     restore, schedules = snapshot([trainer.module, optimizer.state]), dict(optimizer._schedulers)
     with isolated_random_state():
@@ -30,9 +30,9 @@ def restored_after(trainer) -> Iterator[None]:
 
 
 def trial_updates(trainer, num_updates: int) -> Iterator[dict]:
-    """Run updates as `trainer` would from the first epoch on, and give the metrics of each, evaluated.
+    """Run updates as `trainer` would from the first epoch on, and yield the metrics of each, evaluated.
 
-    No hook is called, nothing is counted or logged. Raises `UserError` where the data cannot be read twice.
+    No hook is called, nothing is counted or logged. Raises `UserError` if the data can be read only once.
     """
     module, optimizer = trainer.module, trainer.optimizer
     train_step = TrainStep(module, optimizer, trainer.config, trainer.compiler, trainer.strategy)
@@ -50,7 +50,7 @@ def _groups(trainer) -> Iterator[tuple]:
     for number in count():
         loader = trainer.datamodule.train_dataloader()
         if _is_spent_once(loader):
-            raise UserError("the training data can be read only once, and trying updates reads them: give a loader")
+            raise UserError("the training data can be read only once, and trial updates read them: give a loader")
         epoch = batches.updates(batches.epoch(loader, number, 0, limit), trainer.accumulate_grad_batches)
         group = None
         for group, _ in epoch:

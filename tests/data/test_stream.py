@@ -265,7 +265,7 @@ def test_the_recipe_trains_on_a_stream(make_folder, tmp_path):
     [
         ({"source": "shapes"}, "`shapes` are drawn, not read"),
         ({"source": "no/such/file.parquet"}, "is not there"),
-        ({"source": "one.parquet"}, "a stream is not divided at random: one.parquet needs --data.split-column"),
+        ({"source": "one.parquet"}, "a stream cannot be split at random: one.parquet needs --data.split-column"),
         ({"source": "one.parquet", "image_column": "picture"}, "no column 'picture'; it has image, caption, split"),
         ({"source": "one.parquet", "split_column": "split"}, "has no rows for train, val, test"),
         ({"source": "broken.parquet"}, "broken.parquet cannot be read"),
@@ -329,7 +329,7 @@ def test_a_column_that_holds_no_captions_is_refused(tmp_path, caption):
     columns = rows(range(9)) | {"caption": [caption] * 9, "split": ["train", "val", "test"] * 3}
     write(tmp_path / "rows.parquet", columns)
     for streaming in (True, False):
-        with pytest.raises(UserError, match="column 'caption' of .* holds no captions"):
+        with pytest.raises(UserError, match="column 'caption' of .* must hold a caption"):
             opened(str(tmp_path / "rows.parquet"), split_column="split", streaming=streaming)
 
 

@@ -328,10 +328,10 @@ def test_mpirun_starts_ranks_that_divide_the_cores(tmp_path, monkeypatch):
 
 
 def test_fsdp_is_refused_with_the_reason(tmp_path):
-    with pytest.raises(UserError, match="fsdp .* this one is alone"):
+    with pytest.raises(UserError, match="fsdp .* there is only one"):
         Trainer(strategy="fsdp")
     ended, _ = run("sharded", tmp_path)
-    assert all("fsdp needs sum_scatter, which this backend has not" in err for _, _, err in ended), ended
+    assert all("fsdp needs sum_scatter, which this backend lacks" in err for _, _, err in ended), ended
 
 
 def sharded(folder):

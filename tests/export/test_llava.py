@@ -198,9 +198,9 @@ def test_a_tokenizer_that_adds_what_the_module_does_not_read_is_refused(tmp_path
 def test_nothing_that_is_there_is_written_over(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     for save in (aligner_of("clip").save_pretrained, aligner_of("clip").save_language_model):
-        with pytest.raises(UserError, match="is there already, and not empty"):
+        with pytest.raises(UserError, match="exists and is not empty"):
             save(tmp_path)
-        with pytest.raises(UserError, match="is there already, and not empty"):
+        with pytest.raises(UserError, match="exists and is not empty"):
             save(tmp_path / "thesis.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

@@ -239,7 +239,7 @@ def test_a_schedule_opens_the_adapters_by_one_name(folders, make_trainer):
 
 
 def test_a_module_without_adapters_has_no_such_name(folders, make_trainer):
-    with pytest.raises(UserError, match="'lora' names no parameter to train in Qwen3Aligner, whose parts are.* lora,"):
+    with pytest.raises(UserError, match="'lora' matches no parameter to train in Qwen3Aligner, whose parts are.* lora,"):
         fit(make_trainer, make(folders), 1, [FreezeSchedule({0: "lora"})])
 
 
@@ -250,7 +250,7 @@ def test_quantized_weights_stay_frozen_when_their_layer_is_opened(folders, make_
     names = {name.split(f"layers.{LAYERS - 1}.")[-1] for name in changed(before, arrays(module))}
     norms = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
     assert names == {f"{norm}.weight" for norm in norms} | {"self_attn.q_proj.lora_a", "self_attn.q_proj.lora_b"}
-    with pytest.raises(UserError, match="names no parameter to train"):
+    with pytest.raises(UserError, match="matches no parameter to train"):
         match_parameters(module, "language_model.model.layers[-1].mlp")
 
 

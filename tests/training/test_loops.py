@@ -302,7 +302,7 @@ def test_a_share_of_data_of_unknown_length_is_one_clear_error(make_trainer):
         def __iter__(self):
             return iter(DistinctBatches().batches)
 
-    with pytest.raises(UserError, match="give their number"):
+    with pytest.raises(UserError, match="give a number of batches"):
         make_trainer(max_steps=2, limit_train_batches=0.5).fit(TinyRegression(), train_dataloaders=NoLength())
     trainer = make_trainer(max_epochs=2, limit_train_batches=4, num_sanity_val_steps=0)
     trainer.fit(TinyRegression(dropout=0.0), train_dataloaders=NoLength())

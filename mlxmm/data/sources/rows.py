@@ -17,8 +17,8 @@ from mlxmm.data.sources.tables import SPLITS, Columns, captions_in_cell, check_s
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import SUFFIXES, UndecodableImage, decode_image
 
-HELD_OUT = 0.05  # of the rows for each of val and test, where a source has no splits of its own
-MAX_UNUSABLE = 0.01  # of a split's rows: beyond it something is wrong with the source
+HELD_OUT = 0.05  # fraction of the rows for each of val and test, if a source has no splits
+MAX_UNUSABLE = 0.01  # fraction of a split's rows: with more, something is wrong with the source
 
 
 class Rows(Protocol):
@@ -52,7 +52,7 @@ def is_stream(rows) -> bool:
 
 @attrs.frozen
 class CaptionRows(Sequence):
-    """The rows `indices` of a `datasets.Dataset`, decoded when asked for."""
+    """The rows `indices` of a `datasets.Dataset`, decoded when they are asked for."""
 
     table: object
     indices: np.ndarray
@@ -71,13 +71,13 @@ class CaptionRows(Sequence):
         }
 
     def without_image(self, place: int) -> dict:
-        """The row without its picture, which is not decoded."""
+        """The row without its image, which is not decoded."""
         index = int(self.indices[place])
         captions = self.table.select_columns([self.columns.caption])[index][self.columns.caption]
         return {"captions": self._captions(captions, index), "id": self.name(place)}
 
     def fingerprint(self) -> bytes:
-        """A checksum of the pictures, in their order: of their bytes, or of the files that they are in."""
+        """A checksum of the images in their order: of their bytes, or of name, size and time of their files."""
         digest = hashlib.sha256()
         pictures = self.table.select_columns([self.columns.image])
         for index in self.indices:
@@ -90,19 +90,19 @@ class CaptionRows(Sequence):
         return digest.digest()
 
     def captions(self) -> list[str]:
-        """Every caption, without touching a picture."""
+        """Every caption, without touching an image."""
         column = self.table.select_columns([self.columns.caption]).select(self.indices)
         rows = column[self.columns.caption]
         return [text for index, row in zip(self.indices, rows) for text in self._captions(row, index)]
 
     def first_of_each(self, column: str) -> "CaptionRows":
-        """The first row of each value that `column` has. Raises `UserError` where there is no such column."""
+        """The first row of each value of `column`. Raises `UserError` if there is no such column."""
         if column not in self.table.column_names:
             raise UserError(f"there is no column {column!r}; the columns are {', '.join(self.table.column_names)}")
         places: dict = {}
         for place, value in enumerate(self.table.select_columns([column]).select(self.indices)[column]):
             if isinstance(value, list | dict):
-                raise UserError(f"column {column!r} holds no classes, but {value!r:.60}")
+                raise UserError(f"column {column!r} must hold classes; it holds {value!r:.60}")
             places.setdefault(value, place)
         return attrs.evolve(self, indices=self.indices[list(places.values())])
 
@@ -115,16 +115,16 @@ class CaptionRows(Sequence):
         return captions_in_cell(value, self.table.features[self.columns.caption])
 
     def name(self, place: int) -> str:
-        """What a person finds the row by: its file where it has one, its number where not."""
+        """What a person finds the row by: its file, if it has one, and its number."""
         index = int(self.indices[place])
         image = self.table[index][self.columns.image]
         path = image.get("path") if isinstance(image, dict) else None
         return f"{path} (row {index})" if path else f"row {index}"
 
     def without_undecodable(self, num_threads: int) -> tuple["CaptionRows", list[str]]:
-        """The rows whose pictures can be decoded, and the names of the others.
+        """The rows whose images can be decoded, and the names of the others.
 
-        Raises `UserError` that names the first five, where they are more than one in a hundred.
+        Raises `UserError` that names the first five, if they are more than one in a hundred.
         """
         with ThreadPoolExecutor(num_threads) as pool:
             good = np.array(list(pool.map(self._is_decodable, range(len(self)))), dtype=bool)
@@ -142,7 +142,7 @@ class CaptionRows(Sequence):
         if len(bad) > MAX_UNUSABLE * len(self):
             first = ", ".join(itertools.islice(names, 5))
             much = f"{len(bad)} of {len(self)} {fault}, more than one in a hundred"
-            raise UserError(f"{much}; put them right or leave them out: {first}")
+            raise UserError(f"{much}; fix them or leave them out: {first}")
         return attrs.evolve(self, indices=self.indices[good]), list(names)
 
     def _is_decodable(self, place: int) -> bool:
@@ -157,7 +157,7 @@ def open_rows(source: str, columns: Columns, *, revision: str | None, seed: int)
     """The rows of `source`, by split: "train", "val", "test".
 
     `source` is a parquet file or glob, a folder of images with metadata.jsonl or .csv, or a data set on the Hub.
-    Raises `UserError` where it, a column or a split is not there.
+    Raises `UserError` if it, a column or a split does not exist.
     """
     with reading_errors(source):
         tables = open_tables(source, columns, revision=revision)
@@ -167,7 +167,7 @@ def open_rows(source: str, columns: Columns, *, revision: str | None, seed: int)
 
 
 def unlisted_pictures(folder: Path, rows: dict[str, CaptionRows]) -> list[Path]:
-    """The pictures in a folder of which its metadata say nothing: `datasets` passes over them."""
+    """The images in a folder that its metadata do not name: `datasets` ignores them."""
     pictures = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES] if folder.is_dir() else []
     listed = set()
     for part in rows.values() if pictures else ():

@@ -1,6 +1,6 @@
-"""Streams: training pictures that are read from their files, here or on the Hub, while training goes on.
+"""Streams: training rows that are read from local files or from the Hub during training.
 
-A stream has no length and no tenth row. Rows are drawn from a buffer of those that follow each other in the files.
+A stream has no length and no random access. Rows are shuffled within a buffer of consecutive rows of the files.
 """
 
 from collections.abc import Iterator
@@ -24,14 +24,14 @@ from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import UndecodableImage, decode_image
 
-MIN_UNUSABLE = 10  # rows that cannot be used before their share counts
+MIN_UNUSABLE = 10  # unusable rows that are always tolerated, however few rows were read
 
 
 @attrs.frozen(kw_only=True)
 class StreamRows:
-    """The rows of a `datasets.IterableDataset` of `source`, which may be iterated again and again.
+    """The rows of a `datasets.IterableDataset` of `source`, which can be iterated repeatedly.
 
-    Raises `UserError` where its files cannot be read on.
+    Iterating raises `UserError` if its files cannot be read.
     """
 
     source: str
@@ -45,14 +45,14 @@ class StreamRows:
                 yield from self._captions(values)
 
     def shuffled(self, seed: int, buffer_size: int) -> Iterator[dict]:
-        """This process's rows, as the files have them, in an order that is a function of `seed`."""
+        """The raw rows of this process, in an order that is a function of `seed`."""
         with reading_errors(self.source):
             rows = self.table.shuffle(seed=seed, buffer_size=buffer_size)
-            # Each n-th: `datasets` itself would deal out whole files, however unequal they are.
+            # Every n-th row: `datasets` itself would split by files, however unequal they are.
             yield from islice(rows, collectives.rank(), None, collectives.world_size())
 
     def row(self, values: dict) -> dict:
-        """The row that a file has as `values`. Raises `UnusableRow`."""
+        """The row made of the raw `values` of a file. Raises `UnusableRow`."""
         image, captions = values[self.columns.image], self._captions(values)
         name = (image or {}).get("path") or f"the picture of {captions}"
         if not captions:
@@ -69,18 +69,18 @@ class StreamRows:
 
 
 class UnusableRow(Exception):
-    """A row that training passes over, and why."""
+    """A row that training skips; the message says why."""
 
 
 def open_stream(source: str, columns: Columns, *, revision: str | None, num_held_out: int) -> dict:
     """`StreamRows` of `source` for "train"; for "val" and "test" their first `num_held_out` rows, in memory.
 
-    Raises `UserError` as `open_rows` does, and where `source` does not tell its splits apart.
+    Raises `UserError` as `open_rows` does, and if `source` has neither splits nor a split column.
     """
     with reading_errors(source):
         tables = open_tables(source, columns, revision=revision, streaming=True)
         if columns.split is None and len(tables) == 1:
-            raise UserError(f"a stream is not divided at random: {source} needs --data.split-column, or own splits")
+            raise UserError(f"a stream cannot be split at random: {source} needs --data.split-column, or own splits")
         most = {"train": 1, "val": num_held_out, "test": num_held_out}
         if columns.split is None:
             named = {split: tables[name] for split, names in SPLITS.items() for name in names if name in tables}
@@ -96,8 +96,8 @@ def open_stream(source: str, columns: Columns, *, revision: str | None, num_held
 
 
 def _first_rows(table, column: str, most: dict[str, int]) -> dict[str, list[dict]]:
-    """The first rows of each split, as `column` names them, at `most` so many: in one pass, which ends when there
-    are enough."""
+    """The first rows of each split named by `column`, at most `most[split]`: one pass, which ends once there are
+    enough."""
     split_of = {name: split for split, names in SPLITS.items() for name in names}
     first = {split: [] for split in SPLITS}
     for values in table:

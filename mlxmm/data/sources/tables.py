@@ -1,4 +1,4 @@
-"""The tables of a source, as `datasets`, which is read here only, has them: pictures are not decoded."""
+"""The tables of a source, read by `datasets` (imported here only). Images are not decoded."""
 
 import contextlib
 import glob
@@ -11,13 +11,13 @@ from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import SUFFIXES
 
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
-PACKED = (".parquet", ".zip", ".tar", ".gz")  # other files of a folder that may hold pictures
+PACKED = (".parquet", ".zip", ".tar", ".gz")  # other files of a folder that may hold images
 FOLDER = f"a folder holds {', '.join(SUFFIXES)}, and a metadata.jsonl or .csv with the columns file_name and caption"
 
 
 @attrs.frozen(kw_only=True)
 class Columns:
-    """What a source calls its columns."""
+    """The names of a source's columns."""
 
     image: str
     caption: str
@@ -25,10 +25,10 @@ class Columns:
 
 
 def open_tables(source: str, columns: Columns, *, streaming: bool = False, **options) -> dict:
-    """The tables of `source` by its own names of splits: a `datasets.Dataset` each, or an `IterableDataset`.
+    """The tables of `source`, by the names of its splits: `datasets.Dataset`, or `IterableDataset` with `streaming`.
 
     `source` is a parquet file or glob, a folder of images with metadata.jsonl or .csv, or a data set on the Hub.
-    Raises `UserError` where it or a column is not there.
+    Raises `UserError` if it or a column does not exist.
     """
     import datasets
 
@@ -36,15 +36,17 @@ def open_tables(source: str, columns: Columns, *, streaming: bool = False, **opt
     if Path(source).is_dir() and not _has_files(Path(source), (*SUFFIXES, *PACKED)):
         raise UserError(f"{source} holds no pictures: {FOLDER}")
     tables = _load(source, streaming=streaming, **options)
-    names = next(iter(tables.values())).column_names or []  # of some kinds of files a stream does not know them
+    names = next(iter(tables.values())).column_names or []  # unknown for streams of some file types
     for column in (columns.image, columns.caption, columns.split):
         if column is not None and column not in names:
             hint = f"; {FOLDER}" if Path(source).is_dir() else ""
             raise UserError(f"{source} has no column {column!r}; it has {', '.join(names)}{hint}")
     kind = next(iter(tables.values())).features[columns.caption]
     if not _holds_captions(kind):
-        raise UserError(f"column {columns.caption!r} of {source} holds no captions, one or a list, but {kind}")
-    if streaming:  # pictures on the Hub are decoded before `cast_column` comes, unless told not to
+        raise UserError(
+            f"column {columns.caption!r} of {source} must hold a caption or a list of captions; it holds {kind}"
+        )
+    if streaming:  # otherwise images on the Hub are decoded before `cast_column` applies
         tables = {name: table.decode(False) for name, table in tables.items()}
     return {name: table.cast_column(columns.image, datasets.Image(decode=False)) for name, table in tables.items()}
 
@@ -76,7 +78,7 @@ def _load(source: str, *, revision: str | None, **options) -> dict:
 
 @contextlib.contextmanager
 def reading_errors(source: str) -> Iterator[None]:
-    """Whatever `datasets` raises in the block, as one line about `source`."""
+    """Turn whatever `datasets` raises in the block into one `UserError` line about `source`."""
     try:
         yield
     except UserError:
@@ -88,15 +90,15 @@ def reading_errors(source: str) -> Iterator[None]:
 
 
 def check_splits(source: str, found: Collection[str], tables: dict) -> None:
-    """Raise `UserError` where one of our splits has no rows."""
+    """Raise `UserError` if one of train, val and test has no rows."""
     if empty := [split for split in SPLITS if split not in found]:
         raise UserError(f"{source} has no rows for {', '.join(empty)}; its splits are {', '.join(tables)}")
 
 
 def captions_in_cell(value, kind) -> list[str]:
-    """The captions in a cell: a string, several, or the number of a class, which its column's `kind` has a name for."""
+    """The captions in a cell: one string, a list, or a class number, which the column's feature `kind` names."""
     if isinstance(value, int):
-        value = kind.int2str(value) if value >= 0 else None  # -1: of a class that is not told
+        value = kind.int2str(value) if value >= 0 else None  # -1: no label
     texts = [value] if isinstance(value, str) else list(value or ())
     return [text.strip() for text in texts if text and text.strip()]
 
@@ -109,7 +111,7 @@ def in_memory(rows: list[dict], like):
 
 
 def with_bytes(image: dict | None) -> dict | None:
-    """A picture that is a file elsewhere, with what that file holds."""
+    """An image cell; if it names a remote file, with the bytes of that file."""
     if not image or image["bytes"] is not None or "://" not in (image["path"] or ""):
         return image
     from datasets.utils.file_utils import xopen
