@@ -115,7 +115,7 @@ def test_a_row_without_a_picture_is_named_before_the_run(train, recipe, tmp_path
     source = write_rows(tmp_path / "rows.parquet", CAPTIONS, images)
     refused(
         train(recipe, source=source),
-        "pictures cannot be decoded, more than one in a hundred; put them right or leave them out: row 23",
+        "pictures cannot be decoded, more than one in a hundred; fix them or leave them out: row 23",
     )
     assert not (tmp_path / "run").exists()
 
@@ -343,5 +343,5 @@ def test_a_stream_without_a_language_model_is_refused_before_the_run(run, parts,
 
 @pytest.mark.parametrize("recipe", TRAINERS)
 def test_fsdp_on_one_process_is_refused_before_the_run(run, recipe, tmp_path):
-    refused(run(recipe, "--trainer.strategy", "fsdp"), "this one is alone")
+    refused(run(recipe, "--trainer.strategy", "fsdp"), "there is only one")
     assert not (tmp_path / "run").exists()
