@@ -18,6 +18,7 @@ from attrs.validators import ge
 from mlxmm.cli import run_recipe
 from mlxmm.config import Preset, option, section
 from mlxmm.data.caption_source import CaptionDataConfig, CaptionSource, open_source
+from mlxmm.data.sources.rows import is_stream
 from mlxmm.errors import UserError
 from mlxmm.evaluation.clip import evaluate_shapes, labelled_objects, retrieval_metrics, with_prefix
 from mlxmm.evaluation.clip_features import probe
@@ -57,7 +58,7 @@ def main(config: Config) -> None:
 
 def _check(config: Config, source: CaptionSource) -> None:
     """Raise `UserError` where `data` cannot give what is asked for."""
-    if config.labels and source.config.streaming:
+    if config.labels and is_stream(source.rows["train"]):
         raise UserError("--labels reads all training pictures, which a stream has not at once: no --data.streaming")
     if config.probe and not (config.labels or source.is_synthetic):
         raise UserError("--probe wants class names: add --labels, and --data.caption-column if it is not `caption`")

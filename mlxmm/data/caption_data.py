@@ -1,12 +1,13 @@
 """CaptionData: a source of pictures with captions as a DataModule, ready for a Trainer."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import numpy as np
 
 from mlxmm.data.caption_source import CaptionSource
 from mlxmm.data.loader import Loader, StreamLoader
+from mlxmm.data.sources.rows import Rows, is_stream
 from mlxmm.distributed import collectives
 from mlxmm.preprocessing.images import random_square
 from mlxmm.training.datamodule import DataModule
@@ -31,16 +32,16 @@ class CaptionData(DataModule):
         self._rows = dict(source.rows)
 
     @property
-    def rows(self) -> Mapping[str, Sequence]:
+    def rows(self) -> Mapping[str, Rows]:
         """The rows of each split as they are now; `replace_rows` changes them."""
         return MappingProxyType(self._rows)
 
-    def replace_rows(self, split: str, rows: Sequence) -> None:
+    def replace_rows(self, split: str, rows: Rows) -> None:
         """Take the examples of `split` from other rows, from the next epoch or validation on."""
         self._rows[split] = rows
 
     def train_dataloader(self):
-        if self.source.config.streaming:
+        if is_stream(self.rows["train"]):
             return self._stream_loader()
         return self._loader("train", self._draw, shuffle=True, drop_last=True)
 

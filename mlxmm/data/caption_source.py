@@ -9,7 +9,7 @@ import attrs
 from attrs.validators import ge
 
 from mlxmm.config import option, section
-from mlxmm.data.sources.rows import open_rows, unlisted_pictures
+from mlxmm.data.sources.rows import Rows, is_stream, open_rows, unlisted_pictures
 from mlxmm.data.sources.shapes import ShapesConfig, ShapesGrammar, ShapesTexts
 from mlxmm.data.sources.stream import open_stream
 from mlxmm.data.sources.tables import Columns
@@ -47,15 +47,15 @@ class CaptionDataConfig:
 
 @attrs.frozen(kw_only=True)
 class CaptionSource:
-    """Rows by split, never changed once they are open.
+    """Rows by split ("train", "val", "test", more test splits), never changed once they are open.
 
     With `streaming` the training rows are `StreamRows`: they have no length and no numbers. `skipped` names the rows
     that were left out: those without a caption, or whose picture cannot be decoded.
     """
 
-    config: CaptionDataConfig
-    seed: int
-    rows: Mapping[str, Sequence]
+    rows: Mapping[str, Rows]
+    config: CaptionDataConfig = CaptionDataConfig()
+    seed: int = 0
     skipped: tuple[str, ...] = ()
     grammar: ShapesGrammar | None = None  # of `shapes` only
 
@@ -71,7 +71,7 @@ class CaptionSource:
 
     def require_split(self, split: str) -> None:
         """Raise `UserError` where a split is not there, or is a stream, whose rows have no numbers."""
-        splits = [name for name in self.rows if not (self.config.streaming and name == "train")]
+        splits = [name for name, rows in self.rows.items() if not is_stream(rows)]
         if split not in splits:
             raise UserError(f"--split {split}: choose one of {', '.join(splits)}")
 
@@ -84,13 +84,13 @@ class CaptionSource:
         all training captions, with no notes."""
         if self.is_synthetic:
             return ShapesTexts(self.grammar, self.seed)
-        if self.config.streaming:
+        if is_stream(self.rows["train"]):
             raise UserError("a language model is not trained on a stream, whose captions are not all there at once")
         return [("", caption) for caption in self.rows["train"].captions()]
 
     def sample_texts(self, most: int = 5_000) -> list[tuple[str, str]]:
         """The first texts: enough to train a tokenizer on."""
-        if self.config.streaming:
+        if is_stream(self.rows["train"]):
             return [("", caption) for caption in islice(self.rows["train"].captions(), most)]
         texts = self.texts()
         return [texts[i] for i in range(min(len(texts), most))]
@@ -108,7 +108,7 @@ def open_source(config: CaptionDataConfig, seed: int) -> CaptionSource:
     usable, unlisted = _open_splits(config, seed)
     skipped: list[str] = []
     for split, part in usable.items():
-        if split == "train" and config.streaming:
+        if is_stream(part):  # its rows are checked as they are read
             continue
         part, captionless = part.without_captionless()
         usable[split], undecodable = part.without_undecodable(config.num_threads)
@@ -121,7 +121,7 @@ def open_source(config: CaptionDataConfig, seed: int) -> CaptionSource:
     return CaptionSource(config=config, seed=seed, rows=MappingProxyType(usable), skipped=tuple(skipped))
 
 
-def _open_splits(config: CaptionDataConfig, seed: int) -> tuple[dict[str, Sequence], list[Path]]:
+def _open_splits(config: CaptionDataConfig, seed: int) -> tuple[dict[str, Rows], list[Path]]:
     """The rows of each split, and the pictures of a folder that its metadata do not name."""
     columns = Columns(image=config.image_column, caption=config.caption_column, split=config.split_column)
     if config.streaming:

@@ -10,15 +10,20 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import attrs
 import mlx.core as mx
 import numpy as np
 
-from mlxmm.data.loader import Loader
+from mlxmm.data.loader import prefetched
+from mlxmm.data.sources.rows import Rows
+from mlxmm.distributed import collectives
 
+FEATURES, JOURNAL = "features.bin", "blocks.jsonl"
 BLOCK = 64  # rows that are computed, written and checked together
 
 
@@ -33,40 +38,55 @@ def cache_key(**parts) -> str:
 
 def cached_features(
     folder: Path,
-    rows: Sequence,
+    rows: Rows,
     pixels: Callable[[dict], np.ndarray],
     compute: Callable[[mx.array], mx.array],
-    **options,
+    *,
+    num_threads: int = 1,
 ) -> np.ndarray:
     """The features (N, P, E) of `rows` as a read-only memory map, computed where `folder` does not have them.
 
-    `pixels(row)` gives (H, W, 3) bytes, in the loader's threads; `compute` turns (B, H, W, 3) of them into (B, P, E).
-    `options` goes to the Loader.
+    `pixels(row)` gives (H, W, 3) bytes, in `num_threads` threads; `compute` turns (B, H, W, 3) of them into (B, P, E).
+    A collective call: all processes compute the same blocks in the same order, since a sharded tower needs all of
+    them; rank 0 alone writes.
     """
+    shape = (len(rows), *compute(mx.array(pixels(rows[0]))[None]).shape[1:])
+    missing = collectives.broadcast_object(lambda: _missing_blocks(folder, shape))
+    computed = _computed(rows, missing, pixels, compute, num_threads)
+    if collectives.rank() == 0:
+        _write_blocks(folder, shape, zip(missing, computed))
+    else:
+        deque(computed, maxlen=0)
+    collectives.barrier()
+    return np.memmap(folder / FEATURES, np.float16, "r", shape=shape)
+
+
+def _missing_blocks(folder: Path, shape: tuple[int, ...]) -> list[int]:
     folder.mkdir(parents=True, exist_ok=True)
-    num_blocks = -(-len(rows) // BLOCK)
-    shape = compute(mx.array(pixels(rows[0]))[None]).shape[1:]
-    features = _opened(folder / "features.bin", (len(rows), *shape))
+    features = _opened(folder / FEATURES, shape)
     whole = {block for block, checksum in _recorded(folder) if _checksum(features, block) == checksum}
-    missing = [block for block in range(num_blocks) if block not in whole]
-    with (folder / "blocks.jsonl").open("a") as journal:
-        for block, values in zip(missing, _computed(rows, missing, pixels, compute, options)):
+    return [block for block in range(-(-len(features) // BLOCK)) if block not in whole]
+
+
+def _write_blocks(folder: Path, shape: tuple[int, ...], blocks: Iterable[tuple[int, np.ndarray]]) -> None:
+    features = _opened(folder / FEATURES, shape)
+    with (folder / JOURNAL).open("a") as journal:
+        for block, values in blocks:
             features[block * BLOCK : (block + 1) * BLOCK] = values
             features.flush()  # the features first: a line in the journal says that they are there
             journal.write(json.dumps([block, _checksum(features, block)]) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
-    return np.memmap(folder / "features.bin", np.float16, "r", shape=features.shape)
 
 
-def _computed(rows, blocks: list[int], pixels, compute, options) -> Iterator[np.ndarray]:
-    places = [place for block in blocks for place in range(block * BLOCK, min(len(rows), (block + 1) * BLOCK))]
-    loader = Loader(
-        rows=_Chosen(rows, places), transform=lambda row, rng: {"pixels": pixels(row)}, batch_size=BLOCK, **options
-    )
+def _computed(rows: Rows, blocks: list[int], pixels, compute, num_threads: int) -> Iterator[np.ndarray]:
+    """The features of each block, while threads prepare the pixels of the next ones."""
     compiled = mx.compile(lambda batch: compute(batch).astype(mx.float16))
-    for batch in loader.epoch(0) if blocks else ():
-        yield np.array(compiled(mx.array(batch["pixels"])))
+    with ThreadPoolExecutor(num_threads) as pool:
+        row_pixels = lambda place: pixels(rows[place])
+        places = (range(block * BLOCK, min(len(rows), (block + 1) * BLOCK)) for block in blocks)
+        for batch in prefetched({"pixels": np.stack(list(pool.map(row_pixels, part)))} for part in places):
+            yield np.array(compiled(mx.array(batch["pixels"])))
 
 
 def _opened(path: Path, shape: tuple[int, ...]) -> np.memmap:
@@ -80,11 +100,11 @@ def _opened(path: Path, shape: tuple[int, ...]) -> np.memmap:
 
 def _recorded(folder: Path) -> list[tuple[int, int]]:
     """What the journal says; its last line may have been cut off."""
-    if not (folder / "blocks.jsonl").exists():
+    if not (folder / JOURNAL).exists():
         return []
-    text = (folder / "blocks.jsonl").read_text()
+    text = (folder / JOURNAL).read_text()
     if text and not text.endswith("\n"):  # the next line must not join what is left of this one
-        (folder / "blocks.jsonl").write_text(text[: text.rfind("\n") + 1])
+        (folder / JOURNAL).write_text(text[: text.rfind("\n") + 1])
     return [tuple(json.loads(line)) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
@@ -94,9 +114,9 @@ def _checksum(features: np.ndarray, block: int) -> int:
 
 @attrs.frozen
 class FeatureRows(Sequence):
-    """`rows` with their features (P, E) in place of their pictures, which are not touched."""
+    """`rows` with their features (P, E) in place of their images, which are not decoded."""
 
-    rows: Sequence
+    rows: Rows
     features: np.ndarray
 
     def __len__(self) -> int:
@@ -105,14 +125,14 @@ class FeatureRows(Sequence):
     def __getitem__(self, place: int) -> dict:
         return {"features": self.features[place]} | self.rows.without_image(place)
 
+    def without_image(self, place: int) -> dict:
+        return self.rows.without_image(place)
 
-@attrs.frozen
-class _Chosen(Sequence):
-    rows: Sequence
-    places: Sequence[int]
+    def captions(self) -> Iterable[str]:
+        return self.rows.captions()
 
-    def __len__(self) -> int:
-        return len(self.places)
+    def name(self, place: int) -> str:
+        return self.rows.name(place)
 
-    def __getitem__(self, i: int):
-        return self.rows[self.places[i]]
+    def fingerprint(self) -> bytes:
+        return self.rows.fingerprint()

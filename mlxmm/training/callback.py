@@ -14,6 +14,7 @@ class Callback:
     waits for the device, so do that rarely.
     """
 
+    reads_rows = False  # such callbacks come after those that replace rows
     saves_checkpoints = False  # such callbacks come last: what they save includes what the others did
 
     def setup(self, trainer, module, stage) -> None:
@@ -144,7 +145,7 @@ def arrange_callbacks(callbacks: Sequence[Callback], of_module: Sequence[Callbac
     derives from. Raises `UserError` where two would save their state under one name.
     """
     kept = [callback for callback in callbacks if not any(isinstance(new, type(callback)) for new in of_module)]
-    arranged = sorted([*kept, *of_module], key=lambda callback: callback.saves_checkpoints)
+    arranged = sorted([*kept, *of_module], key=lambda callback: (callback.saves_checkpoints, callback.reads_rows))
     keys = [callback.state_key for callback in arranged if _overrides(callback, "state_dict")]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
         raise UserError(f"two callbacks save their state as {', '.join(twice)}: give one another state_key")

@@ -6,7 +6,7 @@ import pytest
 from mlx.utils import tree_flatten
 from test_captioner import make
 
-from callbacks import CachedFeatures, FreezeSchedule
+from callbacks import CachedFeatures, FreezeSchedule, SyntheticRefresh
 from mlxmm import Trainer
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
@@ -86,7 +86,7 @@ def test_a_tower_that_is_opened_between_epochs_reads_pictures_again_and_learns(t
 
 def test_a_tower_that_is_opened_within_an_epoch_is_refused(tmp_path):
     schedule = FreezeSchedule({0: "network", 2: ("network", "vision")}, unit="step")
-    with pytest.raises(UserError, match="vision was opened within an epoch"):
+    with pytest.raises(UserError, match="vision was unfrozen within an epoch"):
         fit(schedule, CachedFeatures(tmp_path))
 
 
@@ -98,3 +98,40 @@ def test_random_crops_are_refused(tmp_path):
 def test_a_learned_mix_of_layers_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be cached with mix_layers"):
         fit(CachedFeatures(tmp_path), mix_layers=True)
+
+
+@pytest.mark.parametrize("refresh_first", [True, False])
+def test_new_rows_get_features_of_their_own_whichever_callback_comes_first(tmp_path, refresh_first):
+    module, reached = make(), []
+    source = open_source(CaptionDataConfig(shapes=SHAPES, batch_size=16), 0)
+
+    def transform(row, caption):
+        reached.append((row["id"], np.array(row["features"]) if "features" in row else None))
+        return module.transform(row, caption)
+
+    data = CaptionData(source, transform=transform)
+    callbacks = [SyntheticRefresh(source.fresh_rows), CachedFeatures(tmp_path, splits=("train",))]
+    callbacks = callbacks if refresh_first else callbacks[::-1]
+    Trainer(max_epochs=3, logger=False, callbacks=callbacks, enable_model_summary=False).fit(
+        module, train_dataloaders=None, datamodule=NoValidation(data)
+    )
+    assert {name for name, _ in reached} == {f"train-{epoch}-{i}" for epoch in range(3) for i in range(64)}
+    for name, features in reached[::16]:
+        epoch, place = map(int, name.split("-")[1:])
+        image = source.fresh_rows(epoch)[place]["image"]
+        expected = np.array(module.features(module.processor([image]))[0])
+        np.testing.assert_allclose(features, expected, atol=2e-3, err_msg=name)
+    assert "image" in data.rows["train"][0] and data.rows["train"].epoch == 2  # images are back, those of the last rows
+
+
+class NoValidation:
+    """A CaptionData that trains only: its transform checks training rows."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __getattr__(self, name):
+        return getattr(self.data, name)
+
+    def val_dataloader(self):
+        return None

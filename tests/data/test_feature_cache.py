@@ -90,3 +90,24 @@ def test_whatever_features_depend_on_is_in_the_key():
     others = [key | {"weights": b"abd"}, key | {"layer": 2}, key | {"pictures": b"y"}, key | {"preprocessing": {}}]
     keys = [cache_key(**parts) for parts in (key, *others)]
     assert len(set(keys)) == 5 and cache_key(**key) == keys[0]
+
+
+def shared(folder: Path) -> None:
+    """What each of two processes does: all rows get features, in their order, and one process writes them."""
+    from mlxmm.distributed import collectives
+
+    features = cached_features(folder / "shared", Rows(), pixels, compute, num_threads=2)
+    assert np.array_equal(features, EXPECTED) and collectives.world_size() == 2
+
+
+def test_two_processes_compute_the_features_of_all_rows_and_one_writes_them(tmp_path, monkeypatch):
+    from test_distributed import run_workers
+
+    monkeypatch.setenv("HOSTFILES", str(tmp_path))
+    ended, _ = run_workers(__file__, "shared", tmp_path)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert len((tmp_path / "shared" / "blocks.jsonl").read_text().splitlines()) == -(-N // BLOCK)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](Path(sys.argv[2]))

@@ -254,9 +254,9 @@ def test_an_epoch_left_early_leaves_no_thread_behind(make_folder):
 
 def test_the_recipe_trains_on_a_stream(make_folder, tmp_path):
     config = train_clip.Config(run_dir=tmp_path / "run")
-    trainer = attrs.evolve(config.tower.trainer, max_steps=3, compile=False, enable_progress_bar=False)
+    trainer = attrs.evolve(config.trainer, max_steps=3, compile=False, enable_progress_bar=False)
     data = CaptionDataConfig(source=make_folder(), batch_size=6, streaming=True)
-    train_clip.main(attrs.evolve(config, data=data, tower=attrs.evolve(config.tower, trainer=trainer)))
+    train_clip.main(attrs.evolve(config, data=data, trainer=trainer))
     assert "val/loss" in json.loads((tmp_path / "run" / "summary.json").read_text())
 
 
@@ -335,7 +335,7 @@ def test_a_column_that_holds_no_captions_is_refused(tmp_path, caption):
 
 def test_a_part_of_an_epoch_of_unknown_length_is_refused(make_folder):
     data = opened(make_folder())
-    with pytest.raises(UserError, match="val_check_interval is a part of an epoch whose length nothing tells"):
+    with pytest.raises(UserError, match="val_check_interval=0.5 is a fraction of an epoch"):
         Trainer(max_steps=2, logger=False, val_check_interval=0.5).fit(small_clip(), data)
 
 

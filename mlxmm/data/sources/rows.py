@@ -1,13 +1,14 @@
-"""Rows of pictures with captions from parquet files, image folders and the Hub, split three ways.
+"""Rows of images with captions: what every source keeps, and those of parquet files, image folders and the Hub.
 
 A row is `{"image": PIL, "captions": [str], "id": str}`.
 """
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import attrs
 import numpy as np
@@ -18,6 +19,35 @@ from mlxmm.preprocessing.images import SUFFIXES, UndecodableImage, decode_image
 
 HELD_OUT = 0.05  # of the rows for each of val and test, where a source has no splits of its own
 MAX_UNUSABLE = 0.01  # of a split's rows: beyond it something is wrong with the source
+
+
+class Rows(Protocol):
+    """The rows of a split, as every source has them: a sequence whose images are decoded when they are asked for.
+
+    Threads call `__getitem__`, so it must not use MLX, whose random key belongs to a thread.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: int) -> dict:
+        """The row `{"image": PIL, "captions": [str], "id": str}`."""
+
+    def without_image(self, place: int) -> dict:
+        """The row without its image, which is not decoded."""
+
+    def captions(self) -> Iterable[str]:
+        """Every caption, without touching an image."""
+
+    def name(self, place: int) -> str:
+        """What a person finds the row by."""
+
+    def fingerprint(self) -> bytes:
+        """A checksum of the images in their order: what is cached of them is found by it."""
+
+
+def is_stream(rows) -> bool:
+    """Whether rows have neither a length nor numbers, as those of `StreamRows`."""
+    return not hasattr(rows, "__len__")
 
 
 @attrs.frozen

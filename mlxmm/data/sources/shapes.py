@@ -166,12 +166,20 @@ class ShapesRows(Sequence):
         return {
             "image": draw(scene, self.grammar.config.image_size, rng),
             "captions": list(captions[:1] if self.split == "train" else captions),
-            "id": f"{self.split}-{self.epoch}-{index}",
+            "id": self.name(index),
         }
 
     def without_image(self, index: int) -> dict:
         """The row without its picture."""
         return {name: value for name, value in self[index].items() if name != "image"}
+
+    def captions(self) -> Iterator[str]:
+        """Every caption."""
+        return (caption for index in range(len(self)) for caption in self.without_image(index)["captions"])
+
+    def name(self, index: int) -> str:
+        """Split, epoch and number."""
+        return f"{self.split}-{self.epoch}-{index}"
 
     def fingerprint(self) -> bytes:
         """What the pictures are a function of."""
