@@ -1,7 +1,9 @@
-"""Callbacks, one a file. `mlxmm.callbacks` is their name everywhere; in a checkout `callbacks` is too."""
+"""Callbacks, one per file: `from mlxmm.callbacks import ModelCheckpoint`."""
 
-import sys
-from importlib import import_module
+from mlxmm import checkout
+
+if __name__ == "callbacks":  # in a checkout
+    checkout.share_modules("callbacks")
 
 from .batch_size_finder import BatchSizeFinder
 from .cached_features import CachedFeatures
@@ -51,10 +53,3 @@ __all__ = [
     "Timer",
     "ZeroShotEvaluation",
 ]
-
-if __name__ == "callbacks":  # a second name for the same modules, so that a class has one identity
-    import_module("mlxmm.callbacks")
-    same = {
-        name.removeprefix("mlxmm."): part for name, part in sys.modules.items() if name.startswith("mlxmm.callbacks")
-    }
-    sys.modules.update(same)

@@ -1,10 +1,5 @@
 """mlxmm: multimodal training on MLX."""
 
-from pathlib import Path
-
-if not (Path(__file__).parent / "callbacks").exists():  # in a checkout, callbacks/ and recipes/ lie beside this folder
-    __path__.append(str(Path(__file__).parents[1]))
-
 from mlxmm import environment
 
 environment.quiet_transformers()  # before anything imports it

@@ -49,7 +49,7 @@ def parse_config(recipe: str, presets: Mapping[str, Preset], argv: Sequence[str]
     chosen = presets[name or "default"].config
     default = chosen if name else _saved_config(recipe, type(chosen), flags) or chosen
     if help_flags := {"-h", "--help", "--help-all"} & set(flags):
-        print(help_text(default, presets, everything="--help-all" in help_flags))
+        print(help_text(recipe, default, presets, everything="--help-all" in help_flags))
         raise SystemExit(0)
     return _parse(default, flags)
 
@@ -184,12 +184,20 @@ def _unboxed(box: str) -> str:
 # ---- help
 
 
-def help_text(default, presets: Mapping[str, Preset], *, everything: bool) -> str:
+def program(recipe: str) -> str:
+    """How the recipe was called: by the command `mlxmm`, or by `python -m` in a checkout."""
+    spec = sys.modules["__main__"].__spec__
+    called_by_command = spec is not None and spec.name.startswith("mlxmm.")
+    return f"mlxmm {recipe.replace('_', '-')}" if called_by_command else f"python -m recipes.{recipe}"
+
+
+def help_text(recipe: str, default, presets: Mapping[str, Preset], *, everything: bool) -> str:
     """What a recipe is for, its presets, and its flags: those that matter first, then section by section."""
     module = sys.modules[type(default).__module__]
     flags = [flag for flag in flags_of(default) if everything or not flag.rare]
     first = [flag for flag in flags if flag.field.metadata.get("first")]
-    parts = [inspect.cleandoc(module.__doc__ or "")]
+    about = inspect.cleandoc(module.__doc__ or "").replace(f"python -m recipes.{recipe}", program(recipe))
+    parts = [f"usage: {program(recipe)} [FLAGS]", about]
     if len(presets) > 1:
         parts.append(_block("presets", ((f"--preset {name}", preset.about) for name, preset in presets.items())))
     parts.append(_block("most used", map(_described, first)))

@@ -13,9 +13,9 @@ import shutil
 import attrs
 import mlx.core as mx
 from attrs.validators import ge
-from mlxmm.callbacks import FreezeSchedule
 
 from mlxmm import TrainerConfig
+from mlxmm.callbacks import FreezeSchedule
 from mlxmm.cli import run_recipe
 from mlxmm.compute.quantized import is_quantized
 from mlxmm.config import Preset, internal, option, section

@@ -25,7 +25,7 @@ LAYERS = [
     ("mlxmm/distributed",),
     ("mlxmm/compute",),
     ("mlxmm/config", "mlxmm/environment"),
-    ("mlxmm/errors",),
+    ("mlxmm/errors", "mlxmm/checkout"),
 ]
 LAYER_OF = {room: -place for place, rooms in enumerate(LAYERS) for room in rooms}
 WITHIN = {("mlxmm/data", "mlxmm/data/sources")}  # rooms of one layer of which the first may import the second

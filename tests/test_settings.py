@@ -43,12 +43,12 @@ def flags(name: str):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_help_shows_at_most_60_flags_on_two_screens_and_about_ten_first(name):
-    text = help_text(presets(name)["default"].config, presets(name), everything=False)
+    text = help_text(name, presets(name)["default"].config, presets(name), everything=False)
     shown = re.findall(r"^  (?:--(?!preset)[\w.-]+|[A-Z]+\b)", text, re.MULTILINE)
     first = re.search(r"most used:\n(.*?)(\n\n|\Z)", text, re.DOTALL)[1]
     assert 0 < len(shown) <= 60 and len(text.splitlines()) <= 100 and max(map(len, text.splitlines())) <= 120
     assert len(re.findall(r"^  \S", first, re.MULTILINE)) <= 11
-    everything = help_text(presets(name)["default"].config, presets(name), everything=True)
+    everything = help_text(name, presets(name)["default"].config, presets(name), everything=True)
     assert all(f"--{flag.name}" in everything or flag.name.upper() in everything for flag in flags(name))
 
 

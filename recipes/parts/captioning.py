@@ -1,6 +1,8 @@
 """What the recipes that train a captioner share: training, and captioning the test splits."""
 
 import attrs
+
+from mlxmm import Callback, Trainer
 from mlxmm.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
@@ -9,8 +11,6 @@ from mlxmm.callbacks import (
     SyntheticRefresh,
     TQDMProgressBar,
 )
-
-from mlxmm import Callback, Trainer
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionSource
 from mlxmm.evaluation.caption_metrics import bleu, exact_match

@@ -3,9 +3,9 @@
 import attrs
 import mlx.core as mx
 from attrs.validators import ge
-from mlxmm.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, TQDMProgressBar
 
 from mlxmm import Trainer, TrainerConfig
+from mlxmm.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, TQDMProgressBar
 from mlxmm.config import option, section, to_json
 from mlxmm.data.caption_source import CaptionSource
 from mlxmm.data.loader import Loader

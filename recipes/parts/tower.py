@@ -3,9 +3,9 @@
 import attrs
 import mlx.core as mx
 from attrs.validators import ge
-from mlxmm.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, SyntheticRefresh, TQDMProgressBar
 
 from mlxmm import Trainer, TrainerConfig
+from mlxmm.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, SyntheticRefresh, TQDMProgressBar
 from mlxmm.config import option, section, to_json
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionSource

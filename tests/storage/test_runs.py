@@ -7,9 +7,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import DistinctBatches, TinyRegression
-from mlxmm.callbacks import ModelCheckpoint
 
 from mlxmm import Trainer
+from mlxmm.callbacks import ModelCheckpoint
 from mlxmm.cli import parse_config
 from mlxmm.config import Preset
 from mlxmm.errors import UserError
