@@ -105,7 +105,7 @@ def trained(parts):
 @pytest.mark.parametrize("empty", ["  ", None], ids=repr)
 def test_an_empty_caption_is_named_before_the_run(train, recipe, empty, tmp_path):
     source = write_rows(tmp_path / "rows.parquet", [*CAPTIONS[:20], empty, *CAPTIONS[21:]])
-    refused(train(recipe, source=source), "have no caption, more than one in a hundred; put them right or leave them")
+    refused(train(recipe, source=source), "have no caption, more than one in a hundred; fix them or leave them")
     assert not (tmp_path / "run").exists()
 
 
