@@ -16,16 +16,17 @@ from mlxmm.training.trial_updates import restored_after, trial_updates
 
 @attrs.define
 class BatchSizeFinder(Callback):
-    """Before training, tries batch sizes by real updates and sets the largest whose peak memory is within the limit.
+    """Before training, tries batch sizes with real updates and sets the largest whose peak memory is within the limit.
 
-    `memory_limit` is in bytes; an allocation that MLX refuses counts as too much, and so does a batch that the data
-    cannot fill. `mode="power"` doubles `init_val` while it fits (or halves it until it does); "binsearch" then looks
-    between what fits and what does not. `attribute` is where the datamodule has its size, dotted: "batch_size",
-    "config.batch_size"; "train.batch_size" of a loader given as `train_dataloaders`. `batch_size` is what was found.
+    `memory_limit` is in bytes. A batch also does not fit if MLX refuses an allocation or the data cannot fill it.
+    `mode="power"` doubles `init_val` while it fits (or halves it until it does); "binsearch" then searches between the
+    last size that fits and the first that does not. `attribute` is the dotted name of the size in the datamodule:
+    "batch_size", "config.batch_size"; "train.batch_size" for a loader given as `train_dataloaders`. The result is in
+    `batch_size`.
 
-    The optimizer is made anew, since its schedules follow the number of updates: give it before a LearningRateFinder.
-    A resumed run has the size of its beginning; nothing is searched for then, nor with `fast_dev_run`. Raises
-    `UserError` where no size fits.
+    The optimizer is created again, since its schedule depends on the number of updates: put this callback before a
+    LearningRateFinder. A resumed run keeps its size; there is no search then, nor with `fast_dev_run`. Raises
+    `UserError` if no size fits.
     """
 
     memory_limit: int = attrs.field(validator=ge(1))
@@ -52,7 +53,7 @@ class BatchSizeFinder(Callback):
             self._set(trainer, self.batch_size)
 
     def _search(self, trainer) -> int:
-        size, best, least = self.init_val, None, None  # `least` of those that do not fit
+        size, best, least = self.init_val, None, None  # `least`: smallest size that does not fit
         for _ in range(self.max_trials):
             if self._fits(trainer, size):
                 best = size
@@ -79,7 +80,7 @@ class BatchSizeFinder(Callback):
                 for _ in trial_updates(trainer, self.steps_per_trial):
                     pass
         except RuntimeError as error:
-            if "malloc" not in str(error) and "Insufficient Memory" not in str(error):  # MLX's, and Metal's own
+            if "malloc" not in str(error) and "Insufficient Memory" not in str(error):  # of MLX, and of Metal
                 raise
             return False
         return mx.get_peak_memory() <= self.memory_limit
@@ -102,7 +103,7 @@ class BatchSizeFinder(Callback):
 
 
 def _replaced(owner, path: str, value):
-    """`owner` with the dotted attribute set; what is frozen is copied."""
+    """`owner` with the dotted attribute set; frozen objects are copied."""
     name, _, rest = path.partition(".")
     if rest:
         value = _replaced(getattr(owner, name), rest, value)

@@ -16,8 +16,8 @@ MIB = 2**20
 class DeviceStatsMonitor(Callback):
     """Logs "memory/…_mib" with the training metrics.
 
-    active is what arrays hold, cache what MLX keeps for new ones, peak the most that arrays ever held; process is
-    what the operating system counts: the physical footprint on macOS, GPU memory included, elsewhere the resident set.
+    active: held by arrays; cache: kept by MLX for new arrays; peak: the maximum of active; process: as the operating
+    system counts it, on macOS the physical footprint with GPU memory, elsewhere the resident set.
     """
 
     def on_train_batch_end(self, trainer, module, metrics, batches):

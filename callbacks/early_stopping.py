@@ -1,4 +1,4 @@
-"""EarlyStopping: end a run that no longer improves."""
+"""EarlyStopping: ends a run whose metric no longer improves."""
 
 import math
 
@@ -13,9 +13,9 @@ from mlxmm.training.callback import Callback
 class EarlyStopping(Callback):
     """Ends the run once `monitor` has not improved by more than `min_delta` for `patience` validations in a row.
 
-    It ends at once when the metric is not finite (`check_finite`), better than `stopping_threshold`, or worse than
-    `divergence_threshold`. `stopping_reason` then says why. A run that is resumed where it was stopped stays
-    stopped, unless these settings were changed. Raises `UserError` where nobody logged `monitor`.
+    It ends at once if the metric is not finite (`check_finite`), better than `stopping_threshold`, or worse than
+    `divergence_threshold`; `stopping_reason` says why. A stopped run that is resumed stays stopped, unless these
+    settings have changed. Raises `UserError` if nothing logs `monitor`.
     """
 
     monitor: str
@@ -69,7 +69,7 @@ class EarlyStopping(Callback):
         return None
 
     def _is_better(self, score: float, than: float | None) -> bool:
-        """Whether `score` beats another, or none. NaN beats nothing."""
+        """Whether `score` is better than another one (None: any score is). NaN is never better."""
         if self.mode == "min":
             return score < (math.inf if than is None else than)
         return score > (-math.inf if than is None else than)

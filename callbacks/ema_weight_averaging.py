@@ -1,4 +1,4 @@
-"""EMAWeightAveraging: a moving average of the weights, which is what is validated, tested and kept."""
+"""EMAWeightAveraging: an exponential moving average of the weights, which is validated, tested and saved."""
 
 from collections.abc import Callable
 
@@ -15,15 +15,15 @@ from mlxmm.training.trainable import trainable_names
 
 @attrs.define
 class EMAWeightAveraging(Callback):
-    """`average = decay * average + (1 - decay) * weight`, after each update, of all that is trained.
+    """`average = decay * average + (1 - decay) * weight`, after each update, for all trainable parameters.
 
-    Lightning's callback of this name: updates are counted from 0, `update_every_n_steps` averages each n-th, from
-    `update_starting_at_step` on. A parameter joins at its first average as a trainable one, and stays. Averages
-    are float32, so that small steps are not lost in half precision.
+    As Lightning's callback of this name: updates are counted from 0, and every `update_every_n_steps`-th is averaged,
+    from `update_starting_at_step` on. A parameter is averaged from the first time it is trainable. Averages are
+    float32, so that small steps are not lost in half precision.
 
-    Validation and test see the averages, and so do those of the same module after a run that was interrupted;
-    after one that ended well the module keeps them. A checkpoint has them as its weights, and beside them
-    "raw_weights", from which a resumed run goes on.
+    Validation and test use the averages, also those of the same module after an interrupted run; after a run that
+    ended normally the module keeps them. They are the weights of a checkpoint, which has the raw weights beside them
+    ("raw_weights"), from which a resumed run continues.
     """
 
     decay: float = attrs.field(default=0.999, validator=[ge(0), le(1)])
@@ -31,7 +31,7 @@ class EMAWeightAveraging(Callback):
     update_starting_at_step: int = attrs.field(default=0, validator=ge(0), kw_only=True)
     n_averaged: int = attrs.field(default=0, init=False)  # updates of the averages
     averages: dict[str, mx.array] = attrs.field(factory=dict, init=False)
-    _raw: dict[str, mx.array] | None = attrs.field(default=None, init=False)  # while the module holds the averages
+    _raw: dict[str, mx.array] | None = attrs.field(default=None, init=False)  # set while the module holds the averages
     _stays: bool = attrs.field(default=False, init=False)
     _module: object = attrs.field(default=None, init=False)
     _averaged: Callable | None = attrs.field(default=None, init=False)
@@ -54,7 +54,7 @@ class EMAWeightAveraging(Callback):
         averages = self._averaged(list(self.averages.values()), [weights[name] for name in self.averages])
         self.averages = dict(zip(self.averages, averages)) | {n: weights[n].astype(mx.float32) for n in joining}
         self.n_averaged += 1
-        mx.async_eval(self.averages)  # without waiting; left alone, the graph would grow with every update
+        mx.async_eval(self.averages)  # without waiting; otherwise the graph would grow with every update
 
     def _average(self, averages: list[mx.array], weights: list[mx.array]) -> list[mx.array]:
         return [average + (1 - self.decay) * (weight - average) for average, weight in zip(averages, weights)]
@@ -81,7 +81,7 @@ class EMAWeightAveraging(Callback):
 
     def on_train_end(self, trainer, module):
         self.on_validation_start(trainer, module)
-        self._stays = True  # and the checkpoint that is saved next has both, like any other
+        self._stays = True  # the last checkpoint still has both
 
     def _swap_back(self, module) -> None:
         if self._raw is not None and not self._stays:
@@ -90,7 +90,7 @@ class EMAWeightAveraging(Callback):
 
     def on_save_checkpoint(self, trainer, module, checkpoint):
         if self.averages:
-            mx.eval(self.averages)  # what writes them may be another thread
+            mx.eval(self.averages)  # another thread may write them
             weights = checkpoint["weights"]
             checkpoint["raw_weights"] = self._raw or {name: weights[name] for name in self.averages}
             checkpoint["weights"] = weights | self.averages

@@ -1,4 +1,4 @@
-"""FreezeSchedule: what is trainable from an epoch, or an update, on."""
+"""FreezeSchedule: which parameters are trainable from which epoch or update on."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,10 +13,10 @@ from mlxmm.training.trainable import match_parameters, set_trainable
 class FreezeSchedule(Callback):
     """`FreezeSchedule({0: "projector", 2: ("projector", "language_model.model.layers[-2:]")})`.
 
-    From epoch 0 on the projector is trained, from epoch 2 on the last two layers too; all else is frozen. With
-    `unit="step"` the numbers count updates. A module may have names for parameters that lie apart: "lora" are the
-    adapters of a Qwen3Aligner. Quantized weights stay frozen whatever names them. A name that matches no parameter
-    is an error before training. What is trainable is a function of the epoch or update, so a resumed run has it right.
+    The projector is trained from epoch 0 on, the last two layers also from epoch 2 on; everything else is frozen. With
+    `unit="step"` the numbers count updates. A module may name groups of parameters: "lora" are the adapters of a
+    Qwen3Aligner. Quantized weights stay frozen. A name that matches no parameter raises `UserError` before training.
+    What is trainable is a function of the epoch or update, so it is right after a resume.
     """
 
     stages: Mapping[int, str | Sequence[str]]
@@ -25,7 +25,7 @@ class FreezeSchedule(Callback):
     _current: int | None = attrs.field(default=None, init=False)
 
     def setup(self, trainer, module, stage):
-        if stage == "fit":  # before the optimizer exists, which then has what is trainable and no more
+        if stage == "fit":  # before the optimizer exists, so that it has moments for trainable parameters only
             self._names = {start: self._match(module, stage) for start, stage in self.stages.items()}
             self._current = None
             self._apply(trainer, module)

@@ -1,4 +1,4 @@
-"""GradientAccumulationScheduler: how many batches make an update, from an epoch on."""
+"""GradientAccumulationScheduler: the number of batches per update, from given epochs on."""
 
 from collections.abc import Mapping
 
@@ -9,18 +9,18 @@ from mlxmm.training.callback import Callback
 
 
 def _is_schedule(instance, attribute, value) -> None:
-    """At least one epoch, counted from 0, with its number of batches."""
+    """A mapping of at least one epoch, counted from 0, to its number of batches per update."""
     pairs = value.items() if isinstance(value, Mapping) else ()
     if not pairs or not all(isinstance(n, int) and n >= least for pair in pairs for n, least in zip(pair, (0, 1))):
-        raise UserError(f"GradientAccumulationScheduler wants {{epoch: batches per update}}, like {{4: 2}}: {value!r}")
+        raise UserError(f"GradientAccumulationScheduler needs {{epoch: batches per update}}, like {{4: 2}}: {value!r}")
 
 
 @attrs.define
 class GradientAccumulationScheduler(Callback):
     """`GradientAccumulationScheduler({0: 4, 5: 1})`: four batches make an update until epoch 5, then one.
 
-    Before the first epoch named, every batch is an update. `estimated_stepping_batches` knows nothing of this:
-    give a `max_steps` where the optimizer's schedule needs the length of the run.
+    Before the first epoch named, every batch is an update. `estimated_stepping_batches` does not take this into
+    account: set `max_steps` if the optimizer's schedule needs the length of the run.
     """
 
     scheduling: Mapping[int, int] = attrs.field(validator=_is_schedule)

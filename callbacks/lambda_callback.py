@@ -1,4 +1,4 @@
-"""LambdaCallback: a callback made of functions."""
+"""LambdaCallback: a callback made from functions."""
 
 from collections.abc import Callable
 
@@ -7,11 +7,11 @@ from mlxmm.training.callback import HOOKS, Callback
 
 
 class LambdaCallback(Callback):
-    """`LambdaCallback(on_train_start=lambda trainer, module: ...)`: each function is the hook of its name."""
+    """`LambdaCallback(on_train_start=lambda trainer, module: ...)`: each function is called as the hook of its name."""
 
     def __init__(self, **hooks: Callable):
         if unknown := sorted(set(hooks) - set(HOOKS)):
-            raise UserError(f"LambdaCallback: there is no hook {', '.join(unknown)}; there are {', '.join(HOOKS)}")
+            raise UserError(f"LambdaCallback: unknown hook {', '.join(unknown)}; known are {', '.join(HOOKS)}")
         for name, function in hooks.items():
             if not callable(function):
                 raise UserError(f"LambdaCallback: {name} must be a function: {function!r}")

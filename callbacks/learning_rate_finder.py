@@ -11,19 +11,19 @@ from mlxmm.errors import UserError
 from mlxmm.training.callback import Callback
 from mlxmm.training.trial_updates import restored_after, trial_updates
 
-SMOOTHING = 0.98  # of the loss, as Lightning's
+SMOOTHING = 0.98  # of the loss, as in Lightning
 
 
 @attrs.define
 class LearningRateFinder(Callback):
-    """Tries `num_training_steps` updates with rates that rise from `min_lr` to `max_lr`, then puts everything back.
+    """Runs `num_training_steps` updates with learning rates from `min_lr` to `max_lr`, then restores everything.
 
     `results` holds the rates as "lr" and the smoothed losses as "loss"; `suggestion` is the rate at which the loss
-    fell most from one update to the next, None where too few losses were finite. The search ends early where the loss
-    is above `early_stop_threshold` times the lowest (None: never).
+    fell most from one update to the next, or None if too few losses were finite. The search ends early if the loss
+    exceeds `early_stop_threshold` times the lowest loss (None: never).
 
-    With `update_optimizer` the run takes the suggestion: as its rate, or as the highest rate of its schedule. A
-    resumed run takes what was found when it began; nothing is searched for then, nor with `fast_dev_run`.
+    With `update_optimizer` the run uses the suggestion: as its learning rate, or as the highest rate of its schedule.
+    A resumed run uses the earlier suggestion; there is no search then, nor with `fast_dev_run`.
     """
 
     min_lr: float = attrs.field(default=1e-8, validator=gt(0))
@@ -51,7 +51,7 @@ class LearningRateFinder(Callback):
     def _search(self, trainer) -> dict[str, list[float]]:
         if not hasattr(trainer.optimizer, "learning_rate") or "states" in trainer.optimizer.state:
             raise UserError(
-                f"LearningRateFinder wants an optimizer of one rate, not {type(trainer.optimizer).__name__}"
+                f"LearningRateFinder needs an optimizer with one learning rate, not {type(trainer.optimizer).__name__}"
             )
         rates, losses, mean = self._rates(), [], 0.0
         with restored_after(trainer):
@@ -82,9 +82,9 @@ class LearningRateFinder(Callback):
 
 
 def steepest(lr: list[float], loss: list[float], skip_begin: int = 10, skip_end: int = 1) -> float | None:
-    """The rate at which the loss falls most from one update to the next; Lightning's margins are left out.
+    """The rate at which the loss falls most from one update to the next, without the margins (as in Lightning).
 
-    None where fewer than two finite losses are between them.
+    None if fewer than two finite losses remain.
     """
     kept = [i for i in range(skip_begin, len(loss) - skip_end) if math.isfinite(loss[i])]
     if len(kept) < 2:
@@ -93,7 +93,7 @@ def steepest(lr: list[float], loss: list[float], skip_begin: int = 10, skip_end:
 
 
 def set_highest_rate(trainer, rate: float) -> None:
-    """Make `rate` the optimizer's rate, or scale its schedule so that the highest rate of the run is `rate`."""
+    """Set the optimizer's learning rate to `rate`, or scale its schedule so that its highest rate is `rate`."""
     optimizer = trainer.optimizer
     schedule = optimizer._schedulers.get("learning_rate")
     if schedule is None:

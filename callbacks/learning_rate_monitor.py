@@ -1,4 +1,4 @@
-"""LearningRateMonitor: the learning rate as a curve."""
+"""LearningRateMonitor: logs the learning rate."""
 
 from mlxmm.training.callback import Callback
 

@@ -1,4 +1,4 @@
-"""LinearProbe: what a linear classifier makes of the vision tower's features, when training ends."""
+"""LinearProbe: the accuracy of a linear classifier on the vision tower's features, when training ends."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from mlxmm.training.callback import Callback
 class LinearProbe(Callback):
     """Logs `linear_probe/accuracy`, chance for it and the "C" that was chosen. Needs scikit-learn (mlxmm[probe]).
 
-    Each part is a sequence of (PIL image, label): `train` fits, `val` chooses the regularisation, `test` is judged.
+    Each part is a sequence of (PIL image, label): `train` to fit, `val` to choose the regularisation, `test` to score.
     """
 
     train: Sequence

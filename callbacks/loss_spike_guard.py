@@ -1,4 +1,4 @@
-"""LossSpikeGuard: an update that is not finite, or whose loss jumps, is undone or ends the run."""
+"""LossSpikeGuard: undoes an update that is not finite or whose loss is a spike, or ends the run there."""
 
 import math
 
@@ -10,21 +10,21 @@ from mlxmm.training.callback import Callback
 
 
 class LossSpikeError(ArithmeticError):
-    """An update whose loss or gradient cannot be trusted; the module is as it was before that update."""
+    """An update had a spike or a value that is not finite; the module is as it was before that update."""
 
 
 @attrs.define
 class LossSpikeGuard(Callback):
     """Undoes an update whose loss or gradient norm is not finite, or whose loss is a spike; or stops the run there.
 
-    A spike lies above the mean of the last `window` good losses by more than `atol` and by more than `rtol` times that
-    mean (Lightning's SpikeDetection); `rtol=None` asks for finite numbers only. It is looked for once `window` losses
-    are known. `action="skip"` puts weights and moments back, to the bit; the update still counts, in `global_step` and
-    in the learning rate's schedule. `max_skips` skips in a row raise `LossSpikeError`, as `action="stop"` does at once.
+    A spike exceeds the mean of the last `window` good losses by more than `atol` and by more than `rtol` times that
+    mean (Lightning's SpikeDetection), once `window` losses are known; `rtol=None` checks for finite values only.
+    `action="skip"` restores weights and moments to the bit; the update still counts in `global_step` and in the
+    learning rate's schedule. `max_skips` skips in a row raise `LossSpikeError`; `action="stop"` raises it at once.
 
-    Nothing waits for the device: the Trainer has evaluated the metrics of an update before callbacks read them. For
-    the length of an update the weights and moments before it are kept too, which is memory for one more copy of what
-    is trained. Give it after callbacks that freeze, and before those that read the weights after each update.
+    Nothing waits for the device: the Trainer has evaluated the metrics of an update before callbacks read them. During
+    an update the previous weights and moments are kept: memory for one more copy of what is trained. Put it after
+    callbacks that freeze, and before callbacks that read the weights after each update.
     """
 
     action: str = attrs.field(default="skip", validator=in_(("skip", "stop")))
@@ -38,8 +38,10 @@ class LossSpikeGuard(Callback):
     _undo = attrs.field(default=None, init=False)
 
     def on_train_batch_start(self, trainer, module, batches):
-        trainer.optimizer.init(module.trainable_parameters())  # what was just unfrozen has moments to go back to
-        # The counts beside the moments go on: a rate's schedule is a function of the step.
+        trainer.optimizer.init(
+            module.trainable_parameters()
+        )  # parameters that were just unfrozen need moments to restore
+        # Step counts are not restored: the learning rate's schedule depends on them.
         states = trainer.optimizer.state.get("states", [trainer.optimizer.state])  # of a MultiOptimizer, several
         self._undo = snapshot([module, *(part for state in states for part in state.values())])
 

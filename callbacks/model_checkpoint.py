@@ -1,4 +1,4 @@
-"""ModelCheckpoint: what to keep of a run."""
+"""ModelCheckpoint: saves checkpoints of a run, and keeps the newest and the best."""
 
 import math
 import shutil
@@ -19,12 +19,12 @@ from mlxmm.training.trainer_config import duration, is_duration
 
 @attrs.define
 class ModelCheckpoint(Callback):
-    """Saves `checkpoints/step=N`: every so often, at the end, and when the run is interrupted.
+    """Saves `checkpoints/step=N`: at intervals, at the end, and when the run is interrupted.
 
-    `last` names the newest checkpoint. With `monitor`, one is saved after every validation too, those with the
-    `save_top_k` best values are kept (-1: all), and `best` names the best. A checkpoint has a value if its metric was
-    logged at its own step; what is not a number is never best. All others are deleted, except the one that the
-    run was resumed from. Files are written in the `background`: the arrays of that moment, while training goes on.
+    The link `last` points to the newest checkpoint. With `monitor`, a checkpoint is also saved after every validation,
+    those with the `save_top_k` best values are kept (-1: all), and `best` points to the best. A checkpoint has a value
+    if its metric was logged at its own step; NaN is never best. Other checkpoints are deleted, except the one that the
+    run was resumed from. In the `background`, a thread writes the arrays of that moment while training continues.
     """
 
     saves_checkpoints = True
@@ -37,7 +37,7 @@ class ModelCheckpoint(Callback):
     save_top_k: int = attrs.field(default=1, validator=ge(-1), kw_only=True)
     dirpath: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path), kw_only=True)
     background: bool = attrs.field(default=True, kw_only=True)
-    scores: dict[int, float] = attrs.field(factory=dict, init=False)  # of the steps that are kept for them
+    scores: dict[int, float] = attrs.field(factory=dict, init=False)  # by step
     last_step: int | None = attrs.field(default=None, init=False)
     _saved_at: float = attrs.field(default=0.0, init=False)  # in seconds of training
     _resumed_from: Path | None = attrs.field(default=None, init=False)
@@ -68,7 +68,7 @@ class ModelCheckpoint(Callback):
             self.dirpath = Path(root) / "checkpoints"
         if stage != "fit" or self.dirpath is None or not trainer.is_global_zero:
             return
-        self._resumed_from = trainer.ckpt_path and trainer.ckpt_path.resolve()  # `last` will name another soon
+        self._resumed_from = trainer.ckpt_path and trainer.ckpt_path.resolve()  # `last` will soon point to another
         self.dirpath.mkdir(parents=True, exist_ok=True)
         if trainer.ckpt_path is None and trainer.global_step == 0 and any(self.dirpath.glob("step=*")):
             raise UserError(f"{self.dirpath} holds checkpoints of another run: resume it, or name another folder")
@@ -76,7 +76,7 @@ class ModelCheckpoint(Callback):
         self._writer = ThreadPoolExecutor(1, "checkpoint")
 
     def on_fit_start(self, trainer, module):
-        # What a run that was killed had no time to delete. Later steps may be of use to someone: they stay.
+        # What a killed run had no time to delete. Later steps are kept: someone may need them.
         if self._writer is not None and self._resumed_from is not None and trainer.is_global_zero:
             steps = [int(folder.name.removeprefix("step=")) for folder in self.dirpath.glob("step=*")]
             self._delete({step for step in steps if step < trainer.global_step} - {*self.scores, self.last_step})
@@ -87,7 +87,7 @@ class ModelCheckpoint(Callback):
     def on_save_point(self, trainer, module):
         is_due = self._is_due(trainer)
         if self.train_time_interval is not None:
-            [is_due] = collectives.all_max(is_due)  # clocks differ, and all processes save together
+            [is_due] = collectives.all_max(is_due)  # clocks differ, but all processes must save together
         if is_due:
             self._save(trainer)
         self._validated = False
@@ -97,7 +97,7 @@ class ModelCheckpoint(Callback):
         self._finish()
 
     def on_exception(self, trainer, module, exception):
-        # Any other exception may have come in the middle of an update.
+        # Any other exception may have been raised in the middle of an update.
         if isinstance(exception, Interrupted):
             self._save(trainer)
         self._finish()
@@ -149,7 +149,7 @@ class ModelCheckpoint(Callback):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _wait(self) -> None:
-        """Until the newest checkpoint is written; an error of the writing is raised here."""
+        """Wait until the newest checkpoint is written. Raises the error of the thread that writes it."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()

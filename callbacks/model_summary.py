@@ -1,4 +1,4 @@
-"""ModelSummary: how many parameters each part has, and how many of them are trained."""
+"""ModelSummary: the number of parameters of each part, and how many of them are trainable."""
 
 from mlx.utils import tree_flatten
 
@@ -6,7 +6,7 @@ from mlxmm.training.callback import Callback
 
 
 class ModelSummary(Callback):
-    """Prints a table when training starts; with strategy fsdp, of what this process has."""
+    """Prints a table when training starts; with strategy fsdp, of the parameters that this process holds."""
 
     def on_train_start(self, trainer, module):
         if trainer.config.enable_model_summary and trainer.is_global_zero:
@@ -14,7 +14,7 @@ class ModelSummary(Callback):
 
 
 def summary(module) -> str:
-    """A line for each part of `module`: parameters, and trainable ones."""
+    """One line per part of `module`: parameters and trainable parameters."""
     counts: dict[str, list[int]] = {}
     for column, tree in enumerate((module.parameters(), module.trainable_parameters())):
         for name, array in tree_flatten(tree):

@@ -1,4 +1,4 @@
-"""OnExceptionCheckpoint: what a run had reached when it failed."""
+"""OnExceptionCheckpoint: saves a checkpoint when a run fails."""
 
 import warnings
 from pathlib import Path
@@ -12,10 +12,10 @@ from mlxmm.training.callback import Callback
 
 @attrs.define
 class OnExceptionCheckpoint(Callback):
-    """Saves `dirpath/filename` when `fit` ends by an exception of any kind; a checkpoint of that name is replaced.
+    """Saves `dirpath/filename` when any exception ends `fit`; a checkpoint of that name is replaced.
 
-    Nothing is saved, and a warning says so, where the exception came in the middle of an update that had already
-    changed the weights: no resumed run could be exact. The checkpoint stays until somebody deletes it.
+    Nothing is saved, with a warning, if the exception was raised in the middle of an update that had already changed
+    the weights: a resumed run could not be exact. The checkpoint is never deleted.
     """
 
     saves_checkpoints = True
@@ -23,7 +23,7 @@ class OnExceptionCheckpoint(Callback):
     dirpath: Path = attrs.field(converter=Path)
     filename: str = attrs.field(default="on_exception", validator=min_len(1))
     _fitting: bool = attrs.field(default=False, init=False)
-    _begun_at: int | None = attrs.field(default=None, init=False)  # the update that was begun last
+    _begun_at: int | None = attrs.field(default=None, init=False)  # the update that started last
     _counter: mx.array | None = attrs.field(default=None, init=False)  # the optimizer's, before it
 
     @property
@@ -47,14 +47,14 @@ class OnExceptionCheckpoint(Callback):
         if not self._fitting:
             return
         if self._begun_at == trainer.global_step and _counter(trainer.optimizer) is not self._counter:
-            warnings.warn(f"{self.ckpt_path} is not saved: the update was half done", stacklevel=2)
+            warnings.warn(f"{self.ckpt_path} is not saved: an update was incomplete", stacklevel=2)
             return
         try:
             trainer.save_checkpoint(self.ckpt_path)
-        except Exception as error:  # noqa: BLE001 the exception that ended the run must not be lost behind this one
+        except Exception as error:  # noqa: BLE001 the exception that ended the run must not be hidden by this one
             warnings.warn(f"{self.ckpt_path} could not be saved: {error}", stacklevel=2)
 
 
 def _counter(optimizer) -> mx.array:
-    """What an optimizer counts its updates in: every update makes another array of it."""
+    """The step count of an optimizer: every update replaces this array."""
     return getattr(optimizer, "optimizers", [optimizer])[0].state["step"]

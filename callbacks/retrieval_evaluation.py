@@ -1,4 +1,4 @@
-"""RetrievalEvaluation: pictures found by their captions, and captions by their pictures, after each validation."""
+"""RetrievalEvaluation: text-to-image and image-to-text retrieval after each validation."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,8 @@ from mlxmm.training.callback import Callback
 class RetrievalEvaluation(Callback):
     """Logs `retrieval/image_to_text/recall_at_1` and so on over `rows`, `{"image": PIL, "captions": [str]}`.
 
-    All captions of all pictures are held against each other; chance stands beside each figure. Give a second one
-    another `name`.
+    All captions of all images are candidates; chance is logged beside each metric. A second callback of this class
+    needs another `name`.
     """
 
     rows: Sequence

@@ -1,4 +1,4 @@
-"""SampleCaptions: what the module says of a few pictures, in TensorBoard."""
+"""SampleCaptions: captions of a few images, in TensorBoard."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from mlxmm.training.callback import Callback
 
 
 class SampleCaptions(Callback):
-    """After each validation: the pictures of a few rows, and expected and generated captions as text.
+    """After each validation, logs the images of a few rows, and their expected and generated captions as text.
 
     Every rank captions them, since the layers of strategy fsdp are gathered by all; rank 0 writes. The random key of
     an update is a function of the step, so what is sampled here cannot change training.

@@ -1,4 +1,4 @@
-"""SyntheticRefresh: new synthetic rows while training goes on."""
+"""SyntheticRefresh: replaces the training rows by new synthetic ones during training."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,9 +10,9 @@ from mlxmm.training.callback import Callback
 
 @attrs.define
 class SyntheticRefresh(Callback):
-    """Before every `every_n_epochs`-th epoch, trains on the rows that `make_rows(epoch)` gives.
+    """Before every `every_n_epochs`-th epoch, replaces the training rows by `make_rows(epoch)`.
 
-    `make_rows` must be a function of the epoch: a resumed run asks for the same rows again.
+    `make_rows` must be a function of the epoch: a resumed run calls it again for the same rows.
     """
 
     make_rows: Callable[[int], Sequence]

@@ -1,4 +1,4 @@
-"""ThroughputMonitor: how much is trained in a second, and how much of that second the data took."""
+"""ThroughputMonitor: examples, batches and tokens per second, and the share of time spent waiting for data."""
 
 import time
 from collections import deque
@@ -19,13 +19,13 @@ def leading_axis(batch) -> int:
 
 @attrs.define
 class ThroughputMonitor(Callback):
-    """Logs "throughput/…" with the training metrics: means over the last `window_size` updates, of all processes.
+    """Logs "throughput/…" with the training metrics: means over the last `window_size` updates of all processes.
 
-    examples_per_second and batches_per_second; tokens_per_second with `length_fn`, which gives the tokens of a batch;
+    examples_per_second and batches_per_second; tokens_per_second with `length_fn`, which returns the tokens of a batch;
     flops_per_second with `flops_per_batch` (forward and backward), and with `peak_flops` (of one process's device) mfu,
-    the fraction of it that is used (arXiv 2204.02311, appendix B); data_wait_fraction, the part of the time that
-    went by waiting for batches. The time is all of it but validation and the saving of checkpoints. Functions should
-    look at shapes alone: to look at an array's values would wait for the device.
+    the fraction of it that is used (arXiv 2204.02311, appendix B); data_wait_fraction, the fraction of time spent
+    waiting for batches. Validation and saving of checkpoints do not count. The functions should read shapes only:
+    reading values would wait for the device.
     """
 
     batch_size_fn: Callable = leading_axis
@@ -33,10 +33,10 @@ class ThroughputMonitor(Callback):
     flops_per_batch: float | None = attrs.field(default=None, validator=optional(gt(0)), kw_only=True)
     peak_flops: float | None = attrs.field(default=None, validator=optional(gt(0)), kw_only=True)
     window_size: int = attrs.field(default=100, validator=ge(1), kw_only=True)
-    _window: deque = attrs.field(init=False)  # of each update: seconds, those of them without data, and counts
-    _counts: tuple | None = attrs.field(default=None, init=False)  # batches, examples, tokens of the update in hand
+    _window: deque = attrs.field(init=False)  # of each update: seconds, seconds of waiting for data, and counts
+    _counts: tuple | None = attrs.field(default=None, init=False)  # batches, examples, tokens of the current update
     _started: float = attrs.field(default=0.0, init=False)
-    _waited: float = attrs.field(default=0.0, init=False)  # for data, in all
+    _waited: float = attrs.field(default=0.0, init=False)  # seconds of waiting for data, in total
 
     @_window.default
     def _empty(self):
@@ -70,7 +70,7 @@ class ThroughputMonitor(Callback):
             trainer.log({f"throughput/{name}": value for name, value in self.compute().items()})
 
     def compute(self) -> dict[str, float]:
-        """The figures of the window, by their names without "throughput/"."""
+        """The means over the window, by their names without "throughput/"."""
         seconds, waited, *counts = map(sum, zip(*self._window))
         batches, examples, tokens = (collectives.world_size() * count / seconds for count in counts)
         figures = {"examples_per_second": examples, "batches_per_second": batches}

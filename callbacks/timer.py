@@ -1,4 +1,4 @@
-"""Timer: how long a run's stages took, and when it is time to stop."""
+"""Timer: measures the stages of a run, and ends the run after a given time."""
 
 import time
 
@@ -16,26 +16,26 @@ STAGES = ("train", "validate", "test", "predict")
 
 @attrs.define
 class Timer(Callback):
-    """Ends the run after `duration` (DD:HH:MM:SS) of training, what came before a resume included.
+    """Ends the run after `duration` (DD:HH:MM:SS) of training, the time before a resume included.
 
-    The clock is looked at after every update, or with `interval="epoch"` after every epoch. Validation within
-    training counts as both.
+    The time is checked after every update, or with `interval="epoch"` after every epoch. Validation during training
+    counts as training and as validation.
     """
 
     duration: str | None = attrs.field(default=None, validator=optional(trainer_config.is_duration))
     interval: str = attrs.field(default="step", validator=in_(("step", "epoch")), kw_only=True)
     _elapsed: dict[str, float] = attrs.field(factory=lambda: dict.fromkeys(STAGES, 0.0), init=False)
-    _started: dict[str, float] = attrs.field(factory=dict, init=False)  # the stages that the clock runs for
+    _started: dict[str, float] = attrs.field(factory=dict, init=False)  # start times of the stages that are running
 
     def time_elapsed(self, stage: str = "train") -> float:
-        """Seconds spent in "train", "validate", "test" or "predict", all passes together."""
+        """Seconds spent in "train", "validate", "test" or "predict", in total."""
         if stage not in STAGES:
-            raise UserError(f"Timer: there is no stage {stage!r}; choose one of {', '.join(STAGES)}")
+            raise UserError(f"Timer: unknown stage {stage!r}; choose one of {', '.join(STAGES)}")
         running = time.perf_counter() - self._started[stage] if stage in self._started else 0.0
         return self._elapsed[stage] + running
 
     def time_remaining(self, stage: str = "train") -> float | None:
-        """Seconds of `duration` that `stage` has not used; None without a duration."""
+        """Seconds of `duration` left for `stage`; None without a duration."""
         return None if self.duration is None else trainer_config.duration(self.duration) - self.time_elapsed(stage)
 
     def on_train_start(self, trainer, module):

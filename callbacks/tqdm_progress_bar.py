@@ -1,4 +1,4 @@
-"""TQDMProgressBar: where the run is; plain lines where output is no terminal."""
+"""TQDMProgressBar: a progress bar; plain lines where the output is not a terminal."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ from mlxmm.training.callback import Callback
 
 
 class TQDMProgressBar(Callback):
-    """A bar over the run's updates with the newest loss that was logged; without a terminal a line at each log."""
+    """A bar over the updates of a run, with the newest logged losses; without a terminal one line at each log."""
 
     def __init__(self, name: str = "fit", refresh_seconds: float = 0.2):
         self.name, self.refresh_seconds = name, refresh_seconds

@@ -1,4 +1,4 @@
-"""ZeroShotEvaluation: how well class names alone tell pictures apart, after each validation."""
+"""ZeroShotEvaluation: zero-shot classification from class names after each validation."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from mlxmm.training.callback import Callback
 class ZeroShotEvaluation(Callback):
     """Logs `zero_shot/top1` and `top5` over `images` (PIL), whose class names are `labels`, and chance beside them.
 
-    The classes are `class_names`; without, the different labels. Give a second one another `name`.
+    The classes are `class_names`, by default the distinct labels. A second callback of this class needs another `name`.
     """
 
     images: Sequence

@@ -1,4 +1,4 @@
-"""Say what is on pictures, token by token.
+"""Caption images, token by token.
 
 python -m recipes.caption --module runs/align_qwen3/mine/checkpoints/best holiday.jpg FOLDER
 """
@@ -19,11 +19,11 @@ from mlxmm.preprocessing.images import SUFFIXES, UndecodableImage, decode_image
 
 @attrs.frozen(kw_only=True)
 class Config:
-    """Which model, which pictures, and how to choose words."""
+    """Model, images and decoding."""
 
-    images: tuple[Path, ...] = positional((), "pictures, and folders of pictures")
+    images: tuple[Path, ...] = positional((), "images, and folders of images")
     module: str | None = option(None, "checkpoint or folder of a Qwen3Aligner or CaptionDecoder, or its Hub id")
-    prompt: str = option("", "text between picture and caption; none: the one it was trained with")
+    prompt: str = option("", "text between image and caption; none: the one that the model was trained with")
     generation: GenerationConfig = section(GenerationConfig())
 
 
@@ -43,7 +43,7 @@ def main(config: Config) -> None:
 
 
 def pieces(captioner: CaptioningModule, image, config: Config) -> Iterator[str]:
-    """The caption of one picture as it comes; beam search has all of it at once."""
+    """The pieces of the caption of one image as they are generated; beam search returns one piece."""
     settings = attrs.asdict(config.generation)
     if config.generation.num_beams > 1:
         return iter(captioner.caption([image], config.prompt, **settings))
@@ -51,7 +51,7 @@ def pieces(captioner: CaptioningModule, image, config: Config) -> Iterator[str]:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The files among `paths`, and the pictures in its folders, by name. Raises `UserError` where there are none."""
+    """The files in `paths`, and the images in its folders, sorted by name. Raises `UserError` if there are none."""
     if missing := [path for path in paths if not path.exists()]:
         raise UserError(f"{missing[0]} is not there")
     inside = lambda folder: sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)

@@ -1,9 +1,9 @@
-"""Evaluate a captioner over a whole split: one caption a picture against all its references, and against others'.
+"""Evaluate a captioner over a whole split: one caption per image against all references, with a control.
 
     python -m recipes.evaluate_captions --module runs/align_qwen3/mine/checkpoints/best --data.source pictures.parquet
 
 Writes summary.json with all metrics and captions.jsonl with every caption. Metrics that end in "_shuffled" are the
-control: the same captions held against other pictures.
+control: each caption is compared with the references of another image.
 """
 
 import json
@@ -24,7 +24,7 @@ from mlxmm.storage.runs import RunConfig, open_run
 
 @attrs.frozen(kw_only=True)
 class Config(RunConfig):
-    """Which model, which pictures, and how to choose words."""
+    """Model, images and decoding."""
 
     module: str | None = option(
         None, "checkpoint or folder of a Qwen3Aligner or CaptionDecoder, or its Hub id", first=True

@@ -1,9 +1,9 @@
-"""Say which of a few classes each picture shows, from their names alone.
+"""Classify images by class names alone, without training (zero-shot).
 
 python -m recipes.zero_shot --classes "cat,dog" cat.jpeg dog.jpeg
 python -m recipes.zero_shot --module runs/train_clip/mine/model --classes names.txt --templates imagenet-80 *.jpeg
 
-The classifier of a list of names is built once and kept in ~/.cache/mlxmm, or $MLXMM_CACHE.
+The classifier of a list of names is built once and kept in the cache (~/.cache/mlxmm, or $MLXMM_CACHE).
 """
 
 from collections.abc import Iterator
@@ -24,13 +24,13 @@ from mlxmm.preprocessing.images import UndecodableImage, decode_image
 
 @attrs.frozen(kw_only=True)
 class Config:
-    """Pictures, classes and a CLIP."""
+    """Images, classes and a CLIP."""
 
-    images: tuple[Path, ...] = positional((), "pictures to classify")
+    images: tuple[Path, ...] = positional((), "images to classify")
     classes: str = option("", "class names with commas between them, or a file with one on each line")
     module: str = option("openai/clip-vit-base-patch32", "CLIP or SigLIP: folder or Hub id")
-    templates: str = option("photo", f"what names are put into: {CHOICES}")
-    top: int = option(3, "classes to print of each picture", ge(1))
+    templates: str = option("photo", f"sentences that class names are put into: {CHOICES}")
+    top: int = option(3, "classes to print for each image", ge(1))
 
 
 def main(config: Config) -> None:
@@ -65,7 +65,7 @@ def _is_file(text: str) -> bool:
 
 
 def opened(paths: tuple[Path, ...]) -> Iterator:
-    """The pictures; raises `UserError` that names the file that is none."""
+    """The decoded images. Raises `UserError` that names a file that is not an image."""
     for path in paths:
         try:
             yield decode_image(path)
@@ -74,7 +74,7 @@ def opened(paths: tuple[Path, ...]) -> Iterator:
 
 
 def table(paths: tuple[Path, ...], probabilities: np.ndarray, names: list[str], top: int) -> str:
-    """A line for each picture: its likeliest classes and their probabilities, (B, C)."""
+    """One line per image: its most likely classes, with their `probabilities` (B, C)."""
     width = max(map(len, map(str, paths))) + 2
     lines = []
     for path, row in zip(paths, probabilities):

@@ -1,4 +1,4 @@
-"""Pictures: from bytes to an RGB square of pixels, as a CLIP or SigLIP folder asks for it.
+"""Images: from bytes to an RGB square of pixels, preprocessed as a CLIP or SigLIP folder says.
 
 B pictures, H x W pixels.
 """
@@ -20,7 +20,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
-# What transformers' image processors do where their file does not say.
+# Defaults of transformers' image processors for settings that a file leaves out.
 SQUARE = {"size": {"height": 224, "width": 224}, "do_center_crop": False, "image_mean": HALF, "image_std": HALF}
 DEFAULTS = {
     "CLIP": {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224, "resample": BICUBIC}
@@ -28,20 +28,20 @@ DEFAULTS = {
     "Siglip": SQUARE | {"resample": BICUBIC},
     "ViT": SQUARE | {"resample": BILINEAR},
 }
-MAX_PIXELS = 100_000_000  # 20,000 x 5,000: larger files are taken for bombs
+MAX_PIXELS = 100_000_000  # 20,000 x 5,000: larger files are refused as decompression bombs
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-MAX_STRIP_RATIO = 16  # times its width, what is looked at of a strip too long to be resized
+MAX_STRIP_RATIO = 16  # of a strip too long to be resized, the middle of this length (in widths) is used
 
 
 class UndecodableImage(UserError):
-    """A file that is no picture, or is one cut short."""
+    """A file that is not an image, or is truncated."""
 
 
 def decode_image(value) -> Image.Image:
-    """An RGB picture from a PIL image, from bytes, from a path, or from the {"bytes", "path"} of `datasets`.
+    """An RGB image from a PIL image, from bytes, from a path, or from the {"bytes", "path"} of `datasets`.
 
-    Turned as its EXIF says, transparency laid on white, the first frame of an animation.
+    Rotated as its EXIF says, transparency on white, the first frame of an animation.
     Raises `UndecodableImage`.
     """
     if isinstance(value, dict):
@@ -50,7 +50,7 @@ def decode_image(value) -> Image.Image:
         raise UndecodableImage("there is no picture")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large pictures, and of damaged EXIF
+            warnings.simplefilter("ignore")  # about large images and damaged EXIF
             image = value if isinstance(value, Image.Image) else Image.open(_opened(value))
             if image.width * image.height > MAX_PIXELS:
                 raise UndecodableImage(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
@@ -77,15 +77,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def random_square(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """The largest square of `image`, anywhere along its longer edge: all that CLIP changes about pictures that it
-    trains on (section 2.3)."""
+    """The largest square of `image`, at a random place along its longer edge: the only augmentation of CLIP
+    (section 2.3)."""
     side = min(image.size)
     left, top = (int(rng.integers(edge - side + 1)) for edge in image.size)
     return image.crop((left, top, left + side, top + side))
 
 
 def _middle(image: Image.Image, length: int) -> Image.Image:
-    """`image` without what lies more than `length` / 2 pixels from its centre, along either edge."""
+    """The centre of `image`, at most `length` pixels along each edge."""
     (left, right), (top, bottom) = (
         ((edge - min(edge, length)) // 2, (edge + min(edge, length)) // 2) for edge in image.size
     )
@@ -94,9 +94,9 @@ def _middle(image: Image.Image, length: int) -> Image.Image:
 
 @attrs.frozen(kw_only=True)
 class ImageProcessor:
-    """Resize, crop and scale as `preprocessor_config.json` of the Hub says.
+    """Resizes, crops and normalises images as a `preprocessor_config.json` says.
 
-    `resize` is the length of the shortest edge, or of both edges (then there is nothing to crop).
+    `resize` is the length of the shortest edge, or of both edges (without a crop).
     """
 
     image_size: int
@@ -107,7 +107,7 @@ class ImageProcessor:
 
     @classmethod
     def square(cls, image_size: int) -> "ImageProcessor":
-        """CLIP's own: the shortest edge to `image_size`, then the middle square."""
+        """As CLIP: resize the shortest edge to `image_size`, then take the centre square."""
         return cls(image_size=image_size, resize=image_size)
 
     @classmethod
@@ -161,7 +161,7 @@ class ImageProcessor:
         }
 
     def pixels(self, image: Image.Image) -> np.ndarray:
-        """(image_size, image_size, 3) uint8: what a loader hands over, a quarter of the floats' size."""
+        """(image_size, image_size, 3) uint8: loaders pass bytes on, a quarter of the size of floats."""
         image = image.convert("RGB")
         if isinstance(self.resize, tuple):
             height, width = self.resize
@@ -179,7 +179,7 @@ class ImageProcessor:
         return np.asarray(image)
 
     def normalize(self, pixels: mx.array) -> mx.array:
-        """(B, H, W, 3) uint8 to what the network was trained on: float32, about zero mean and unit variance."""
+        """(B, H, W, 3) uint8 to float32, normalised by mean and std."""
         scale = mx.array([1 / (255 * s) for s in self.std])
         shift = mx.array([m / s for m, s in zip(self.mean, self.std)])
         return pixels.astype(mx.float32) * scale - shift

@@ -1,4 +1,4 @@
-"""Tokenizers: those of the Hub, and small ones trained on captions. All are transformers' fast tokenizers."""
+"""Tokenizers from the Hub, and small ones trained on captions. All are fast tokenizers of transformers."""
 
 import copy
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from pathlib import Path
 from mlxmm.errors import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-IMAGES = ("<image>", "<|image_pad|>")  # LLaVA's token in the place of an image, and the one that Qwen's tokenizers have
+IMAGES = ("<image>", "<|image_pad|>")  # image tokens of LLaVA and of Qwen's tokenizers
 
 
 def load_tokenizer(folder: Path):
@@ -20,16 +20,16 @@ def load_tokenizer(folder: Path):
         is_there = (folder / "tokenizer.json").exists()
         reason = str(error).splitlines()[0] if is_there else "tokenizer.json is missing"
         raise UserError(f"{folder} holds no tokenizer: {reason}") from None
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what transformers makes of a config.json alone
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes one of a config.json alone
         raise UserError(f"{folder} holds no tokenizer: tokenizer.json is missing")
     return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, *, adds_start_and_end: bool = False):
-    """A byte-level BPE of at most `vocab_size` tokens: nothing is unknown to it.
+    """A byte-level BPE tokenizer with at most `vocab_size` tokens, and no unknown ones.
 
-    With `adds_start_and_end` a text becomes start, tokens, end, as CLIP's tokenizer makes it; without, tokens
-    alone, as Qwen's does. END is also what pads.
+    With `adds_start_and_end` a text becomes start, tokens, end, as with CLIP's tokenizer; otherwise tokens only, as
+    with Qwen's. END is also the padding token.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -53,7 +53,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, adds_start_and_end
 
 
 def end_token(tokenizer) -> int:
-    """The id that ends a text, which captions are taught to end with."""
+    """The id of the end token, with which captions end. Raises `UserError` if the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path or 'given'} has no end token, and captions could not learn to end: "
@@ -63,8 +63,7 @@ def end_token(tokenizer) -> int:
 
 
 def with_image_token(tokenizer):
-    """A copy of `tokenizer` with a token in the place of an image, and that token: one of `IMAGES` that it has
-    already, or a new one behind all others."""
+    """A copy of `tokenizer` with an image token, and that token: one of `IMAGES` if it has one, else a new token."""
     tokenizer = copy.deepcopy(tokenizer)
     image = next((token for token in IMAGES if token in tokenizer.get_added_vocab()), IMAGES[0])
     tokenizer.add_tokens([image], special_tokens=True)
@@ -72,6 +71,6 @@ def with_image_token(tokenizer):
 
 
 def token_length(tokenizer, texts: Iterable[str]) -> int:
-    """The tokens of the longest text, up to a multiple of four."""
+    """The number of tokens of the longest text, rounded up to a multiple of four."""
     longest = max(map(len, tokenizer(list(texts))["input_ids"]))
     return -(-longest // 4) * 4

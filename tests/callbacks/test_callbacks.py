@@ -350,7 +350,7 @@ def test_accumulation_follows_the_epochs_and_survives_a_resume(fit, tmp_path):
 
 @pytest.mark.parametrize("wrong", [{}, {-1: 2}, {0: 0}, {0: 1.5}, 4])
 def test_a_wrong_accumulation_schedule_is_one_clear_error(wrong):
-    with pytest.raises(UserError, match="wants {epoch: batches per update}"):
+    with pytest.raises(UserError, match="needs {epoch: batches per update}"):
         GradientAccumulationScheduler(wrong)
 
 
@@ -374,7 +374,7 @@ def test_lambda_callback_calls_each_function_at_its_moment_and_no_other(fit):
 
 
 def test_lambda_callback_knows_its_hooks():
-    with pytest.raises(UserError, match="there is no hook on_train_batch_begin; there are setup, teardown"):
+    with pytest.raises(UserError, match="unknown hook on_train_batch_begin; known are setup, teardown"):
         LambdaCallback(on_train_batch_begin=print)
     with pytest.raises(UserError, match="on_train_start must be a function: 3"):
         LambdaCallback(on_train_start=3)
@@ -440,7 +440,7 @@ def test_half_an_update_is_not_saved(fit, tmp_path):
             return Interrupt(0.1)
 
     save, snapshot = OnExceptionCheckpoint(tmp_path), LambdaCallback(on_fit_start=lambda t, _: trainers.append(t))
-    with pytest.warns(UserWarning, match="half done"), pytest.raises(KeyboardInterrupt):
+    with pytest.warns(UserWarning, match="an update was incomplete"), pytest.raises(KeyboardInterrupt):
         fit(save, snapshot, module=Module(), max_steps=8, compile=False)
     assert not save.ckpt_path.exists()
 

@@ -202,7 +202,9 @@ def test_many_class_names_are_a_list_and_no_path(run, tmp_path):
     assert code == 0 and lines
 
 
-@pytest.mark.parametrize(("column", "message"), [("kinds", "there is no column 'kinds'"), ("tags", "must hold classes")])
+@pytest.mark.parametrize(
+    ("column", "message"), [("kinds", "there is no column 'kinds'"), ("tags", "must hold classes")]
+)
 def test_a_column_of_classes_that_is_none_is_refused_before_the_run(run, tmp_path, column, message):
     rows = {"image": [two_halves()] * 9, "caption": ["red"] * 9, "tags": [["a", "b"]] * 9}
     table = datasets.Dataset.from_dict(rows | {"split": ["train", "val", "test"] * 3})
