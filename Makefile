@@ -1,4 +1,4 @@
-# Two commands: `make demo` shows what this does, `make test` that it works. Each makes .venv when there is none.
+# `make demo` shows what this does, `make test` that it works. Each command makes .venv when there is none.
 PYTHON ?= python3
 BIN := .venv/bin
 # Threads of a BLAS that wait for each other on a busy machine cost more than they give in small tests.
@@ -23,6 +23,7 @@ bench: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 .venv/ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -30,4 +31,4 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .mypy_cache runs

@@ -6,7 +6,7 @@ exist twice, and an object of one would be no instance of the other.
 
 import sys
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, spec_from_loader
 
@@ -34,7 +34,9 @@ class SecondName(MetaPathFinder, Loader):
 
     def get_code(self, name: str):
         """The code of a module for `python -m`, which runs it as `__main__`."""
-        return find_spec(f"mlxmm.{name}").loader.get_code(f"mlxmm.{name}")
+        spec = find_spec(f"mlxmm.{name}")
+        assert spec is not None and isinstance(spec.loader, InspectLoader)
+        return spec.loader.get_code(spec.name)
 
 
 def share_modules(package: str) -> None:

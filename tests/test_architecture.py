@@ -10,11 +10,12 @@ import pytest
 from mlxmm.training.callback import HOOKS
 
 ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/architecture.md").read_text()
 # From top to bottom. A file imports from rooms of lower layers, and from its own room.
 LAYERS = [
-    ("recipes", "tools"),
+    ("recipes", "tools", "mlxmm/__main__"),
     ("recipes/parts",),
-    ("callbacks", "mlxmm/captioners"),
+    ("callbacks",),
     ("mlxmm",),  # __init__.py alone: the public names
     ("mlxmm/evaluation",),
     ("mlxmm/modules",),
@@ -128,15 +129,6 @@ def test_each_outside_package_has_one_door(package):
     assert users == {DOORS[package]}
 
 
-def test_what_the_readme_names_is_there():
-    readme = (ROOT / "README.md").read_text()
-    paths = re.findall(r"`((?:mlxmm|callbacks|recipes|tools|tests)/[\w/.]*)`", readme)
-    assert len(paths) > 8 and not [path for path in paths if not (ROOT / path).exists()]
-    targets = re.findall(r"make (\w+)", readme)
-    makefile = (ROOT / "Makefile").read_text()
-    assert all(f"\n{target}:" in makefile for target in targets if target not in ("MLX",)), targets
-
-
 def test_the_page_of_hooks_names_all_39_of_lightnings_and_every_one_of_ours():
     rows = re.findall(r"^\| (`?\w+.*?) \| (.*?) \|", (ROOT / "docs/hooks.md").read_text(), re.MULTILINE)[1:]
     theirs = [left.strip("`").split("(")[0] for left, _ in rows if left.startswith("`")]
@@ -145,18 +137,20 @@ def test_the_page_of_hooks_names_all_39_of_lightnings_and_every_one_of_ours():
     assert set(HOOKS) - {"on_save_point"} <= ours | set(theirs) and {"state_dict", "load_state_dict"} <= ours
 
 
-def test_the_callback_of_the_readme_runs_and_stops_a_run():
-    from conftest import DistinctBatches, TinyRegression
+def test_every_room_has_a_layer():
+    assert {room(path) for path in SOURCES} == set(LAYER_OF)
 
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    names: dict = {}
-    exec(code, names)  # the very text
-    trainer = names["Trainer"](
-        max_steps=9,
-        callbacks=[names["StopWhenGood"](threshold=1e9)],
-        enable_model_summary=False,
-        val_check_interval=3,
-    )
-    data = DistinctBatches()
-    trainer.fit(TinyRegression(), train_dataloaders=data, val_dataloaders=data)
-    assert trainer.global_step == 3
+
+def test_the_page_on_the_architecture_has_the_layers():
+    table = re.search(r"## Layers\n(.*?)\n## ", PAGE, re.DOTALL)[1]
+    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    assert [tuple(re.findall(r"`(.*?)`", row)) for row in rows] == LAYERS
+
+
+def test_what_the_page_on_the_architecture_names_is_there():
+    names = re.findall(r"`((?:mlxmm|callbacks|recipes|tools|tests|docs)/[\w./-]*)`", PAGE)
+    missing = [name for name in names if not (ROOT / name).exists() and not (ROOT / f"{name}.py").exists()]
+    assert len(names) > 60 and missing == []
+    for name in ("open_source", "CaptionData", "TrainStep", "open_run", "parse_config", "dump_checkpoint"):
+        definition = rf"^ *(def|class) {name}\b"
+        assert name in PAGE and any(re.search(definition, p.read_text(), re.MULTILINE) for p in SOURCES.values()), name

@@ -1,0 +1,98 @@
+"""The README tells the truth: commands parse, flags, paths and names exist, its callback runs."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import DistinctBatches, TinyRegression
+from test_docs_code import code_of
+
+import mlxmm
+import mlxmm.callbacks
+from mlxmm.cli import flags_of, parse_config, take_flag
+from mlxmm.config import Preset
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("[!_]*.py"))
+COMMON_FLAGS = {"preset", "help", "help-all"}  # of every recipe, beside its settings
+
+
+def commands(text: str) -> list[tuple[str, str]]:
+    """(recipe, arguments) of every command in indented blocks and between backticks, under either of its names."""
+    blocks = re.findall(r"^    \S.*$|`[^`\n]+`", text.replace("\\\n", " "), re.MULTILINE)
+    found = []
+    for command in (block.strip(" `") for block in blocks):
+        if match := re.search(r"(?:python -m recipes\.|^mlxmm )([\w-]+)(.*)", command):
+            found.append((match[1].replace("-", "_"), match[2]))
+    return found
+
+
+def presets(recipe: str) -> dict[str, Preset]:
+    module = importlib.import_module(f"recipes.{recipe}")
+    return getattr(module, "PRESETS", {"default": Preset("", module.Config())})
+
+
+def parse(recipe: str, arguments: str):
+    """The config that a command asks for. A run that it resumes is made first, in the working directory."""
+    argv = shlex.split(arguments, comments=True)
+    run_dir, _ = take_flag("--run-dir", argv)
+    if run_dir is not None:
+        Path(run_dir).mkdir(parents=True)
+    return parse_config(recipe, presets(recipe), argv)
+
+
+@pytest.mark.parametrize(("recipe", "arguments"), commands(README))
+def test_a_command_of_the_readme_is_one_that_its_recipe_takes(recipe, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse(recipe, arguments)
+
+
+def test_commands_under_both_names_are_found_and_every_recipe_but_the_inner_one_is_shown():
+    text = "    python -m recipes.caption \\\n        --prompt x\n\n    mlxmm train-clip\n\nand `mlxmm zero-shot a.jpg`"
+    assert commands(text) == [("caption", "          --prompt x"), ("train_clip", ""), ("zero_shot", " a.jpg")]
+    assert {recipe for recipe, _ in commands(README)} == set(RECIPES) - {"train_language_model"}
+
+
+def test_a_flag_of_the_readme_is_a_flag_of_a_recipe_or_of_a_tool():
+    known = COMMON_FLAGS | {
+        name
+        for recipe in RECIPES
+        for flag in flags_of(presets(recipe)["default"].config)
+        for name in (flag.name, (flag.field.metadata.get("flag") or "").removeprefix("--"))
+    }
+    tools = "".join(path.read_text() for path in (ROOT / "tools").glob("*.py"))
+    known |= set(re.findall(r'"--([\w-]+)"', tools)) | {"backend", "hosts"}  # mlx.launch has the last two
+    named = set(re.findall(r"--([a-z][\w.-]+)", README))
+    assert len(named) > 20 and named <= known, named - known
+
+
+def test_what_the_readme_names_is_there():
+    paths = re.findall(r"`((?:mlxmm|callbacks|recipes|tools|tests|docs)/[\w/.-]*|\w+\.md)`", README)
+    paths += re.findall(r"python (tools/\w+\.py)", README)
+    assert len(paths) > 30 and not [path for path in paths if not (ROOT / path).exists()]
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"(?:^    |`)make (\w+)", README, re.MULTILINE))
+    assert targets >= {"demo", "test"} and not [name for name in targets if f"\n{name}:" not in makefile]
+
+
+def test_the_readme_names_every_callback_and_no_other():
+    listed = re.search(r"`callbacks/` has (.*?)\n`make", README, re.DOTALL)[1]
+    errors = {name for name in mlxmm.callbacks.__all__ if name.endswith("Error")}
+    assert set(re.findall(r"`(\w+)`", listed)) == set(mlxmm.callbacks.__all__) - errors
+
+
+def test_the_callback_of_the_readme_runs_and_stops_a_run():
+    names: dict = {}
+    exec(code_of(README), names)  # the very text
+    trainer = names["Trainer"](
+        max_steps=9,
+        callbacks=[names["StopWhenGood"](threshold=1e9)],
+        enable_model_summary=False,
+        val_check_interval=3,
+    )
+    data = DistinctBatches()
+    trainer.fit(TinyRegression(), train_dataloaders=data, val_dataloaders=data)
+    assert trainer.global_step == 3
