@@ -322,7 +322,7 @@ def test_timer_by_epoch_ends_the_run_at_an_epochs_end_and_knows_each_stages_seco
     assert timer.time_elapsed("validate") >= 0.1
     assert timer.time_elapsed("train") >= 4 * 0.36 + timer.time_elapsed("validate")
     assert timer.time_elapsed("test") == 0 and Timer().time_remaining() is None
-    with pytest.raises(UserError, match="no stage 'training'; choose one of train, validate"):
+    with pytest.raises(UserError, match="unknown stage 'training'; choose one of train, validate"):
         timer.time_elapsed("training")
     with pytest.raises(ValueError, match="days:hours:minutes:seconds"):
         Timer("an hour")
