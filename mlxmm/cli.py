@@ -166,8 +166,9 @@ def _names_by_class(config, flags: set[tuple[str, ...]], path: tuple[str, ...] =
 def _type_of_flag(field: attrs.Attribute):
     import tyro
 
+    positional: Any = tyro.conf.Positional
     if field.metadata.get("positional"):
-        return tyro.conf.Positional[field.type]
+        return positional[field.type]
     if second := field.metadata.get("flag"):
         return Annotated[field.type, tyro.conf.arg(aliases=[second])]
     return field.type

@@ -11,6 +11,7 @@ their captions; with --class-column, or of `shapes`, which knows what its pictur
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import attrs
 from attrs.validators import ge
@@ -92,7 +93,8 @@ def _zero_shot(config: Config, clip: ContrastiveCLIP, names: list[str], images: 
 def _one_each(config: Config, source: CaptionSource) -> Sequence[dict]:
     if source.is_synthetic:
         raise UserError("--class-column is for pictures from a source: `shapes` has no columns")
-    return source.rows[config.split].first_of_each(config.class_column)
+    rows: Any = source.rows[config.split]
+    return rows.first_of_each(config.class_column)
 
 
 def _labelled(rows: Sequence[dict], most: int) -> list[tuple]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import attrs
 from attrs.validators import ge
@@ -105,7 +106,8 @@ def open_source(config: CaptionDataConfig, seed: int) -> CaptionSource:
     if config.source == "shapes":
         grammar = ShapesGrammar(config.shapes, seed)
         return CaptionSource(config=config, seed=seed, rows=MappingProxyType(grammar.rows(seed)), grammar=grammar)
-    usable, unlisted = _open_splits(config, seed)
+    opened, unlisted = _open_splits(config, seed)
+    usable: dict[str, Any] = dict(opened)
     skipped: list[str] = []
     for split, part in usable.items():
         if is_stream(part):  # its rows are checked as they are read

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import Any
 
 import attrs
 import numpy as np
@@ -61,7 +62,7 @@ class Loader:
 
 def prefetched(batches: Iterator[dict]) -> Iterator[dict]:
     """`batches`, a few of which a thread prepares ahead."""
-    grain = _grain()
+    grain: Any = _grain()
 
     class Made(grain.DatasetIterator):
         def __next__(self):
@@ -80,7 +81,7 @@ def prefetched(batches: Iterator[dict]) -> Iterator[dict]:
     return iter(grain.experimental.ThreadPrefetchIterDataset(Source(), prefetch_buffer_size=4))
 
 
-def _grain():
+def _grain() -> Any:
     """Import grain without its log message about JAX's profiler."""
     logger = logging.getLogger("absl")
     level = logger.level
@@ -121,7 +122,7 @@ class StreamLoader:
     def _examples(self, epoch: int) -> Iterator[dict]:
         [seed] = np.random.SeedSequence([self.seed, epoch]).generate_state(1)
         rows = enumerate(self.rows.shuffled(int(seed), self.buffer_size))
-        transform = lambda numbered: self._encoded(*numbered, epoch)
+        transform = lambda numbered: self._encoded(numbered[0], numbered[1], epoch)
         num_rows = num_bad = 0
         with ThreadPoolExecutor(self.num_threads) as pool:
             while part := list(islice(rows, self.batch_size)):

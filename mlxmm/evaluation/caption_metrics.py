@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-Texts, References = Sequence[str], Sequence[Sequence[str]]
+Texts = Sequence[str]
+References = Sequence[Sequence[str]]
 
 CONTRACTION = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b")  # does n't, dog 's
 WORD = re.compile(

@@ -22,7 +22,8 @@ def evaluate_shapes(clip: ContrastiveCLIP, source: CaptionSource, seed: int) -> 
     names = [str(thing) for thing in source.grammar.trainable_things()]
     metrics = _accuracy("accuracy", clip, names, images, labels)
     for part in source.test_splits:
-        rows = [row for row in source.rows[part] if names_several(row["captions"][0])]
+        split = source.rows[part]
+        rows = [row for row in (split[i] for i in range(len(split))) if names_several(row["captions"][0])]
         captions = [row["captions"][0] for row in rows]
         name = "pairs" + part.removeprefix("test")
         metrics |= _accuracy(name, clip, sorted(set(captions)), [row["image"] for row in rows], captions)

@@ -165,7 +165,7 @@ class CaptionDecoder(CaptioningModule):
     def validation_step(self, batch):
         """The loss without smoothing, and "loss_shuffled", a control: the loss of the captions given other images."""
         image = self.network.read(self.image_features(batch))
-        others = mx.roll(image, max(1, len(image) // 2), axis=0)
+        others = mx.roll(image, max(1, len(image) // 2), 0)
         return self._measure(image, batch) | {"loss_shuffled": self._measure(others, batch)["loss"]}
 
     def _measure(self, image: mx.array, batch: dict, smoothing: float = 0.0) -> dict:

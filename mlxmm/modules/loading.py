@@ -1,6 +1,7 @@
 """Load a captioner from its folder, whichever module wrote it."""
 
 from pathlib import Path
+from typing import Any
 
 from mlxmm.errors import UserError
 from mlxmm.modules import caption_decoder, qwen3_aligner
@@ -8,7 +9,7 @@ from mlxmm.modules.captioning_module import CaptioningModule
 from mlxmm.storage.hub import local_folder
 from mlxmm.storage.pretrained import read_config
 
-KINDS = {
+KINDS: dict[str, Any] = {
     qwen3_aligner.MODEL_TYPE: qwen3_aligner.Qwen3Aligner,
     caption_decoder.MODEL_TYPE: caption_decoder.CaptionDecoder,
     "llava": qwen3_aligner.Qwen3Aligner,

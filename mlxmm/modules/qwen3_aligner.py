@@ -240,7 +240,7 @@ class Qwen3Aligner(CaptioningModule):
     def validation_step(self, batch):
         """The loss, and "loss_shuffled", a control: the loss of the captions given other images of the batch."""
         prefix = self.prefix(self.image_features(batch))
-        others = mx.roll(prefix, max(1, len(prefix) // 2), axis=0)
+        others = mx.roll(prefix, max(1, len(prefix) // 2), 0)
         return self._measure(prefix, batch) | {"loss_shuffled": self._measure(others, batch)["loss"]}
 
     def _measure(self, prefix: mx.array, batch: dict) -> dict:

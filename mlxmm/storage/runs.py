@@ -110,14 +110,14 @@ def find_run(recipe: str, resume: str, run_dir: Path | None) -> Path:
 
 
 def _open(config: RunConfig, recipe: str) -> tuple[Path, Path | None]:
-    if getattr(config, "resume", None) is None:
+    resume = getattr(config, "resume", None)
+    if resume is None:
         return _make(config, recipe), None
-    if config.resume == "last":
-        folder = find_run(recipe, config.resume, config.run_dir)
+    if resume == "last":
+        folder = find_run(recipe, resume, config.run_dir)
         ckpt_path = checkpoint.latest(folder / "checkpoints")
     else:
-        ckpt_path = Path(config.resume)
-        folder = config.run_dir or find_run(recipe, config.resume, None)
+        folder, ckpt_path = config.run_dir or find_run(recipe, resume, None), Path(resume)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     if not (folder / "config.json").exists():

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import attrs
 import mlx.core as mx
@@ -21,7 +22,7 @@ class Module(nn.Module):
     Hooks of `Callback` may be methods of a module too, without `trainer` and `module`: `on_train_start(self)`.
     """
 
-    trainer = None  # the Trainer that fits this module, while it does
+    trainer: Any = None  # the Trainer that fits this module
 
     @property
     def hparams(self) -> dict:

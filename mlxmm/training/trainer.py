@@ -8,6 +8,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 import mlx.core as mx
@@ -64,11 +65,14 @@ class Trainer:
         self.callback_metrics: dict[str, float] = {}  # the newest value of everything that was logged
         self.logged_metrics: dict[str, float] = {}  # what was logged since the newest update
         self.ckpt_path: Path | None = None  # the checkpoint that the run was resumed from
-        self.module = self.optimizer = self.datamodule = None  # of the newest stage
+        self.module: Any = None  # these three are of the newest stage
+        self.optimizer: Any = None
+        self.datamodule: Any = None
         self.compiler = Compiler(self._compiles(), self.config.max_compiled_variants)
         self._evaluator = Evaluator(self, self._call)
         self._hooks = hook_table(self.callbacks, self, None)
-        self._train_step = self._traced = None  # the compiled update, and what it was traced with
+        self._train_step: Any = None  # the compiled update
+        self._traced: Any = None  # what it was traced with
         self._request = Request()  # the signal that asks for the end
         self._signal = 0  # the one that all processes have agreed on
         self._started = 0.0  # when this stage began, by time.perf_counter
@@ -90,7 +94,7 @@ class Trainer:
         """
         data = datamodule or Loaders(train=train_dataloaders, val=val_dataloaders)
         root = self.config.default_root_dir
-        [self.ckpt_path] = collectives.broadcast_paths(lambda: [ckpt_path and run_state.find(ckpt_path, root)])
+        [self.ckpt_path] = collectives.broadcast_paths(lambda: [run_state.find(ckpt_path, root) if ckpt_path else None])
         with self._stage("fit", module, data), self._layers_prepared(), end_requests() as self._request:
             self._prepare_fit()
             self._call("on_fit_start")

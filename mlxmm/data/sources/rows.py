@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
 import numpy as np
@@ -54,7 +54,7 @@ def is_stream(rows) -> bool:
 class CaptionRows(Sequence):
     """The rows `indices` of a `datasets.Dataset`, decoded when they are asked for."""
 
-    table: object
+    table: Any  # a `datasets.Dataset`
     indices: np.ndarray
     columns: Columns
 
@@ -161,7 +161,8 @@ def open_rows(source: str, columns: Columns, *, revision: str | None, seed: int)
     """
     with reading_errors(source):
         tables = open_tables(source, columns, revision=revision)
-    rows = {split: CaptionRows(*part, columns) for split, part in _split(tables, columns.split, seed).items()}
+    parts = _split(tables, columns.split, seed)
+    rows = {split: CaptionRows(table, indices, columns) for split, (table, indices) in parts.items()}
     check_splits(source, [split for split in rows if len(rows[split])], tables)
     return rows
 

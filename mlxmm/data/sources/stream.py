@@ -5,6 +5,7 @@ A stream has no length and no random access. Rows are shuffled within a buffer o
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import attrs
 import numpy as np
@@ -35,7 +36,7 @@ class StreamRows:
     """
 
     source: str
-    table: object
+    table: Any  # a `datasets.IterableDataset`
     columns: Columns
 
     def captions(self) -> Iterator[str]:
