@@ -7,6 +7,7 @@ language model.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import attrs
@@ -32,6 +33,7 @@ LINEAR = {
     "projector.layers.0": "multi_modal_projector.linear_1",
     "projector.layers.1": "multi_modal_projector.linear_2",
 }
+MLX_VLM_MODEL = "mlx_vlm_llava.py"  # from which mlx-vlm, whose own llava knows no Qwen3, takes the model
 TABLES = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")  # (V, H)
 TEMPLATE = (
     "{%- set said = namespace(text='') -%}{%- for message in messages -%}"
@@ -78,6 +80,7 @@ def write(folder: Path, aligner, metrics: dict) -> None:
     }
     for name, values in files.items():
         write_json(folder / name, values)
+    shutil.copyfile(Path(__file__).with_name(MLX_VLM_MODEL), folder / MLX_VLM_MODEL)
     prompt = json.dumps(aligner.config.prompt, ensure_ascii=False)  # which is a string of Jinja's too
     tokenizer.chat_template = TEMPLATE.replace("IMAGE", json.dumps(image)).replace("PROMPT", prompt)
     tokenizer.save_pretrained(str(folder))
@@ -163,6 +166,7 @@ def _config(aligner, weights: dict[str, mx.array], image_id: int) -> dict:
         "projector_hidden_act": ACTIVATIONS[aligner.config.projector],
         "multimodal_projector_bias": True,
         "tie_word_embeddings": is_tied,
+        "model_file": MLX_VLM_MODEL,
         OURS: kept | {"vocab_size": aligner.lm_config["vocab_size"]},
     }
 

@@ -21,6 +21,10 @@ tokens = model.generate(**inputs)
 print(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
 ```
 
+With [mlx-vlm](https://github.com/Blaizzy/mlx-vlm), which takes the model from the file `mlx_vlm_llava.py` in this folder:
+
+    mlx_vlm.generate --model FOLDER --image picture.jpg --prompt ""
+
 If torchvision is installed, transformers resizes images with it, and outputs may differ a little: the model was
 trained on images resized with Pillow.
 {metrics}"""

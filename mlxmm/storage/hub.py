@@ -5,37 +5,41 @@ from pathlib import Path
 
 from mlxmm.errors import UserError
 
-NEEDED = [
-    "*.json",
-    "*.safetensors",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-]  # no pickles, no other frameworks' weights
+NEEDED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # no other frameworks' weights
+TORCH_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # read without running what they may hold
 
 
 def local_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
     """`path_or_id` if it is a folder, else a snapshot of that Hub repository, from the cache if offline.
 
-    Raises `UserError` if it is neither.
+    `user/name@revision` names a commit, tag, branch or pull request (refs/pr/1); so does `revision`. Raises `UserError`
+    if it is neither a folder nor to be had.
     """
-    path = Path(path_or_id)
-    if path.is_dir():
-        return path
+    if Path(path_or_id).is_dir():
+        return Path(path_or_id)
     if not is_hub_id(path_or_id):
-        raise UserError(f"{path_or_id} is not there: neither a folder nor a Hub id (user/name)")
-    from huggingface_hub import snapshot_download
-
+        raise UserError(f"{path_or_id} is not there: neither a folder nor a Hub id (user/name, user/name@revision)")
+    name, _, own_revision = str(path_or_id).partition("@")
     try:
-        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=NEEDED))
+        return _snapshot(name, own_revision or revision)
     except Exception as error:  # the client and the network raise a dozen kinds
         raise UserError(f"{path_or_id} is neither a folder nor to be had from the Hub: {_line(error)}") from error
 
 
+def _snapshot(name: str, revision: str | None) -> Path:
+    """PyTorch's weights are fetched only where a repository has no others: many have both."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED))
+    if any(folder.glob("model*.safetensors")) or (folder / "weights.safetensors").exists():
+        return folder
+    return Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED + TORCH_WEIGHTS))
+
+
 def is_hub_id(path_or_id: str | Path) -> bool:
-    """Whether this is the name of a Hub repository (user/name) and not a local folder."""
-    name = str(path_or_id)
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).is_dir()
+    """Whether this is the name of a Hub repository (user/name, user/name@revision) and not a local folder."""
+    name = str(path_or_id).partition("@")[0]
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(path_or_id).is_dir()
 
 
 def check_upload(repo_id: str) -> None:

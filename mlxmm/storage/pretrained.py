@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from mlxmm.errors import UserError
 from mlxmm.storage.atomic import atomic_file, read_arrays, write_json
+from mlxmm.storage.torch_weights import read_torch_weights
 
 
 def read_config(folder: Path) -> dict:
@@ -47,8 +48,12 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], **metadata: str) -> No
 
 
 def read_weights(folder: Path) -> dict[str, mx.array]:
-    """The arrays of all model*.safetensors of a folder. Raises `UserError` if there are none."""
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} has no model.safetensors")
-    return {name: array for file in files for name, array in read_arrays(file).items()}
+    """The arrays of all model*.safetensors of a folder, or of its pytorch_model*.bin if it has no such file.
+
+    Raises `UserError` if there are neither, or if one is damaged.
+    """
+    if files := sorted(folder.glob("model*.safetensors")):
+        return {name: array for file in files for name, array in read_arrays(file).items()}
+    if files := sorted(folder.glob("pytorch_model*.bin")):
+        return {name: array for file in files for name, array in read_torch_weights(file).items()}
+    raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")

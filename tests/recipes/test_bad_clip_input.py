@@ -144,7 +144,7 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_one_line(run, model, tm
     [
         ("model.safetensors", 0.5, "model.safetensors is missing or damaged"),
         ("model.safetensors", b"12", "model.safetensors is missing or damaged"),
-        ("model.safetensors", None, "has no model.safetensors"),
+        ("model.safetensors", None, "has neither model.safetensors nor pytorch_model.bin"),
         ("config.json", b"{", "config.json cannot be read"),
         ("preprocessor_config.json", b"{", "preprocessor_config.json cannot be read"),
         ("preprocessor_config.json", None, "has no preprocessor_config.json"),
