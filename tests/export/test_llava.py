@@ -472,5 +472,6 @@ def test_mlx_vlm_loads_the_folder_and_writes_the_same_captions(case, settings, t
         picture.save(tmp_path / f"{i}.png")
         prompt, image = "<image>" + aligner.config.prompt, [str(tmp_path / f"{i}.png")]
         captions.append(generate(model, processor, prompt=prompt, image=image, max_tokens=6, temperature=0.0).text)
-    whole = lambda text: text.replace("\ufffd", "").strip()  # mlx-vlm leaves bytes out that make no letter
+    # mlx-vlm leaves out bytes that make no letter, and keeps special tokens.
+    whole = lambda text: text.replace("\ufffd", "").replace("<|startoftext|>", "").strip()
     assert [whole(text) for text in captions] == [whole(text) for text in aligner.caption(pictures())]
