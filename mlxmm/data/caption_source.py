@@ -19,8 +19,18 @@ from mlxmm.errors import UserError
 
 
 @attrs.frozen(kw_only=True)
-class CaptionDataConfig:
-    """Which pictures and captions, and how many at a time."""
+class BatchConfig:
+    """How pictures with captions become batches, wherever they come from."""
+
+    batch_size: int = option(64, "pictures in a batch of each process", ge(1), flag="--batch-size", first=True)
+    num_threads: int = option(1, "threads that decode pictures ahead", ge(1))
+    random_crop: bool = option(False, "train on a random square of each picture, not on its middle")
+    shuffle_buffer: int = option(1_000, "pictures of a stream that the next one is drawn from", ge(1), rare=True)
+
+
+@attrs.frozen(kw_only=True)
+class CaptionDataConfig(BatchConfig):
+    """Which pictures and captions, and how they become batches."""
 
     source: str = option(
         "shapes",
@@ -31,11 +41,7 @@ class CaptionDataConfig:
     image_column: str = option("image", "column that holds the picture")
     caption_column: str = option("caption", "column that holds a caption or a list of captions")
     split_column: str | None = option(None, "column that says train, val or test; none: the source's own splits")
-    batch_size: int = option(64, "pictures in a batch of each process", ge(1), flag="--batch-size", first=True)
-    num_threads: int = option(1, "threads that decode pictures ahead", ge(1))
-    random_crop: bool = option(False, "train on a random square of each picture, not on its middle")
     streaming: bool = option(False, "train on pictures as they are read, without loading all of them first")
-    shuffle_buffer: int = option(1_000, "pictures of a stream that the next one is drawn from", ge(1), rare=True)
     held_out: int = option(
         1_000, "most pictures of a stream's val and test splits, which are kept in memory", ge(1), rare=True
     )
@@ -55,7 +61,7 @@ class CaptionSource:
     """
 
     rows: Mapping[str, Rows]
-    config: CaptionDataConfig = CaptionDataConfig()
+    config: BatchConfig = BatchConfig()
     seed: int = 0
     skipped: tuple[str, ...] = ()
     grammar: ShapesGrammar | None = None  # of `shapes` only
