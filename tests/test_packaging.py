@@ -1,5 +1,6 @@
 """What a wheel holds, the command `mlxmm`, and one identity for each class however it was imported."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -140,3 +141,11 @@ def test_a_recipe_says_how_it_was_called():
     by_module = python("-m", "recipes.zero_shot", "--help", cwd=ROOT, path=ROOT).stdout
     assert by_command.startswith("usage: mlxmm zero-shot [FLAGS]\n")
     assert by_module.startswith("usage: python -m recipes.zero_shot [FLAGS]\n")
+
+
+def test_tools_find_what_they_import_of_the_project_from_any_folder(installed, tmp_path):
+    nodes = (node for tool in (ROOT / "tools").glob("*.py") for node in ast.walk(ast.parse(tool.read_text())))
+    froms = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    ours = [node for node in froms if node.module.split(".")[0] in ("mlxmm", "callbacks", "recipes")]
+    done = python("-c", "\n".join(map(ast.unparse, ours)), cwd=tmp_path, path=installed)
+    assert len(ours) > 20 and done.returncode == 0, done.stderr

@@ -17,8 +17,8 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from callbacks import CachedFeatures
 from mlxmm import Callback, CaptionDecoder, Trainer
+from mlxmm.callbacks import CachedFeatures
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.modules.caption_decoder import CaptionDecoderConfig

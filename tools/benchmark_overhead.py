@@ -23,8 +23,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from callbacks import LearningRateMonitor, ModelCheckpoint, ThroughputMonitor, TQDMProgressBar
 from mlxmm import Callback, Module, Trainer
+from mlxmm.callbacks import LearningRateMonitor, ModelCheckpoint, ThroughputMonitor, TQDMProgressBar
 from mlxmm.optimizers import OptimizerConfig
 from mlxmm.training.randomness import step_seed
 from mlxmm.training.train_step import clip, global_norm

@@ -99,8 +99,8 @@ def fit_tiny(run: Path) -> None:
     import mlx.nn as nn
     import numpy as np
 
-    from callbacks import ModelCheckpoint
     from mlxmm import Module, Trainer
+    from mlxmm.callbacks import ModelCheckpoint
     from mlxmm.data.loader import Loader
     from mlxmm.optimizers import OptimizerConfig
     from mlxmm.storage.runs import TrainingRunConfig, open_run

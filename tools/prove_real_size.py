@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from callbacks import FreezeSchedule
 from mlxmm import Callback, Qwen3Aligner, Trainer, seed_everything
+from mlxmm.callbacks import FreezeSchedule
 from mlxmm.modules.qwen3_aligner import Qwen3AlignerConfig
 from mlxmm.networks.adapters import LoRAConfig
 from mlxmm.networks.clip import CLIPVisionTower, VisionConfig
