@@ -1,7 +1,10 @@
-"""ModelSummary: the number of parameters of each part, and how many of them are trainable."""
+"""ModelSummary: the parameters of each part, how many of them are trainable, and their dtypes."""
+
+from collections.abc import Iterable
 
 from mlx.utils import tree_flatten
 
+from mlxmm.compute.precision import dtype_name
 from mlxmm.training.callback import Callback
 
 
@@ -14,12 +17,18 @@ class ModelSummary(Callback):
 
 
 def summary(module) -> str:
-    """One line per part of `module`: parameters and trainable parameters."""
-    counts: dict[str, list[int]] = {}
-    for column, tree in enumerate((module.parameters(), module.trainable_parameters())):
-        for name, array in tree_flatten(tree):
-            for part in (name.split(".")[0], "total"):
-                counts.setdefault(part, [0, 0])[column] += array.size
-    counts["total"] = counts.pop("total")
-    lines = [f"{'part':<20}{'parameters':>14}{'trainable':>14}"]
-    return "\n".join(lines + [f"{part:<20}{n:>14,}{trained:>14,}" for part, (n, trained) in counts.items()])
+    """One line per part of `module`: parameters, trainable parameters, and the dtypes of both."""
+    arrays, trained = (dict(tree_flatten(tree)) for tree in (module.parameters(), module.trainable_parameters()))
+    parts: dict[str, list[str]] = {}
+    for name in arrays:
+        parts.setdefault(name.split(".")[0], []).append(name)
+    lines = [f"{'part':<20}{'parameters':>14}{'trainable':>14}  dtypes"]
+    return "\n".join(
+        lines + [_line(part, names, arrays, trained) for part, names in (*parts.items(), ("total", arrays))]
+    )
+
+
+def _line(part: str, names: Iterable[str], arrays: dict, trained: dict) -> str:
+    num_trained = sum(trained[name].size for name in names if name in trained)
+    dtypes = dict.fromkeys(dtype_name(arrays[name].dtype) for name in names)
+    return f"{part:<20}{sum(arrays[name].size for name in names):>14,}{num_trained:>14,}  {', '.join(dtypes)}"

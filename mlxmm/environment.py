@@ -15,7 +15,12 @@ def cache_root() -> Path:
 
 def uses_linux_functions() -> bool:
     """Whether the faster forms of activations and attention for Linux CPUs are wanted: unless MLXMM_FAST=off."""
-    return os.environ.get("MLXMM_FAST") != "off"
+    return os.environ.get("MLXMM_FAST") != "off" and not acts_as_gpu()
+
+
+def acts_as_gpu() -> bool:
+    """Whether a CPU is to take the decisions of a GPU, for tests: with MLXMM_ACT_AS=gpu."""
+    return os.environ.get("MLXMM_ACT_AS") == "gpu"
 
 
 def uses_linux_blas() -> bool:

@@ -13,10 +13,11 @@ from pathlib import Path
 import attrs
 import mlx.core as mx
 
+from mlxmm.compute.precision import dtype_name
 from mlxmm.errors import UserError
 from mlxmm.export import model_card
 from mlxmm.networks import pretrained_vision
-from mlxmm.networks.language_model import dense_config, dense_weights
+from mlxmm.networks.language_model import dense_config, dense_weights, without_dtype
 from mlxmm.preprocessing.tokenizers import with_image_token
 from mlxmm.storage.atomic import write_json, write_text
 from mlxmm.storage.pretrained import write_arrays
@@ -28,6 +29,7 @@ ACTIVATIONS = {
 }  # activation between the layers of each projector; "linear" means none
 # Of Qwen3AlignerConfig, what captioning needs.
 KEPT = ("layer", "projector", "projector_width", "prompt", "max_new_tokens")
+OF_LANGUAGE_MODEL = ("vocab_size", "dtype")  # its own, where LLaVA's has padding, and one dtype for all parts
 OURS = "mlxmm"  # key in config.json of settings that LLaVA does not have; transformers ignores it
 LINEAR = {
     "projector.layers.0": "multi_modal_projector.linear_1",
@@ -92,7 +94,8 @@ def own_values(values: dict, folder: Path) -> dict:
     if OURS not in values:
         raise UserError(f"{folder} is a LLaVA that Qwen3Aligner.save_pretrained did not write")
     ours = dict(values[OURS])
-    language_model = values["text_config"] | {"vocab_size": ours.pop("vocab_size")}
+    own = {name: ours.pop(name) for name in OF_LANGUAGE_MODEL if name in ours}
+    language_model = values["text_config"] | own
     return {"aligner": ours, "vision": values["vision_config"], "language_model": language_model}
 
 
@@ -157,8 +160,8 @@ def _config(aligner, weights: dict[str, mx.array], image_id: int) -> dict:
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         **dtype,
-        "vision_config": _without_dtype(tower) | dtype,
-        "text_config": _without_dtype(text) | dtype,
+        "vision_config": without_dtype(tower) | dtype,
+        "text_config": without_dtype(text) | dtype,
         "image_token_index": image_id,
         "image_seq_length": (size // aligner.vision.config.patch_size) ** 2,
         "vision_feature_layer": _layer(aligner),
@@ -167,7 +170,7 @@ def _config(aligner, weights: dict[str, mx.array], image_id: int) -> dict:
         "multimodal_projector_bias": True,
         "tie_word_embeddings": is_tied,
         "model_file": MLX_VLM_MODEL,
-        OURS: kept | {"vocab_size": aligner.lm_config["vocab_size"]},
+        OURS: kept | {name: aligner.lm_config[name] for name in OF_LANGUAGE_MODEL},
     }
 
 
@@ -222,8 +225,4 @@ def _strategy(aligner) -> str:
 
 def _dtype(weights: dict[str, mx.array]) -> str:
     """The widest of the floats: transformers takes one for the whole model."""
-    return str(max((a.dtype for a in weights.values()), key=lambda dtype: dtype.size)).removeprefix("mlx.core.")
-
-
-def _without_dtype(values: dict) -> dict:
-    return {name: value for name, value in values.items() if name not in ("dtype", "torch_dtype")}
+    return dtype_name(max((a.dtype for a in weights.values()), key=lambda dtype: dtype.size))

@@ -9,6 +9,7 @@ import attrs
 import mlx.core as mx
 import numpy as np
 
+from mlxmm.compute.precision import autocast
 from mlxmm.networks.generation import DecoderInterface, GenerationConfig, generate, sequence_keys, stream
 from mlxmm.training.module import Module, evaluating
 
@@ -49,7 +50,7 @@ class CaptioningModule(Module):
     def image_features(self, batch: dict) -> mx.array:
         """Vision features (B, P, E): cached ones if the batch has them, else computed from its pixels."""
         if "features" in batch:
-            return batch["features"].astype(mx.float32)
+            return batch["features"]  # networks cast them to the dtype of their weights
         return self.features(self.processor.normalize(batch["pixels"]))
 
     def transform(self, row: dict, caption: str) -> dict:
@@ -85,7 +86,7 @@ class CaptioningModule(Module):
         """
         config, rows = self._generation(settings, prompt), []
         size = max(1, BATCH // config.num_beams)
-        with evaluating(self):
+        with evaluating(self), autocast(self, "32"):
             for start in range(0, len(images), size):
                 chunk = images[start : start + size]
                 keys = sequence_keys(config.seed, start, start + len(chunk))
@@ -96,7 +97,7 @@ class CaptioningModule(Module):
     def stream_caption(self, image, prompt: str = "", **settings) -> Iterator[str]:
         """Yield the caption of one PIL image piece by piece, each as soon as its token is generated."""
         config, tokens, yielded = self._generation(settings, prompt), [], ""
-        with evaluating(self):
+        with evaluating(self), autocast(self, "32"):
             prefix = self.prefix(self.features(self.processor([image])), prompt)
             for token in stream(self.decoder, prefix, config, stop_id=self.stop_id):
                 tokens.append(token)

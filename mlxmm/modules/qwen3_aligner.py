@@ -27,6 +27,8 @@ from mlxmm.networks.language_model import (
     load_language_model,
     quantize_as,
     save_language_model,
+    set_dtype,
+    with_dtype,
 )
 from mlxmm.networks.pretrained_vision import build_vision_tower, load_vision_tower
 from mlxmm.networks.projector import PROJECTORS, Projector, squares
@@ -93,7 +95,7 @@ class Qwen3Aligner(CaptioningModule):
     ):
         super().__init__()
         self.config, self.processor, self.tokenizer = config, processor, tokenizer
-        self.vision_config, self.lm_config = vision_config, lm_config
+        self.vision_config, self.lm_config = vision_config, with_dtype(lm_config, lm)
         self.vision = vision
         add_adapters(lm, config.lora)
         self.language_model = lm
@@ -141,12 +143,12 @@ class Qwen3Aligner(CaptioningModule):
             values["language_model"],
             load_tokenizer(folder),
         )
-        if is_llava:
-            checkpoint.load_arrays(folder, llava.own_weights(read_weights(folder), module), module)
-            return module
-        weights = read_arrays(folder / checkpoint.WEIGHTS)
+        path = folder if is_llava else folder / checkpoint.WEIGHTS
+        weights = llava.own_weights(read_weights(folder), module) if is_llava else read_arrays(path)
         quantize_as(module, weights)
-        checkpoint.load_arrays(folder / checkpoint.WEIGHTS, weights, module)
+        set_dtype(module.language_model, values["language_model"])
+        module.lm_config = with_dtype(module.lm_config, module.language_model)
+        checkpoint.load_arrays(path, weights, module)
         return module
 
     def save_pretrained(self, folder: str | Path, metrics: dict | None = None) -> None:

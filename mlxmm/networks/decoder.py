@@ -138,7 +138,7 @@ class Decoder(nn.Module):
 
     def read(self, features: mx.array) -> mx.array:
         """(B, P, E) features of a tower to (B, P, D) image positions."""
-        return self.image_norm(self.image_projection(features))
+        return self.image_norm(self.image_projection(features.astype(self.image_projection.weight.dtype)))
 
     def hidden_states(self, image: mx.array, text: mx.array, caches: list[LayerCache] | None = None) -> mx.array:
         """(B, P, D) image positions and (B, L, D) embedded tokens to normalised states (B, L, D).

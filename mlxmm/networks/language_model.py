@@ -11,6 +11,8 @@ import mlx.nn as nn
 from attrs.validators import ge, gt
 from mlx.utils import tree_flatten, tree_map
 
+from mlxmm import environment
+from mlxmm.compute.precision import HALF, dtype_name
 from mlxmm.compute.quantized import is_quantized, unpacked, use_unpacking
 from mlxmm.config import option
 from mlxmm.errors import UserError
@@ -38,6 +40,7 @@ class Qwen3Config:
         return {
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
+            "dtype": "float32",
             **attrs.asdict(self),
             "vocab_size": len(tokenizer),
             "eos_token_id": tokenizer.eos_token_id,
@@ -69,8 +72,9 @@ def build_language_model(config: dict) -> nn.Module:
 def load_language_model(folder: Path, bits: int = 0) -> tuple[nn.Module, dict]:
     """Load mlx-lm's network and its configuration from a folder in the Hub's layout.
 
-    Half-precision weights become float32 on a CPU, where half-precision arithmetic is slow. `bits` quantizes
-    full-precision weights. Raises `UserError` if mlx-lm does not support the network, or cannot give it embeddings.
+    Weights keep their dtype, except that half precision becomes float32 on a CPU, where its arithmetic is slow. `bits`
+    quantizes full-precision weights. Raises `UserError` if mlx-lm does not support the network, or cannot give it
+    embeddings.
     """
     from mlx_lm.utils import load_model, quantize_model
 
@@ -80,7 +84,7 @@ def load_language_model(folder: Path, bits: int = 0) -> tuple[nn.Module, dict]:
         model, config = load_model(folder)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         raise UserError(f"{folder} holds no language model for mlx-lm: {error}") from None
-    if mx.default_device() == mx.cpu:
+    if widens_half_precision():
         model.update(tree_map(_to_float32, model.parameters()))
     if bits and any(map(is_quantized, model.modules())):
         raise UserError(f"{folder} is quantized already: leave out --module.lm-bits {bits}")
@@ -91,6 +95,31 @@ def load_language_model(folder: Path, bits: int = 0) -> tuple[nn.Module, dict]:
     use_fast_layers(model)
     _check_embeddings(model, folder)
     return model, config
+
+
+def widens_half_precision() -> bool:
+    """Whether half-precision weights become float32 when they are loaded: on a CPU."""
+    return mx.default_device() == mx.cpu and not environment.acts_as_gpu()
+
+
+def compute_dtype(model: nn.Module) -> mx.Dtype:
+    """The dtype in which the network computes: that of its embeddings."""
+    return embed(model, mx.array([0])).dtype  # not computed, only described
+
+
+def with_dtype(config: dict, model: nn.Module) -> dict:
+    """`config` with the dtype in which `model` computes, for `set_dtype`."""
+    return without_dtype(config) | {"dtype": dtype_name(compute_dtype(model))}
+
+
+def set_dtype(model: nn.Module, config: dict) -> None:
+    """Give fresh weights the dtype that `config` names, as `load_language_model` would."""
+    model.set_dtype(mx.float32 if widens_half_precision() else getattr(mx, config.get("dtype", "float32")))
+
+
+def without_dtype(config: dict) -> dict:
+    """A `config.json` without the dtype of its weights, which transformers 4 called "torch_dtype"."""
+    return {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
 
 
 def quantize_as(module: nn.Module, weights: dict[str, mx.array]) -> None:
@@ -105,9 +134,11 @@ def quantize_as(module: nn.Module, weights: dict[str, mx.array]) -> None:
 
 
 def save_language_model(folder: Path, model: nn.Module, config: dict) -> None:
-    """Write `config.json` and `model.safetensors` for mlx-lm and transformers; adapters are merged."""
+    """Write `config.json` and `model.safetensors` for mlx-lm and transformers, in one dtype; adapters are merged."""
+    dtype = getattr(mx, config.get("dtype", "float32"))
+    weights = {name: array.astype(dtype) for name, array in dense_weights(model).items()}
     write_json(folder / "config.json", dense_config(config))
-    write_arrays(folder / "model.safetensors", dense_weights(model), format="mlx")
+    write_arrays(folder / "model.safetensors", weights, format="mlx")
 
 
 def dense_weights(model: nn.Module) -> dict[str, mx.array]:
@@ -141,7 +172,7 @@ def embed(model: nn.Module, tokens: mx.array) -> mx.array:
 
 def hidden_states(model: nn.Module, embeddings: mx.array, cache=None) -> mx.array:
     """(B, L, D) embeddings to the normalised states (B, L, D) that the head reads, with causal attention."""
-    return model.model(None, cache, input_embeddings=embeddings)
+    return model.model(None, cache, input_embeddings=embeddings.astype(compute_dtype(model)))
 
 
 def head(model: nn.Module, states: mx.array) -> mx.array:
@@ -225,4 +256,4 @@ def _check_embeddings(model: nn.Module, folder: Path) -> None:
 
 
 def _to_float32(array: mx.array) -> mx.array:
-    return array.astype(mx.float32) if array.dtype in (mx.bfloat16, mx.float16) else array
+    return array.astype(mx.float32) if array.dtype in HALF else array

@@ -28,6 +28,7 @@ class Projector(nn.Module):
         self.layers = [nn.Linear(*pair, bias=kind != "pixel_shuffle") for pair in zip(sizes, sizes[1:])]
 
     def __call__(self, x: mx.array) -> mx.array:
+        x = x.astype(self.layers[0].weight.dtype)
         x = x if self.factor == 1 else pixel_shuffle(x, self.factor)
         for layer in self.layers[:-1]:
             x = F.gelu(layer(x))

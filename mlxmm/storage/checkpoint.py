@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlxmm.compute.precision import HALF, widen
 from mlxmm.errors import UserError
 from mlxmm.storage.atomic import atomic_folder, read_arrays, sha256, write_json
 
@@ -85,7 +86,10 @@ def load_weights(path: Path, module) -> None:
 
 
 def load_arrays(path: Path, weights: dict[str, mx.array], module) -> None:
-    """Load named arrays, read from `path`, into `module`, cast to its dtypes. Raises `UserError` unless they fit."""
+    """Load named arrays, read from `path`, into `module`. Raises `UserError` unless they fit.
+
+    They are cast to its dtypes; but float32 arrays that it has in half precision were trained, and stay float32.
+    """
     own = dict(tree_flatten(module.parameters()))
     misfits = {
         "missing": sorted(set(own) - set(weights)),
@@ -100,6 +104,7 @@ def load_arrays(path: Path, weights: dict[str, mx.array], module) -> None:
         found = "; ".join(f"{len(names)} {kind} ({names[0]})" for kind, names in misfits.items() if names)
         raise UserError(f"{path} holds another model than {type(module).__name__}: {found}")
     module.load_weights([(name, array.astype(own[name].dtype)) for name, array in weights.items()])
+    widen(module, {n: a for n, a in weights.items() if a.dtype == mx.float32 and own[n].dtype in HALF})
     mx.eval(module.parameters())  # `mx.load` is lazy, and the file may be replaced or deleted later
 
 

@@ -9,6 +9,7 @@ import attrs
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxmm.compute.precision import ComputeDtypes
 from mlxmm.config import to_json
 
 
@@ -23,6 +24,7 @@ class Module(nn.Module):
     """
 
     trainer: Any = None  # the Trainer that fits this module
+    compute_dtypes = ComputeDtypes()  # see there; replaced as a whole, not changed
 
     @property
     def hparams(self) -> dict:

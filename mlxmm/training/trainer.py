@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from mlxmm.compute.compiled import Compiler, can_compile
 from mlxmm.compute.gradient_checkpointing import recomputed_layers
+from mlxmm.compute.precision import set_dtypes
 from mlxmm.config import to_json
 from mlxmm.distributed import collectives
 from mlxmm.distributed.signals import Interrupted, Request, end_requests
@@ -309,8 +310,7 @@ class Trainer:
                 collectives.broadcast_object(datamodule.prepare_data)
                 datamodule.setup(stage)
                 self._call("setup", stage)
-                if self.config.precision == "bf16-true":
-                    module.set_dtype(mx.bfloat16)
+                set_dtypes(module, self.config.precision)
                 yield
                 datamodule.teardown(stage)
                 self._call("teardown", stage)
@@ -347,6 +347,7 @@ class Trainer:
 
     def _build_train_step(self) -> None:
         """Compile for what is trainable now. Moments already there stay; new parameters get their own."""
+        set_dtypes(self.module, self.config.precision)
         self.optimizer.init(self.module.trainable_parameters())
         self._traced = TraceSnapshot(self.module)
         needs_gradients = self._hooks["on_before_optimizer_step"] or self.config.detect_anomaly

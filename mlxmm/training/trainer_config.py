@@ -61,7 +61,12 @@ class TrainerConfig:
         "auto, ddp: every process holds the whole model; fsdp: the parameters of its layers are sharded",
         in_(("auto", "ddp", "fsdp")),
     )
-    precision: str = option("32", "32, bf16-mixed (float32 weights) or bf16-true", in_(PRECISIONS))
+    precision: str = option(
+        "32",
+        "32: products in the dtype that weights were loaded in; bf16-mixed: in bfloat16; both train float32 weights; "
+        "bf16-true: everything is bfloat16",
+        in_(PRECISIONS),
+    )
     gradient_checkpointing: bool = option(
         False, "store only each layer's input, and compute the rest again in the backward pass: saves memory"
     )

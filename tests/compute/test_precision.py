@@ -1,14 +1,22 @@
 """Half precision: where numbers are bfloat16, where they stay float32, and that training is nearly the same."""
 
+import attrs
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import DistinctBatches, TinyRegression
 from mlx.utils import tree_flatten
 from small_modules import small_aligner, small_batch, small_clip
 
+from callbacks import FreezeSchedule, ModelCheckpoint
+from callbacks.model_summary import summary
+from mlxmm import Callback, Qwen3Aligner, seed_everything
 from mlxmm.compute import functional as F
 from mlxmm.compute.layer_calls import replaced_calls
+from mlxmm.networks.adapters import LoRAConfig
+from mlxmm.networks.language_model import load_language_model, save_language_model
+from mlxmm.optimizers import OptimizerConfig
 
 
 def dtypes(tree):
@@ -139,3 +147,137 @@ def test_cross_entropy_of_bfloat16_logits_is_computed_in_float32():
     assert loss.dtype == mx.float32
     exact = F.cross_entropy(logits.astype(mx.float32), targets)
     np.testing.assert_allclose(np.array(loss), np.array(exact), rtol=1e-5)
+
+
+# ---- a language model in bfloat16, as the Hub has them, where a GPU leaves it so
+
+
+@pytest.fixture
+def bfloat16_folder(tmp_path, monkeypatch):
+    """A small Qwen3 in bfloat16 in the Hub's layout; the CPU acts as a GPU."""
+    monkeypatch.setenv("MLXMM_ACT_AS", "gpu")
+    aligner = small_aligner()
+    folder = tmp_path / "bf16"
+    folder.mkdir()
+    save_language_model(folder, aligner.language_model, aligner.lm_config | {"dtype": "bfloat16"})
+    aligner.tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+def aligner_on(folder, *, dtype=None, **config):
+    base = small_aligner()
+    model, values = load_language_model(folder, config.pop("bits", 0))
+    if dtype is not None:
+        model.set_dtype(dtype)
+    config = attrs.evolve(base.config, optimizer=OptimizerConfig(learning_rate=3e-5, warmup_steps=0), **config)
+    seed_everything(0)
+    vision_config = attrs.asdict(base.vision.config) | {"model_type": "clip_vision_model"}
+    return Qwen3Aligner(config, base.vision, vision_config, base.processor, model, values, base.tokenizer)
+
+
+LAST = {0: "projector", 2: ("projector", "language_model.model.layers[-1:]")}
+LORA = {0: "projector", 2: ("projector", "lora")}
+
+
+class FeatureRowsOf:
+    """Batches of one image batch, with pixels or with the float16 features that a cache would have."""
+
+    def __init__(self, module, cached):
+        self.batch = small_batch(module)
+        if cached:
+            features = module.features(module.processor.normalize(mx.array(self.batch.pop("pixels"))))
+            self.batch["features"] = np.array(features.astype(mx.float16))
+
+    def __len__(self):
+        return 50
+
+    def epoch(self, epoch, start=0):
+        return (self.batch for _ in range(start, len(self)))
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["pixels", "cached features"])
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+@pytest.mark.parametrize("kind", ["last layer", "lora", "lora on 4 bits"])
+def test_what_is_trained_of_a_bfloat16_model_is_float32_and_all_products_are_of_one_dtype(
+    bfloat16_folder, make_trainer, kind, precision, cached
+):
+    rank, bits = (0 if kind == "last layer" else 4), (4 if "4 bits" in kind else 0)
+    module = aligner_on(bfloat16_folder, lora=LoRAConfig(rank=rank), bits=bits)
+    products, seen = {}, {nn.Linear, nn.QuantizedLinear}
+
+    def watch(name, call):
+        def run(self, x, *args, **kwargs):
+            weight = self.scales if "scales" in self else self.weight
+            products[name] = {x.dtype, weight.dtype}
+            return call(self, x, *args, **kwargs)
+
+        return run
+
+    linears = {name: part for name, part in module.named_modules() if isinstance(part, tuple(seen))}
+    trainer = make_trainer(
+        max_steps=4, precision=precision, callbacks=[FreezeSchedule(LORA if rank else LAST, unit="step")]
+    )
+    with replaced_calls(linears, watch):
+        trainer.fit(module, train_dataloaders=FeatureRowsOf(module, cached))
+    assert len(products) > 12 and {len(kinds) for kinds in products.values()} == {1}
+    trained, frozen = module.trainable_parameters(), module.language_model.model.layers[0].input_layernorm.weight
+    assert dtypes(trained) == {mx.float32} and frozen.dtype == mx.bfloat16
+    assert dtypes({k: v for k, v in trainer.optimizer.state.items() if isinstance(v, dict)}) == {mx.float32}
+    assert all(
+        np.abs(np.array(m)).max() > 0 for name, m in tree_flatten(trainer.optimizer.state) if name.endswith(".m")
+    )
+
+
+def test_a_part_frozen_again_and_resumed_is_as_if_never_stopped_and_its_dtypes_are_read_back(
+    bfloat16_folder, make_trainer, tmp_path
+):
+    stages = LAST | {4: "projector"}
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, module, metrics, batches):
+            trainer.should_stop = trainer.global_step == self.step
+
+    def run(module, step, root, **options):
+        stop = Stop()
+        stop.step = step
+        callbacks = [FreezeSchedule(stages, unit="step"), ModelCheckpoint(every_n_train_steps=1), stop]
+        trainer = make_trainer(max_steps=6, callbacks=callbacks, default_root_dir=root)
+        trainer.fit(module, train_dataloaders=FeatureRowsOf(module, False), **options)
+        return module
+
+    whole = run(aligner_on(bfloat16_folder), 6, tmp_path / "whole")
+    for stop in (3, 5):
+        root = tmp_path / f"stopped-{stop}"
+        run(aligner_on(bfloat16_folder), stop, root)
+        again = run(aligner_on(bfloat16_folder), 6, root, ckpt_path="last")
+        for (name, a), (_, b) in zip(tree_flatten(whole.parameters()), tree_flatten(again.parameters())):
+            assert a.dtype == b.dtype and mx.array_equal(a, b).item(), name
+    read = Qwen3Aligner.from_pretrained(tmp_path / "whole" / "checkpoints" / "last")
+    kinds = {name: array.dtype for name, array in tree_flatten(read.parameters())}
+    assert kinds == {name: array.dtype for name, array in tree_flatten(whole.parameters())}
+    loader = FeatureRowsOf(whole, False)
+    tested = [make_trainer(limit_test_batches=1).test(module, dataloaders=loader) for module in (whole, read)]
+    assert tested[0] == tested[1]
+
+
+def test_a_bfloat16_model_whose_last_layer_is_trained_moves_as_its_float32_twin_does(bfloat16_folder, make_trainer):
+    moves = []
+    for dtype in (None, mx.float32):
+        module = aligner_on(bfloat16_folder, dtype=dtype)
+        before = weights(module.language_model)
+        trainer = make_trainer(max_steps=40, callbacks=[FreezeSchedule({0: LAST[2]})])
+        trainer.fit(module, train_dataloaders=FeatureRowsOf(module, False))
+        after = weights(module.language_model)
+        moves.append({name: after[name] - before[name] for name in after if name.startswith("model.layers.1.")})
+    ours, exact = (np.concatenate([move.ravel() for move in some.values()]) for some in moves)
+    assert np.linalg.norm(ours) == pytest.approx(np.linalg.norm(exact), rel=0.01)
+    assert np.corrcoef(ours, exact)[0, 1] > 0.99
+    assert all((move != 0).mean() > 0.99 for move in moves[0].values())
+
+
+def test_the_summary_names_the_dtypes_of_each_part(bfloat16_folder):
+    lines = summary(aligner_on(bfloat16_folder)).splitlines()
+    assert lines[0].split()[-1] == "dtypes"
+    ends = {line.split()[0]: line.split(None, 3)[3] for line in lines[1:]}
+    assert ends["language_model"] == "bfloat16" and ends["vision"] == "float32"
+    assert set(ends["total"].split(", ")) == {"bfloat16", "float32"}
