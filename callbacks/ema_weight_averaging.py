@@ -90,7 +90,6 @@ class EMAWeightAveraging(Callback):
 
     def on_save_checkpoint(self, trainer, module, checkpoint):
         if self.averages:
-            mx.eval(self.averages)  # another thread may write them
             weights = checkpoint["weights"]
             checkpoint["raw_weights"] = self._raw or {name: weights[name] for name in self.averages}
             checkpoint["weights"] = weights | self.averages

@@ -127,7 +127,7 @@ class FullySharded(Replicated):
     def gather(self, contents):
         collectives.enter_collective()
         contents = self._changed(contents, collectives.all_gather)
-        mx.eval(contents)  # a checkpoint is written by another thread, of one process
+        mx.eval(contents)  # by all processes at this point, not when one of them needs it
         return contents
 
     def own(self, contents):

@@ -133,7 +133,9 @@ class Trainer:
         """
         contents = run_state.dump(self)
         self._call("on_save_checkpoint", contents)
-        return self.strategy.gather(contents)
+        contents = self.strategy.gather(contents)
+        mx.eval(contents)  # another thread may write them, and a lazy array belongs to the thread that made it
+        return contents
 
     def log(self, metrics: dict) -> None:
         """Write scalars under the current step. `float` waits for the device: do not log every update."""

@@ -13,6 +13,7 @@ from conftest import DistinctBatches, TinyRegression
 from callbacks import ModelCheckpoint
 from mlxmm import Callback
 from mlxmm.errors import UserError
+from mlxmm.storage import checkpoint
 
 
 class Scores(Callback):
@@ -194,3 +195,17 @@ def test_two_checkpoints_of_one_step_have_equal_moments(fit, tmp_path):
     _, module = fit(ModelCheckpoint(every_n_train_steps=1), max_steps=3)
     saved = mx.load(str(tmp_path / "checkpoints/last/weights.safetensors"))
     np.testing.assert_array_equal(np.array(saved["head.weight"]), np.array(module.head.weight))
+
+
+@pytest.mark.parametrize("settings", [{"max_steps": 0}, {"max_time": "00:00"}], ids=str)
+def test_a_run_without_an_update_saves_weights_that_nothing_has_evaluated_yet(settings, make_trainer, tmp_path):
+    class Lazy(Callback):
+        def on_save_checkpoint(self, trainer, module, checkpoint):
+            checkpoint["extra"] = {"sum": mx.ones(3) + 1}
+
+    make_trainer(callbacks=[ModelCheckpoint(), Lazy()], **settings).fit(
+        TinyRegression(), train_dataloaders=DistinctBatches()
+    )
+    folder = tmp_path / "checkpoints" / "last"
+    assert checkpoint.read_state(folder)["global_step"] == 0
+    assert mx.load(str(folder / "extra.safetensors"))["sum"].tolist() == [2, 2, 2]
