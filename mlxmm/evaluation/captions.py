@@ -3,6 +3,7 @@
 N images, E features of the shared space of a CLIP.
 """
 
+import sys
 from collections.abc import Sequence
 
 import attrs
@@ -21,16 +22,17 @@ CONTROL = "_shuffled"  # ends the names of metrics whose captions were given to 
 
 @attrs.frozen
 class Images(Sequence):
-    """The images of some rows, decoded when they are asked for."""
+    """The images of `rows`, or of the first `most` of them, decoded when they are asked for."""
 
     rows: Sequence
+    most: int = sys.maxsize
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return min(len(self.rows), self.most)
 
     def __getitem__(self, places: int | slice):
         if isinstance(places, slice):
-            return [self.rows[i]["image"] for i in range(len(self.rows))[places]]
+            return [self.rows[i]["image"] for i in range(len(self))[places]]
         return self.rows[places]["image"]
 
 

@@ -10,11 +10,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlxmm.compute.precision import autocast
-from mlxmm.networks.generation import DecoderInterface, GenerationConfig, generate, sequence_keys, stream
+from mlxmm.networks.generation import DecoderInterface, GenerationConfig, cache_bytes, generate, sequence_keys, stream
 from mlxmm.training.module import Module, evaluating
 
 BUCKET = 8  # batches are as long as a multiple of this many tokens
-BATCH = 256  # sequences decoded at a time: images times beams
+BATCH = 256  # most sequences decoded at a time: images times beams
+CACHE_BYTES = 512 * 2**20  # most that the cache of past positions may take, which decides how many are decoded
 
 
 class CaptioningModule(Module):
@@ -85,14 +86,21 @@ class CaptioningModule(Module):
         caption depends on `seed` and on the index of its image. Raises `UserError` if the prompt is too long.
         """
         config, rows = self._generation(settings, prompt), []
-        size = max(1, BATCH // config.num_beams)
         with evaluating(self), autocast(self, "32"):
+            size = self._num_at_once(images[:1], prompt, config)
             for start in range(0, len(images), size):
                 chunk = images[start : start + size]
                 keys = sequence_keys(config.seed, start, start + len(chunk))
                 prefix = self.prefix(self.features(self.processor(chunk)), prompt)
                 rows += generate(self.decoder, prefix, config, stop_id=self.stop_id, keys=keys)
         return [self._text(row) for row in rows]
+
+    def _num_at_once(self, images: Sequence, prompt: str, config: GenerationConfig) -> int:
+        """How many images to caption together, by the cache that one of them needs."""
+        if not images:
+            return 1
+        prefix = self.prefix(self.features(self.processor(images)), prompt)
+        return max(1, min(BATCH // config.num_beams, CACHE_BYTES // cache_bytes(self.decoder, prefix, config)))
 
     def stream_caption(self, image, prompt: str = "", **settings) -> Iterator[str]:
         """Yield the caption of one PIL image piece by piece, each as soon as its token is generated."""

@@ -184,7 +184,7 @@ class CachedDecoder:
     def __init__(self, decoder: Decoder, num_image: int):
         self.decoder, self.num_image = decoder, num_image
 
-    def make_cache(self) -> list[LayerCache]:
+    def make_cache(self, num_positions: int = 1) -> list[LayerCache]:
         return [LayerCache() for _ in self.decoder.layers]
 
     def embed(self, tokens: mx.array) -> mx.array:

@@ -10,7 +10,7 @@ import attrs
 import mlx.core as mx
 import numpy as np
 from attrs.validators import ge, gt, le, lt, optional
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from mlxmm.config import option
 from mlxmm.errors import UserError
@@ -20,8 +20,8 @@ from mlxmm.networks.language_model import keep_likeliest
 class DecoderInterface(Protocol):
     """What decoding needs of a network: three functions."""
 
-    def make_cache(self) -> list:
-        """An empty cache of past positions, one entry a layer.
+    def make_cache(self, num_positions: int = 1) -> list:
+        """An empty cache of past positions, one entry a layer, that takes room for `num_positions` at a time.
 
         The `state` of an entry can be read and set: a tree of numbers and of arrays whose first axis is the batch,
         from which beam search selects rows.
@@ -93,6 +93,22 @@ def stream(
             yield int(column[0])
 
 
+def num_positions(prefix: mx.array, config: GenerationConfig) -> int:
+    """The positions that are read when a `prefix` (B, L, D) is continued: the last token is not."""
+    return prefix.shape[1] + config.max_new_tokens - 1
+
+
+def cache_bytes(network: DecoderInterface, prefix: mx.array, config: GenerationConfig) -> int:
+    """The bytes of the cache of one row of `prefix` (B, L, D) when it has been continued by the longest sequence.
+
+    Nothing is computed, since MLX knows the shapes of arrays before their values.
+    """
+    cache = network.make_cache()
+    network.logits(prefix[:1], cache)
+    held = sum(getattr(leaf, "nbytes", 0) for _, leaf in tree_flatten([entry.state for entry in cache]))
+    return config.num_beams * held * num_positions(prefix, config) // prefix.shape[1]
+
+
 def _require_length(config: GenerationConfig) -> None:
     if config.max_new_tokens is None:
         raise UserError("a network alone does not know how long captions are: set max_new_tokens, to 32 for example")
@@ -101,7 +117,8 @@ def _require_length(config: GenerationConfig) -> None:
 def _columns(network, prefix, config, stop_id, keys) -> Iterator[np.ndarray]:
     """Yield the next token of every row, (B,), until all have stopped; ignore tokens of a row after its stop."""
     keys = sequence_keys(config.seed, 0, len(prefix)) if keys is None else keys
-    cache, generated, running = network.make_cache(), None, np.ones(len(prefix), dtype=bool)
+    cache, generated = network.make_cache(num_positions(prefix, config)), None
+    running = np.ones(len(prefix), dtype=bool)
     logits = network.logits(prefix, cache)
     for length in range(1, config.max_new_tokens + 1):
         keys, drawn = mx.vmap(mx.random.split)(keys).swapaxes(0, 1)
@@ -150,7 +167,8 @@ def beam_search(
     would score higher if it ended now. One beam is greedy decoding. The repetition penalty acts on logits, as without
     beams; in transformers it acts on log-probabilities.
     """
-    beams, cache = Beams(len(prefix), config, stop_id), network.make_cache()
+    # Rows are copied for every token, so that room for later tokens would be of no use.
+    beams, cache = Beams(len(prefix), config, stop_id), network.make_cache(num_positions=1)
     logits, generated = network.logits(prefix, cache), None
     rows = np.repeat(np.arange(len(prefix)), config.num_beams)  # the prefix is read once and copied for each beam
     _take_rows(cache, mx.array(rows))

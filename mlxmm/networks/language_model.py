@@ -188,11 +188,16 @@ def lora_layers(model: nn.Module, num_layers: int, settings: dict, dora: bool) -
     linear_to_lora_layers(model, num_layers, settings, use_dora=dora)
 
 
-def make_cache(model: nn.Module) -> list:
-    """An empty cache of keys and values, one entry a layer."""
+def make_cache(model: nn.Module, num_positions: int) -> list:
+    """An empty cache of keys and values, one entry a layer, that takes room for `num_positions` at a time (mlx-lm: 256,
+    of which a caption needs a third)."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    return make_prompt_cache(model)
+    cache = make_prompt_cache(model)
+    for entry in cache:
+        if hasattr(entry, "step"):
+            entry.step = num_positions
+    return cache
 
 
 @attrs.frozen
@@ -201,8 +206,8 @@ class CachedLanguageModel:
 
     model: nn.Module
 
-    def make_cache(self) -> list:
-        return make_cache(self.model)
+    def make_cache(self, num_positions: int = 1) -> list:
+        return make_cache(self.model, num_positions)
 
     def embed(self, tokens: mx.array) -> mx.array:
         return embed(self.model, tokens)

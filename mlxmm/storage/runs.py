@@ -64,14 +64,20 @@ class Run:
         """Add to the metrics of the run's end: numbers are printed then, all JSON values come into summary.json."""
         self.metrics |= metrics
 
+    def save(self) -> None:
+        """Write what was reported so far as `summary.json`: before something that takes long or may fail."""
+        if self.is_global_zero:
+            write_json(self.folder / "summary.json", self.metrics)
+
 
 @contextlib.contextmanager
 def open_run(config: RunConfig, recipe: str) -> Iterator[Run]:
     """The run of a recipe, from its folder to its summary.
 
     At the beginning: makes the folder of a new run and writes its `config.json`, or finds the run to be resumed. At
-    the end, once every process got there: writes `summary.json` with what was reported and the "seconds" it took,
-    prints the metrics and where the results are. A new run that fails before it wrote anything leaves no folder.
+    the end, once every process got there: writes `summary.json` with what was reported and the "seconds" it took
+    (which an unfinished run does not have), prints the metrics and where the results are. A new run that fails before
+    it wrote anything leaves no folder.
 
     Raises `UserError` where a new run's folder exists, where a run to be resumed does not, and where the processes
     cannot train by the config's strategy.
@@ -162,7 +168,7 @@ def _remove_if_unused(folder: Path) -> None:
 
 
 def _close(run: Run) -> None:
-    write_json(run.folder / "summary.json", run.metrics)
+    run.save()
     print(table(run.metrics))
     for name in RESULTS:
         if (run.folder / name).exists():

@@ -14,7 +14,7 @@ from mlxmm.callbacks import (
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionSource
 from mlxmm.evaluation.caption_metrics import bleu, exact_match
-from mlxmm.evaluation.captions import shuffled
+from mlxmm.evaluation.captions import Images, shuffled
 from mlxmm.evaluation.contact_sheet import contact_sheet
 from mlxmm.modules.captioning_module import CaptioningModule
 from mlxmm.preprocessing.tokenizers import token_length
@@ -57,6 +57,7 @@ def fit(config, captioner: CaptioningModule, source: CaptionSource, run: Run, na
     )
     trainer.fit(captioner, data, ckpt_path=run.ckpt_path)
     run.report(trainer.callback_metrics)
+    run.save()  # captioning takes long, and may fail
 
 
 def evaluate(config, captioner: CaptioningModule, source: CaptionSource, run: Run) -> None:
@@ -65,14 +66,16 @@ def evaluate(config, captioner: CaptioningModule, source: CaptionSource, run: Ru
     The control ("_shuffled") holds each caption against another picture's references.
     """
     for split in source.test_splits:
-        rows = [source.rows[split][i] for i in range(min(config.max_test, len(source.rows[split])))]
-        captions = captioner.caption([row["image"] for row in rows])
-        references = [row["captions"] for row in rows]
+        rows = source.rows[split]
+        images = Images(rows, most=config.max_test)
+        captions = captioner.caption(images)
+        references = [rows.without_image(i)["captions"] for i in range(len(images))]
         run.report({f"test/exact_match{split.removeprefix('test')}": exact_match(captions, references)})
         if split == "test":
             others = shuffled(captions)
             run.report({"test/exact_match_shuffled": exact_match(others, references)})
             run.report({"test/bleu": bleu(captions, references), "test/bleu_shuffled": bleu(others, references)})
             with atomic_file(run.folder / "samples.png") as path:
-                contact_sheet(rows[:SHEET_ROWS], captions[:SHEET_ROWS]).save(path)
+                first = [rows[i] for i in range(min(len(images), SHEET_ROWS))]
+                contact_sheet(first, captions[:SHEET_ROWS]).save(path)
     run.report({"data/skipped": len(source.skipped), "data/skipped_rows": list(source.skipped)})

@@ -49,7 +49,7 @@ class Recomputing(nn.Module):
         super().__init__()
         self.network, self.num_calls = network, 0
 
-    def make_cache(self):
+    def make_cache(self, num_positions=1):
         return [Past()]
 
     def embed(self, tokens):
@@ -206,7 +206,7 @@ def test_a_repetition_penalty_divides_positive_logits_and_multiplies_negative_on
         def __init__(self, *logits):
             self.fixed = mx.array([logits])
 
-        def make_cache(self):
+        def make_cache(self, num_positions=1):
             return []
 
         def embed(self, tokens):
@@ -288,13 +288,34 @@ def test_captions_do_not_depend_on_how_many_are_decoded_at_a_time(monkeypatch, w
     assert aligner.caption(images, **way) == together and len(set(together)) > 1
 
 
+@pytest.mark.parametrize("way", [{}, {"num_beams": 2}], ids=str)
+def test_the_cache_holds_the_positions_that_are_read_and_stays_within_its_budget(monkeypatch, way):
+    aligner, images, made = make_aligner(), pictures(7), []
+    together = aligner.caption(images, **way)
+
+    class Watched(CachedLanguageModel):
+        def make_cache(self, num_positions=1):
+            made.append(super().make_cache(num_positions))
+            return made[-1]
+
+    network = aligner.language_model.args
+    position = 2 * network.num_hidden_layers * network.num_key_value_heads * network.head_dim * 4  # bytes of float32
+    caption = (16 + 8 - 1) * position * way.get("num_beams", 1)  # patches and tokens, the last of which is not read
+    monkeypatch.setattr(Qwen3Aligner, "decoder", property(lambda self: Watched(self.language_model)))
+    monkeypatch.setattr("mlxmm.modules.captioning_module.CACHE_BYTES", 3 * caption)
+    assert aligner.caption(images, **way) == together
+    num_bytes = [sum(entry.keys.nbytes + entry.values.nbytes for entry in cache) for cache in made[1:]]
+    assert len(num_bytes) == 3 and max(num_bytes) <= 3 * caption
+    assert way or num_bytes == [3 * caption, 3 * caption, caption]
+
+
 class Scripted:
     """A network that says what it was given to say."""
 
     def __init__(self, tokens, vocab_size):
         self.tokens, self.vocab_size = tokens, vocab_size
 
-    def make_cache(self):
+    def make_cache(self, num_positions=1):
         return [iter(self.tokens)]
 
     def embed(self, tokens):

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -88,6 +90,25 @@ def test_a_run_cut_short_and_resumed_ends_as_the_whole_one(finished, cache, tmp_
     assert done.returncode == 0, done.stderr
     # The rate falls to its end at max_steps, so the longer run is another one: only its length is compared.
     assert json.loads((folder / "checkpoints/last/state.json").read_text())["global_step"] == 8
+
+
+def test_a_run_killed_while_it_captions_keeps_its_summary_and_resumed_ends_as_the_whole_one(tmp_path):
+    cache = tmp_path / "cache"
+    flags = [*TINY, "--data.shapes.num-test", 300, "--run-dir"]
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    assert run("align_qwen3", *flags, whole, cache=cache).returncode == 0
+    environment = os.environ | {"MLXMM_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "recipes.align_qwen3", *map(str, flags), str(folder)]
+    child = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (folder / "summary.json").exists() and child.poll() is None:
+        time.sleep(0.002)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    summary = json.loads((folder / "summary.json").read_text())
+    assert "val/loss" in summary and not {"seconds", "test/exact_match"} & set(summary)
+    assert run("align_qwen3", "--run-dir", folder, "--resume", "last", cache=cache).returncode == 0
+    first, second = (json.loads((each / "summary.json").read_text()) for each in (whole, folder))
+    assert first | {"seconds": 0} == second | {"seconds": 0}
 
 
 def test_a_trained_run_captions_pictures(finished):
