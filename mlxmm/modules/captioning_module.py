@@ -93,6 +93,7 @@ class CaptioningModule(Module):
                 keys = sequence_keys(config.seed, start, start + len(chunk))
                 prefix = self.prefix(self.features(self.processor(chunk)), prompt)
                 rows += generate(self.decoder, prefix, config, stop_id=self.stop_id, keys=keys)
+        mx.clear_cache()  # its arrays have other shapes than those of training
         return [self._text(row) for row in rows]
 
     def _num_at_once(self, images: Sequence, prompt: str, config: GenerationConfig) -> int:

@@ -37,6 +37,7 @@ class Evaluator:
             self.call(f"on_{stage}_epoch_end")
             trainer.log(metrics)
             self.call(f"on_{stage}_end", metrics)
+        mx.clear_cache()  # its arrays have other shapes than those of training
         return metrics
 
     def predict(self, loader, limit: int | float) -> list:

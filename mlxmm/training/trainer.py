@@ -13,6 +13,7 @@ from typing import Any
 import attrs
 import mlx.core as mx
 
+from mlxmm.compute import memory
 from mlxmm.compute.compiled import Compiler, can_compile
 from mlxmm.compute.gradient_checkpointing import recomputed_layers
 from mlxmm.compute.precision import set_dtypes
@@ -75,6 +76,7 @@ class Trainer:
         self._train_step: Any = None  # the compiled update
         self._traced: Any = None  # what it was traced with
         self._request = Request()  # the signal that asks for the end
+        self._peak_warning = memory.PeakWarning()
         self._signal = 0  # the one that all processes have agreed on
         self._started = 0.0  # when this stage began, by time.perf_counter
 
@@ -260,6 +262,7 @@ class Trainer:
         self.logged_metrics = {}
         self.progress.finish_update(len(group))
         if self.global_step % self.config.log_every_n_steps == 0:
+            self._peak_warning.check()
             self.log({f"train/{name}": value for name, value in metrics.items()})
         self._call("on_train_batch_end", metrics, group)
         return True
@@ -306,7 +309,7 @@ class Trainer:
         self.compiler = Compiler(self._compiles(), self.config.max_compiled_variants)
         self._evaluator = Evaluator(self, self._call)
         try:
-            with collectives.watched():
+            with collectives.watched(), memory.limited(self.config.cache_limit_gib, self.config.wired_limit_gib):
                 self.callbacks = arrange_callbacks(self.callbacks, module.configure_callbacks())
                 self._hooks = hook_table(self.callbacks, self, module)
                 collectives.broadcast_object(datamodule.prepare_data)

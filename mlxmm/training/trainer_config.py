@@ -67,6 +67,15 @@ class TrainerConfig:
         "bf16-true: everything is bfloat16",
         in_(PRECISIONS),
     )
+    cache_limit_gib: float | None = option(
+        None,
+        "GiB of freed memory that MLX keeps for new arrays; none: on Metal an eighth of the working set",
+        optional(ge(0)),
+        rare=True,
+    )
+    wired_limit_gib: float | None = option(
+        None, "GiB that macOS may not swap; none: on Metal half of the working set", optional(ge(0)), rare=True
+    )
     gradient_checkpointing: bool = option(
         False, "store only each layer's input, and compute the rest again in the backward pass: saves memory"
     )
