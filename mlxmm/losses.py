@@ -96,9 +96,9 @@ def _loss_and_gradients(states, weight, targets, shares, *, for_states, for_weig
         losses, hits, e, scale = _softmax_parts(h, weight, t, share)
         part = [(losses * share).sum(), (hits * share).sum()]
         if for_states:
-            part.append(((e @ weight) * scale - weight[t] * share).astype(states.dtype))
+            part.append((F.matmul(e, weight) * scale - weight[t] * share).astype(states.dtype))
         if for_weight:
-            d = e.T @ (h * scale).astype(e.dtype)
+            d = F.matmul(e.T, (h * scale).astype(e.dtype))
             d_weight = d if d_weight is None else mx.depends(d_weight, part) + d
             part.append(d_weight)
         parts.append(part)
@@ -115,11 +115,10 @@ def _loss_and_gradients(states, weight, targets, shares, *, for_states, for_weig
 
 def _softmax_parts(h, weight, targets, share):
     """For (n, D) states: losses and hits (n, 1), and softmax * share as (n, V) and (n, 1) to be multiplied."""
-    logits = h @ weight.T
+    logits = F.matmul(h, weight.T)
     top = logits.max(axis=-1, keepdims=True)
     e = F.exp_of_negative(logits - top)
-    total = (e @ mx.ones((e.shape[-1], 1), dtype=e.dtype)).astype(
-        mx.float32
-    )  # faster than a sum, which takes four times as long
+    ones = mx.ones((e.shape[-1], 1))
+    total = e.astype(mx.float32) @ ones  # a product takes a quarter of the time of a sum; in float32, as it is large
     picked = mx.take_along_axis(logits, targets[:, None], axis=-1)
     return mx.log(total) + (top - picked), picked >= top, e, share / total

@@ -18,16 +18,29 @@ from mlx import nn
 
 from mlxmm import environment
 from mlxmm.compute import linux_functions
+from mlxmm.compute.precision import HALF
 
 
 def uses_fast_forms(x: mx.array) -> bool:
     """Whether the functions below take their faster forms for `x`."""
-    return (
-        x.dtype == mx.float32
-        and sys.platform.startswith("linux")
-        and mx.default_device().type == mx.DeviceType.cpu
-        and environment.uses_linux_functions()
-    )
+    return x.dtype == mx.float32 and _is_linux_cpu()
+
+
+def widens_products(x: mx.array) -> bool:
+    """Whether products with `x`, of half precision, are computed in float32: there is no BLAS for halves."""
+    return x.dtype in HALF and _is_linux_cpu()
+
+
+def _is_linux_cpu() -> bool:
+    is_cpu = mx.default_device().type == mx.DeviceType.cpu
+    return is_cpu and sys.platform.startswith("linux") and environment.uses_linux_functions()
+
+
+def matmul(a: mx.array, b: mx.array) -> mx.array:
+    """a @ b, both of one dtype: (..., L, D) by (..., D, E) to (..., L, E)."""
+    if widens_products(a):
+        return (a.astype(mx.float32) @ b.astype(mx.float32)).astype(a.dtype)
+    return a @ b
 
 
 def gelu(x: mx.array) -> mx.array:

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from attrs.validators import ge
 
+from mlxmm.compute import functional as F
 from mlxmm.config import option
 from mlxmm.errors import UserError
 from mlxmm.networks.transformer import TransformerConfig
@@ -145,7 +146,7 @@ class PatchEmbedding(nn.Module):
             self.weight.dtype
         )  # float32 pixels would make all that follows float32
         x = images.reshape(B, rows, p, columns, p, C).transpose(0, 1, 3, 2, 4, 5).reshape(B, rows, columns, -1)
-        x = x @ self.weight.reshape(D, -1).T
+        x = F.matmul(x, self.weight.reshape(D, -1).T)
         return x + self.bias if "bias" in self else x
 
 

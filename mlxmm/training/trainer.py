@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlxmm.compute import memory
 from mlxmm.compute.compiled import Compiler, can_compile
 from mlxmm.compute.gradient_checkpointing import recomputed_layers
+from mlxmm.compute.half_products import half_products
 from mlxmm.compute.precision import set_dtypes
 from mlxmm.config import to_json
 from mlxmm.distributed import collectives
@@ -316,7 +317,8 @@ class Trainer:
                 datamodule.setup(stage)
                 self._call("setup", stage)
                 set_dtypes(module, self.config.precision)
-                yield
+                with half_products(module):
+                    yield
                 datamodule.teardown(stage)
                 self._call("teardown", stage)
                 collectives.barrier()  # what rank 0 wrote is there for all

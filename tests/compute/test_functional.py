@@ -185,3 +185,15 @@ def test_compiled_gradients_are_faster_than_mlx_own(fast, own):
             mx.eval(step(x))
             taken.append(time.perf_counter() - start)
     assert 1.3 * min(seconds[0]) < min(seconds[1])
+
+
+@pytest.mark.skipif(not F.uses_fast_forms(mx.zeros(1)), reason="products are widened on CPUs under Linux")
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_a_product_of_halves_is_the_float32_product_rounded_once_and_so_are_its_gradients(dtype):
+    a, b, c = (
+        mx.random.normal(shape, key=mx.random.key(len(shape))).astype(dtype) for shape in ((7, 64), (64, 9), (7, 9))
+    )
+    (product,), gradients = mx.vjp(lambda a, b: F.matmul(a, b), [a, b], [c])
+    A, B, C = (x.astype(mx.float32) for x in (a, b, c))
+    for ours, exact in zip((product, *gradients), (A @ B, C @ B.T, A.T @ C)):
+        assert ours.dtype == dtype and mx.array_equal(ours, exact.astype(dtype)).item()
