@@ -39,6 +39,7 @@ class Config(TrainingRunConfig):
     vocab_size: int = option(2_000, "most tokens of a tokenizer that is trained", ge(1))
     checkpoint_every: int = option(200, "updates between checkpoints", ge(1))
     max_test: int = option(1_000, "most pictures of each test split to caption", ge(1))
+    cached_features: bool = option(False, "compute the frozen tower's features once, and keep them on disk")
     tower: TowerConfig = internal(TowerConfig())
 
 

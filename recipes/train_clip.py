@@ -31,7 +31,8 @@ class Config(TrainingRunConfig, TowerConfig):
 def paper_preset(
     learning_rate: float, patch_size: int, vision: tuple, text: tuple, *, image_size: int = 224, epochs: int = 32
 ) -> Config:
-    """A row of the CLIP paper's table 20, with what is common to all rows (table 18 and section 2.5).
+    """A row of the CLIP paper's table 20, with what is common to all rows (table 18 and section 2.5), but with batches
+    of 1,024 where the paper has 32,768: these are computed in chunks, so that one machine holds them.
 
     `vision` and `text` are layers, width, heads; the text tower's width is the shared space's too.
     """
@@ -40,6 +41,7 @@ def paper_preset(
         text=TextConfig(vocab_size=49_408, max_position_embeddings=77, **_sizes(*text)),
         projection_dim=text[1],
         initialization="openai",
+        chunk_size=64,
         optimizer=OptimizerConfig(
             learning_rate=learning_rate, warmup_steps=2_000, weight_decay=0.2, beta1=0.9, beta2=0.98, eps=1e-6
         ),
@@ -47,7 +49,7 @@ def paper_preset(
     trainer = TrainerConfig(
         max_epochs=epochs, gradient_clip_val=None, precision="bf16-mixed", gradient_checkpointing=True
     )
-    data = CaptionDataConfig(batch_size=32_768)
+    data = CaptionDataConfig(batch_size=1_024)
     return Config(data=data, module=module, vocab_size=49_408, max_tokens=77, trainer=trainer)
 
 

@@ -11,12 +11,15 @@ import resource
 import sys
 import time
 
+import attrs
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxmm import Callback, Qwen3Aligner, Trainer, seed_everything
 from mlxmm.callbacks import FreezeSchedule
+from mlxmm.compute.precision import PRECISIONS
+from mlxmm.modules.memory_plan import plan_memory
 from mlxmm.modules.qwen3_aligner import Qwen3AlignerConfig
 from mlxmm.networks.adapters import LoRAConfig
 from mlxmm.networks.clip import CLIPVisionTower, VisionConfig
@@ -24,6 +27,7 @@ from mlxmm.networks.language_model import Qwen3Config, build_language_model
 from mlxmm.optimizers import OptimizerConfig
 from mlxmm.preprocessing.images import ImageProcessor
 from mlxmm.preprocessing.tokenizers import train_tokenizer
+from mlxmm.training.trainable import trainable_names
 
 VOCABULARY = 151_936
 LANGUAGE_MODEL = Qwen3Config(
@@ -64,7 +68,8 @@ class Clock(Callback):
 def build(args) -> Qwen3Aligner:
     seed_everything(0)
     tokenizer = train_tokenizer(["a red circle"], 300)
-    hub = LANGUAGE_MODEL.to_hub(tokenizer) | {"vocab_size": VOCABULARY}
+    sizes = attrs.evolve(LANGUAGE_MODEL, num_hidden_layers=args.layers)
+    hub = sizes.to_hub(tokenizer) | {"vocab_size": VOCABULARY}
     config = Qwen3AlignerConfig(
         layer=-2,
         projector_width=2_048,
@@ -72,7 +77,10 @@ def build(args) -> Qwen3Aligner:
         lora=LoRAConfig(rank=args.rank if args.train == "lora" else 0),
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=0),
     )
-    parts = CLIPVisionTower(TOWER), {}, ImageProcessor.square(224), build_language_model(hub), hub, tokenizer
+    language_model = build_language_model(hub)
+    if args.half:
+        language_model.set_dtype(mx.bfloat16)
+    parts = CLIPVisionTower(TOWER), {}, ImageProcessor.square(224), language_model, hub, tokenizer
     module = Qwen3Aligner(config, *parts)
     mx.eval(module.parameters())
     return module
@@ -94,9 +102,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--tokens", type=int, default=32, help="of each caption")
     parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=28, help="of the language model")
+    parser.add_argument("--half", action="store_true", help="the language model in bfloat16, as a GPU loads it")
+    parser.add_argument("--precision", choices=PRECISIONS, default="32")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     args = parser.parse_args()
     module = build(args)
+    mx.reset_peak_memory()
     print(
         f"{args.train}: {sum(a.size for _, a in tree_flatten(module.parameters())) / 1e6:,.1f} M parameters", end=", "
     )
@@ -107,11 +119,14 @@ def main() -> None:
         logger=False,
         max_steps=args.updates,
         gradient_checkpointing=args.gradient_checkpointing,
+        precision=args.precision,
         enable_model_summary=False,
         enable_progress_bar=False,
     )
     trainer.fit(module, train_dataloaders=[module.collate(batch(args))] * args.updates)
     trained = sum(a.size for _, a in tree_flatten(module.trainable_parameters()))
+    plan = plan_memory(module, trainable_names(module), trainer.config, batch_size=args.images)
+    print(plan)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     print(f"trained {trained / 1e6:,.1f} M; peak {mx.get_peak_memory() / 2**30:.2f} GiB, resident {resident:.2f} GiB")
 

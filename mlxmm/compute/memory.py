@@ -6,6 +6,7 @@ whose arrays have other shapes than those of training.
 """
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator
 
@@ -22,6 +23,11 @@ def working_set() -> int | None:
         return None
     info = mx.device_info()
     return int(info.get("max_recommended_working_set_size") or info["total_memory"])
+
+
+def physical_memory() -> int:
+    """The bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @contextlib.contextmanager

@@ -196,10 +196,18 @@ class Qwen3Aligner(CaptioningModule):
     def max_new_tokens(self) -> int:
         return self.config.max_new_tokens or CaptioningModule.max_new_tokens
 
+    @property
+    def prefix_length(self) -> int:
+        """The positions of image and trained prompt, before a caption."""
+        return self._num_image + len(self._prompt)
+
+    @property
+    def _num_image(self) -> int:
+        return (self.processor.image_size // self.vision.config.patch_size) ** 2 // self.projector.factor**2
+
     def _room(self, prompt: Sequence[int]) -> int:
         """The most tokens that a caption may have after image and `prompt`; its end needs no position."""
-        num_image = (self.processor.image_size // self.vision.config.patch_size) ** 2 // self.projector.factor**2
-        return self.lm_config.get("max_position_embeddings", sys.maxsize) - num_image - len(prompt) + 1
+        return self.lm_config.get("max_position_embeddings", sys.maxsize) - self._num_image - len(prompt) + 1
 
     def _check_context(self) -> None:
         """Raise `UserError` if image, prompt and the longest caption exceed the language model's context."""

@@ -4,6 +4,7 @@ import attrs
 
 from mlxmm import Callback, Trainer
 from mlxmm.callbacks import (
+    CachedFeatures,
     LearningRateMonitor,
     ModelCheckpoint,
     ModelSummary,
@@ -43,11 +44,13 @@ def fit(config, captioner: CaptioningModule, source: CaptionSource, run: Run, na
     """Train a captioner with the callbacks that all have, and report the metrics of the run's end."""
     data = CaptionData(source, transform=captioner.transform, collate=captioner.collate)
     refresh = [SyntheticRefresh(source.fresh_rows)] if source.is_synthetic else []
+    features = [CachedFeatures()] if config.cached_features else []
     trainer = Trainer(
         attrs.evolve(config.trainer, seed=config.seed, default_root_dir=run.folder),
         callbacks=[
             *refresh,
             *callbacks,
+            *features,
             ModelSummary(),
             LearningRateMonitor(),
             TQDMProgressBar(name),
