@@ -77,6 +77,15 @@ def test_a_revision_has_weights_of_its_own(root):
     assert not same(tower(root / CLIP), tower(root / f"{CLIP}@refs/pr/1"))
 
 
+def test_only_the_weights_that_are_read_are_fetched(loaded):
+    weights = {
+        name: tuple(file for file in files if file.endswith((".bin", ".safetensors")))
+        for name, files in loaded["files"].items()
+    }
+    assert weights.pop(CLIP) == ("pytorch_model.bin",)
+    assert set(weights.values()) == {("model.safetensors",)}
+
+
 def test_the_splits_of_flickr30k_are_those_of_its_column(loaded):
     assert loaded["rows"] == layout_flickr30k.split_counts(ROWS) == {"train": 52, "val": 4, "test": 4}
     assert set(loaded["captions"].values()) == {5}
