@@ -1,7 +1,7 @@
-"""Tokenizers with the sizes, special tokens and steps of CLIP's, Qwen's and SmolLM2's, trained on a few captions.
+"""Tokenizers with the special tokens and steps of CLIP's, Qwen's, SmolLM2's and Gemma's, trained on a few captions.
 
-A byte-level BPE learns the words of the captions. The rest of the vocabulary, up to the real number of tokens, are
-pairs and triples of bytes: token ids, and lengths of captions in tokens, are then as real.
+A BPE learns the words of the captions. The rest of the vocabulary, up to the real number of tokens, are pairs and
+triples of bytes (not in Gemma's, which stays small): token ids, and lengths of captions in tokens, are then as real.
 """
 
 import itertools
@@ -18,6 +18,8 @@ CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+GEMMA_NORMALIZER = normalizers.Replace(" ", "▁")
+GEMMA_SPLITTER = pre_tokenizers.Split(" ", "merged_with_previous")
 START, END = "<|startoftext|>", "<|endoftext|>"
 QWEN_SPECIAL = [END, "<|im_start|>", "<|im_end|>"]
 QWEN_SPECIAL += [f"<|{part}_{end}|>" for part in ("object_ref", "box", "quad", "vision") for end in ("start", "end")]
@@ -128,6 +130,30 @@ def write_smollm2(folder: Path) -> None:
     settings = names | {"add_prefix_space": False, "added_tokens_decoder": _added(tokenizer)}
     settings |= {"clean_up_tokenization_spaces": False, "model_max_length": 8192, "vocab_size": 49_152}
     write_files(folder, tokenizer, bpe, settings | {"tokenizer_class": "GPT2Tokenizer"})
+    _write_json(folder / "special_tokens_map.json", names)
+
+
+def write_gemma(folder: Path) -> None:
+    """SigLIP 2's: Gemma's special tokens, bytes and steps; of its 256,000 tokens only the words of captions."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    learned = Tokenizer(models.BPE())
+    learned.normalizer, learned.pre_tokenizer = GEMMA_NORMALIZER, GEMMA_SPLITTER
+    learned.train_from_iterator(caption_words(), trainers.BpeTrainer(vocab_size=4_000, show_progress=False))
+    model = json.loads(learned.to_str())["model"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
+    vocab, merges = {token: i for i, token in enumerate(tokens)}, [tuple(pair) for pair in model["merges"]]
+    bpe = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer, tokenizer.pre_tokenizer = GEMMA_NORMALIZER, GEMMA_SPLITTER
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", 1)])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {f"{token.strip('<>')}_token": token for token in special[:4]}
+    settings = names | {"add_bos_token": False, "add_eos_token": True, "added_tokens_decoder": _added(tokenizer)}
+    settings |= {"clean_up_tokenization_spaces": False, "model_max_length": 64, "padding_side": "right"}
+    settings |= {"processor_class": "SiglipProcessor", "tokenizer_class": "GemmaTokenizer"}
+    _write_json(folder / "tokenizer_config.json", settings)
     _write_json(folder / "special_tokens_map.json", names)
 
 

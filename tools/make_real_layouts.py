@@ -6,8 +6,9 @@
 
 A model lies in FOLDER/user/name, a data set in FOLDER/datasets/user/name, another revision than main in
 user/name@revision. Names of files, settings and arrays, shapes and types of numbers are those of the repository.
-`--tiny` writes the same files and names in seconds, with narrow networks of few layers. Towers of SigLIP have no
-tokenizer here, and the files of open_clip hold one array each: nothing of mlxmm reads them.
+`--tiny` writes the same files and names in seconds, with narrow networks of few layers. What mlxmm does not read is
+short or left out: SigLIP has no spiece.model, SigLIP 2 a small tokenizer, open_clip's files hold one array each, and
+there are no weights for TensorFlow and Flax.
 """
 
 import argparse
@@ -88,6 +89,7 @@ def siglip2(tiny: bool) -> Model:
             "preprocessor_config.json": towers.siglip_preprocessing(do_convert_rgb=None, resample=2),
         },
         weights={SAFETENSORS: towers.siglip_arrays(config)},
+        write_tokenizer=tokenizers.write_gemma,
     )
 
 

@@ -14,6 +14,7 @@ from local_hub import LocalHub
 from mlx.utils import tree_flatten
 
 from mlxmm import Qwen3Aligner
+from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.networks.language_model import build_language_model
 from mlxmm.networks.pretrained_vision import build_vision_tower, from_hub, vision_values
 from mlxmm.storage.atomic import read_arrays
@@ -22,10 +23,11 @@ from tools.layout_weights import write_safetensors
 from tools.make_real_layouts import MODELS, NAMES, make
 
 ROOT = Path(__file__).parents[2]
-CLIP, QWEN = "openai/clip-vit-base-patch32", "Qwen/Qwen3-0.6B-Base"
+CLIP, LAION = "openai/clip-vit-base-patch32", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+QWEN = "Qwen/Qwen3-0.6B-Base"
 PARAMETERS = {  # as published, in the file that is read
     CLIP: 151_277_313,
-    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": 151_277_313,
+    LAION: 151_277_313,
     "google/siglip-base-patch16-224": 203_155_970,
     "google/siglip2-base-patch16-224": 375_187_970,
     "google/vit-base-patch16-224-in21k": 86_389_248,
@@ -109,6 +111,16 @@ def test_a_bin_is_the_same_network_as_safetensors(root, tmp_path):
     (tmp_path / "pytorch_model.bin").unlink()
     write_safetensors(tmp_path / "model.safetensors", model.weights["pytorch_model.bin"], seed=0)
     assert same(tower(tmp_path), tower(root / CLIP))
+
+
+@pytest.mark.parametrize(
+    ("name", "end"), [(CLIP, 49_407), (LAION, 49_407), ("google/siglip2-base-patch16-224", 1)], ids=str
+)
+def test_a_model_of_two_towers_reads_pictures_and_texts(root, name, end):
+    clip = ContrastiveCLIP.from_pretrained(root / name)
+    tokens = clip.tokenize(["a young man", "two women are talking " * 30])
+    assert tokens.shape == (2, clip.config.text.max_position_embeddings) and tokens[1, -1] == end
+    assert clip(mx.zeros((1, 224, 224, 3)), tokens).shape == (1, 2)
 
 
 @pytest.mark.parametrize("name", [name.partition("@")[0] for name in TOWERS if "@" not in name])
