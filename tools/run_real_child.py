@@ -49,6 +49,8 @@ class Clock(Callback):
     def on_train_batch_end(self, trainer, module, metrics, batches):
         self.phases.switch("between updates")
         self.report["losses"].append(float(metrics["loss"]))
+        name = f"update {trainer.global_step}"
+        print(f"{name}: {self.phases.records[name].seconds:.1f} s, loss {self.report['losses'][-1]:.4f}", flush=True)
 
     def on_validation_start(self, trainer, module):
         self.phases.switch("validation")
