@@ -53,7 +53,8 @@ def main() -> None:
 def parse() -> tuple[argparse.Namespace, list[str]]:
     """Our own flags, and those for the recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="flickr30k")
+    presets = [name for name, preset in PRESETS.items() if preset.config.module.lm]  # others train their parts
+    parser.add_argument("--preset", choices=presets, default="flickr30k")
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--val-batches", type=int, default=1, help="validation batches")
     parser.add_argument("--max-test", type=int, default=8, help="pictures of the test split to caption")
