@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Threads of a BLAS that wait for each other on a busy machine cost more than they give in small tests.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test lint chaos bench clean
+.PHONY: demo test lint chaos bench real clean
 
 demo: .venv/ready
 	$(BIN)/python -m recipes.align_qwen3
@@ -19,6 +19,10 @@ chaos: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python tools/benchmark_overhead.py
+
+# FLAGS="--preset flickr30k-lora --batch-size 12", for example.
+real: .venv/ready
+	$(BIN)/python -m tools.run_real $(FLAGS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

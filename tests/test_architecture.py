@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/architecture.md").read_text()
 # From top to bottom. A file imports from rooms of lower layers, and from its own room.
 LAYERS = [
-    ("recipes", "tools", "mlxmm/__main__"),
+    ("tools",),
+    ("recipes", "mlxmm/__main__"),
     ("recipes/parts",),
     ("callbacks",),
     ("mlxmm",),  # __init__.py alone: the public names

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from mlxmm.errors import UserError
 
-NEEDED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # no other frameworks' weights
+WEIGHTS = ["model*.safetensors", "weights.safetensors"]  # of transformers and mlx-lm, and of a checkpoint
+NEEDED = [*WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja"]  # no other frameworks' weights
 TORCH_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # read without running what they may hold
 
 
@@ -31,7 +32,7 @@ def _snapshot(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     folder = Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED))
-    if any(folder.glob("model*.safetensors")) or (folder / "weights.safetensors").exists():
+    if any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
         return folder
     return Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED + TORCH_WEIGHTS))
 

@@ -4,13 +4,11 @@
 """
 
 import copy
-import http.server
 import importlib.util
 import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import attrs
@@ -18,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from local_hub import LocalHub
 from mlx.utils import tree_flatten, tree_map
 from PIL import Image
 from small_modules import tokenizer
@@ -275,39 +274,10 @@ def test_the_card_says_how_to_run_it_and_names_no_folder_of_this_machine(tmp_pat
     assert not [path for path in (tmp_path / "to").iterdir() if str(tmp_path).encode() in path.read_bytes()]
 
 
-class SmallHub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as one commit of small files needs; the commit itself is answered with `status`."""
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-        self.server.requests.append((self.path, body, self.headers.get("Authorization")))
-        status, answer = 200, {}
-        if self.path == "/api/repos/create":
-            answer = {"url": "http://127.0.0.1/alice/tiny", "name": "alice/tiny"}
-        elif "/preupload/" in self.path:
-            files = json.loads(body)["files"]
-            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
-        elif "/commit/" in self.path:
-            status = self.server.status
-            answer = {"success": True, "commitOid": "c" * 40, "commitUrl": "http://127.0.0.1/alice/tiny/commit/ccc"}
-        data = json.dumps(answer if status == 200 else {"error": "no room left"}).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture(scope="module")
-def small_hub():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), SmallHub)
-    server.requests, server.status = [], 200
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+def small_hub(tmp_path_factory):
+    with LocalHub(tmp_path_factory.mktemp("hub")) as hub:
+        yield hub
 
 
 @pytest.fixture(scope="module")
@@ -326,11 +296,11 @@ def align(*flags, cache, endpoint="http://127.0.0.1:9", token=TOKEN):
 @pytest.fixture(scope="module")
 def pushed(small_hub, cache, tmp_path_factory):
     """A finished run that went to the hub."""
-    folder, endpoint = tmp_path_factory.mktemp("runs") / "one", f"http://127.0.0.1:{small_hub.server_port}"
+    folder = tmp_path_factory.mktemp("runs") / "one"
     flags = [*TINY, "--module.projector-width", 48, "--run-dir", folder, "--push-to", "alice/tiny"]
-    done = align(*flags, cache=cache, endpoint=endpoint)
+    done = align(*flags, cache=cache, endpoint=small_hub.endpoint)
     assert done.returncode == 0, done.stderr
-    return folder, done.stdout, list(small_hub.requests)
+    return folder, done.stdout, list(small_hub.posts)
 
 
 def test_a_run_is_pushed_in_one_commit_to_a_private_repository(pushed):
@@ -363,10 +333,10 @@ def test_what_was_pushed_is_the_run_that_was_judged(pushed):
 
 
 def test_a_hub_that_refuses_is_one_line_and_the_results_stay(pushed, small_hub, cache):
-    folder, endpoint = pushed[0], f"http://127.0.0.1:{small_hub.server_port}"
+    folder = pushed[0]
     (folder / "summary.json").unlink()
-    small_hub.status = 403
-    done = align("--run-dir", folder, "--resume", "last", cache=cache, endpoint=endpoint)
+    small_hub.commit_status = 403
+    done = align("--run-dir", folder, "--resume", "last", cache=cache, endpoint=small_hub.endpoint)
     line = done.stderr.splitlines()[-1]
     assert (
         done.returncode == 2 and line.startswith("error: not uploaded to alice/tiny: 403 ") and "no room left" in line
