@@ -179,6 +179,16 @@ def broadcast_object(make: Callable):
     return all_gather_object(make() if rank() == 0 else None)[0]
 
 
+def rank_zero_first(make: Callable):
+    """What `make()` returns on this process. The others call it once rank 0 has: they find what it downloaded."""
+    if rank() == 0:
+        made = make()
+        barrier()
+        return made
+    barrier()
+    return make()
+
+
 def broadcast_paths(make: Callable[[], Sequence[Path | None]]) -> list[Path | None]:
     """The paths that `make()` returns on rank 0. Raises `UserError` on a process that cannot see one of them."""
     paths = [text and Path(text) for text in broadcast_object(lambda: [path and str(path) for path in make()])]

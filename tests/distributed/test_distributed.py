@@ -161,6 +161,13 @@ def cores(folder):
     print(collectives.world_size(), linux_blas.num_threads())
 
 
+def first(folder):
+    """Rank 0 takes a while to make a file that the other one wants."""
+    time.sleep(0.5 * (collectives.rank() == 0))
+    made = collectives.rank_zero_first(lambda: (folder / "made").exists() or (folder / "made").write_text(""))
+    print(made)
+
+
 # ---- the tests
 
 
@@ -266,6 +273,11 @@ def test_the_shares_of_two_processes_are_the_batches_of_one(tmp_path):
     rows = [row for part in (zero, one) for batch in part["all"][1] for row in batch]
     assert sorted(rows) == sorted(row for batch in whole["all"][1] for row in batch) and len(rows) == 15
     assert all(part["all"][0] == len(part["all"][1]) for part in (zero, one))
+
+
+def test_the_others_find_what_rank_0_has_made(tmp_path):
+    (zero, one), _ = run("first", tmp_path)
+    assert (zero[1], one[1]) == ("0\n", "True\n"), (zero, one)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Weights in folders of the Hub's layout: safetensors first, PyTorch's files where there are no others."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,21 @@ def test_shards_of_pytorch_weights_are_read_together(tmp_path):
     for i in (1, 2):
         shutil.copy(TORCH, tmp_path / f"pytorch_model-0000{i}-of-00002.bin")
     assert read_weights(tmp_path)["transposed"].shape == (4, 6)
+
+
+def test_a_shard_that_the_index_names_and_that_is_missing_is_one_line(tmp_path):
+    shards = {"x": "model-1.safetensors", "y": "model-2.safetensors"}
+    write_arrays(tmp_path / "model-1.safetensors", {"x": mx.ones(2)})
+    index = tmp_path / "model.safetensors.index.json"
+    for text, message in [("[]", "list came"), ("{}", "no weight_map"), (json.dumps({"weight_map": shards}), "lacks")]:
+        index.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_weights(tmp_path)
+    write_arrays(tmp_path / "model-2.safetensors", {"y": mx.ones(2)})
+    assert set(read_weights(tmp_path)) == {"x", "y"}
+    index.unlink()
+    (tmp_path / "model-2.safetensors").unlink()
+    assert set(read_weights(tmp_path)) == {"x"}  # without an index, what is there
 
 
 def test_a_folder_without_weights_says_what_was_expected(tmp_path):
