@@ -16,6 +16,7 @@ from mlxmm.data.sources.stream import open_stream
 from mlxmm.data.sources.tables import Columns
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
+from mlxmm.storage.hub import is_hub_id, split_revision
 
 
 @attrs.frozen(kw_only=True)
@@ -34,10 +35,11 @@ class CaptionDataConfig(BatchConfig):
 
     source: str = option(
         "shapes",
-        "`shapes` (drawn), a parquet file or glob, a folder of images with metadata, or a data set on the Hub",
+        "`shapes` (drawn), a parquet file or glob, a folder of images with metadata, or a data set on the Hub "
+        "(user/name, user/name@revision)",
         first=True,
     )
-    revision: str | None = option(None, "commit, tag or branch of a data set on the Hub")
+    revision: str | None = option(None, "commit, tag or branch of a data set on the Hub, if its id names none")
     image_column: str = option("image", "column that holds the picture")
     caption_column: str = option("caption", "column that holds a caption or a list of captions")
     split_column: str | None = option(None, "column that says train, val or test; none: the source's own splits")
@@ -50,6 +52,8 @@ class CaptionDataConfig(BatchConfig):
     def __attrs_post_init__(self):
         if self.streaming and self.source == "shapes":
             raise UserError("streaming needs a source: `shapes` are drawn, not read")
+        if is_hub_id(self.source):
+            split_revision(self.source, self.revision)  # two are refused as soon as the flags are read
 
 
 @attrs.frozen(kw_only=True)

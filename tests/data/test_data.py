@@ -2,11 +2,13 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mlxmm.cli import parse_config
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.data.loader import Loader
@@ -176,6 +178,39 @@ def test_a_source_that_does_not_fit_is_one_clear_line(make_parquet, settings, me
     with pytest.raises(UserError, match=message) as caught:
         open_source(config, 0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_revision_in_the_source_is_that_of_the_flag(monkeypatch, streaming):
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: asked.append((names, options)) or 1 / 0)
+    revision = "refs/convert/parquet"
+    for settings in ({"source": f"user/name@{revision}"}, {"source": "user/name", "revision": revision}):
+        with pytest.raises(UserError, match="ZeroDivisionError"):
+            open_source(CaptionDataConfig(**settings, streaming=streaming), 0)
+    assert asked[0] == asked[1] and asked[0][0] == ("user/name",) and asked[0][1]["revision"] == revision
+
+
+def test_a_source_with_two_revisions_is_one_clear_line_as_soon_as_the_flags_are_read():
+    from recipes.train_clip import PRESETS
+
+    with pytest.raises(UserError, match="user/name@v1 names a revision already: leave out v2") as caught:
+        parse_config("train_clip", PRESETS, ["--data.source", "user/name@v1", "--data.revision", "v2"])
+    assert "\n" not in str(caught.value)
+
+
+def test_files_and_folders_with_an_at_sign_are_opened(make_parquet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user" / "name@v1").mkdir(parents=True)
+    path = Path(make_parquet([png()] * 40))
+    for source in ("user/rows@v1.parquet", "user/name@v1/rows.parquet"):
+        (tmp_path / source).write_bytes(path.read_bytes())
+    for source in ("user/rows@v1.parquet", "user/rows@*.parquet", "user/name@v1"):
+        assert len(open_source(CaptionDataConfig(source=source), 0).rows["train"]) == 36
+    with pytest.raises(UserError, match="user/gone@v1.parquet is not there"):
+        open_source(CaptionDataConfig(source="user/gone@v1.parquet"), 0)
 
 
 def test_pictures_of_every_mode_become_rgb_on_white():

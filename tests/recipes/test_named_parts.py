@@ -13,6 +13,7 @@ from pathlib import Path
 import attrs
 import mlx.core as mx
 import pytest
+from huggingface_hub import constants
 from mlx.utils import tree_flatten
 from small_modules import VISION, small_aligner, small_clip, tokenizer
 
@@ -164,6 +165,19 @@ def test_a_good_part_is_taken_and_the_data_are_named_then(run, parts, recipe, fl
     message = "not a picture" if recipe == "zero_shot" else "nowhere.parquet is not there"
     if recipe != "caption":  # which goes on with the next picture
         refused(run(recipe, flags, parts[kind]), message, tmp_path)
+
+
+@pytest.mark.parametrize(("recipe", "flags", "kind"), NAMED)
+def test_a_part_is_taken_from_the_hub_at_the_revision_in_its_id(run, parts, recipe, flags, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository, revision = tmp_path / "hub" / "models--some--part", "refs/pr/1"
+    shutil.copytree(parts[kind], repository / "snapshots" / ("a" * 40))
+    (repository / "refs/refs/pr").mkdir(parents=True)
+    (repository / "refs" / revision).write_text("a" * 40)
+    if recipe != "caption":
+        message = "not a picture" if recipe == "zero_shot" else "nowhere.parquet is not there"
+        refused(run(recipe, flags, f"some/part@{revision}"), message, tmp_path)
+    refused(run(recipe, flags, "some/part@v1"), "some/part@v1 is neither a folder nor to be had", tmp_path)
 
 
 def test_pytorchs_weights_are_enough_for_a_tower(run, parts, tmp_path):

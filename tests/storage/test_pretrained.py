@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlxmm.errors import UserError
-from mlxmm.storage.hub import is_hub_id, local_folder
+from mlxmm.storage.hub import is_hub_id, local_folder, split_revision
 from mlxmm.storage.pretrained import read_weights, write_arrays
 
 TORCH = Path(__file__).parents[1] / "fixtures" / "torch" / "zip.bin"
@@ -63,6 +63,18 @@ def test_a_folder_without_weights_says_what_was_expected(tmp_path):
 )
 def test_a_hub_id_is_a_user_and_a_name_and_maybe_a_revision(name, is_id):
     assert is_hub_id(name) == is_id
+
+
+def test_a_revision_stands_in_the_id_or_beside_it_but_not_in_both():
+    pull_request = ("user/name", "refs/pr/66")
+    assert split_revision("user/name@refs/pr/66") == split_revision("user/name", "refs/pr/66") == pull_request
+    assert split_revision("user/name") == ("user/name", None)
+    with pytest.raises(UserError, match="user/name@v1 names a revision already: leave out v2"):
+        split_revision("user/name@v1", "v2")
+    with pytest.raises(UserError, match="user/name@ names no revision after the @"):
+        split_revision("user/name@")
+    with pytest.raises(UserError, match="names a revision already"):
+        local_folder("user/name@v1", "v2")
 
 
 def test_a_folder_with_an_at_sign_is_a_folder(tmp_path, monkeypatch):
