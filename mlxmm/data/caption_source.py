@@ -18,15 +18,24 @@ from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.storage.hub import is_hub_id, split_revision
 
+MAX_THREADS = 8  # each holds a batch that it prepares
+
 
 @attrs.frozen(kw_only=True)
 class BatchConfig:
     """How pictures with captions become batches, wherever they come from."""
 
     batch_size: int = option(64, "pictures in a batch of each process", ge(1), flag="--batch-size", first=True)
-    num_threads: int = option(1, "threads that decode pictures ahead", ge(1))
+    num_threads: int = option(
+        0, f"threads that decode pictures ahead; 0: one for each core of this process, at most {MAX_THREADS}", ge(0)
+    )
     random_crop: bool = option(False, "train on a random square of each picture, not on its middle")
     shuffle_buffer: int = option(1_000, "pictures of a stream that the next one is drawn from", ge(1), rare=True)
+
+    @property
+    def num_decoding_threads(self) -> int:
+        """`num_threads`, or as many as this machine has for this process. What they make does not depend on it."""
+        return self.num_threads or min(MAX_THREADS, collectives.cores_per_process())
 
 
 @attrs.frozen(kw_only=True)
@@ -112,7 +121,10 @@ class CaptionSource:
 
 
 def open_source(config: CaptionDataConfig, seed: int) -> CaptionSource:
-    """Open what `config.source` names. Raises `UserError` where it, a column or a split is missing or damaged."""
+    """Open what `config.source` names. A collective call.
+
+    Raises `UserError` where it, a column or a split is missing or damaged.
+    """
     if config.source == "shapes":
         grammar = ShapesGrammar(config.shapes, seed)
         return CaptionSource(config=config, seed=seed, rows=MappingProxyType(grammar.rows(seed)), grammar=grammar)
@@ -123,7 +135,7 @@ def open_source(config: CaptionDataConfig, seed: int) -> CaptionSource:
         if is_stream(part):  # its rows are checked as they are read
             continue
         part, captionless = part.without_captionless()
-        usable[split], undecodable = part.without_undecodable(config.num_threads)
+        usable[split], undecodable = part.without_undecodable(config.num_decoding_threads)
         skipped += captionless + undecodable
         _report_skipped("has no caption", captionless)
         _report_skipped("cannot be decoded", undecodable)

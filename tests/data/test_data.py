@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image
 
 from mlxmm.cli import parse_config
 from mlxmm.data.caption_data import CaptionData
-from mlxmm.data.caption_source import CaptionDataConfig, open_source
+from mlxmm.data.caption_source import BatchConfig, CaptionDataConfig, open_source
 from mlxmm.data.loader import Loader
 from mlxmm.data.sources.shapes import ShapesConfig, ShapesGrammar, ShapesTexts
 from mlxmm.errors import UserError
@@ -95,6 +97,31 @@ def test_an_epoch_resumed_gives_the_batches_it_would_have_given():
     for resumed, batch in zip(loader.epoch(2, start=3), whole[3:], strict=True):
         assert all(np.array_equal(resumed[name], batch[name]) for name in batch)
     assert not np.array_equal(next(loader.epoch(1))["row"], whole[0]["row"])
+
+
+def test_batches_do_not_depend_on_the_number_of_threads():
+    def transform(row, rng):
+        time.sleep(rng.random() / 500)  # some examples take longer than those after them
+        return {"row": np.array(row), "draw": np.array(rng.integers(1_000))}
+
+    def batches(num_threads):
+        loader = Loader(rows=range(60), transform=transform, batch_size=4, shuffle=True, num_threads=num_threads)
+        return [{name: array.tolist() for name, array in batch.items()} for batch in loader.epoch(1)]
+
+    assert batches(1) == batches(3) == batches(8)
+
+
+def test_more_threads_than_batches_are_held_ready_is_no_warning(caplog):
+    loader = Loader(rows=range(60), transform=lambda row, rng: {"row": np.array(row)}, batch_size=4, num_threads=8)
+    next(loader.epoch(0))
+    assert not caplog.records
+
+
+def test_threads_are_the_cores_of_this_process_unless_a_number_is_given(monkeypatch):
+    cores = iter([None, 1, 4, 64])
+    monkeypatch.setattr(os, "cpu_count", lambda: next(cores))
+    assert [BatchConfig().num_decoding_threads for _ in range(4)] == [1, 1, 4, 8]
+    assert BatchConfig(num_threads=3).num_decoding_threads == 3
 
 
 def test_five_captions_train_one_a_picture_and_the_first_validates(make_parquet):
