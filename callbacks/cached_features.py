@@ -84,5 +84,5 @@ class CachedFeatures(Callback):
         pixels = lambda row: module.processor.pixels(row["image"])
         compute = lambda pixels: module.features(module.processor.normalize(pixels))
         with evaluating(module):
-            num_threads = datamodule.source.config.num_threads
+            num_threads = datamodule.source.config.num_decoding_threads
             return cached_features(self.folder / key, rows, pixels, compute, num_threads=num_threads)

@@ -3,8 +3,7 @@
 import sys
 import time
 
-from tqdm import tqdm
-
+from mlxmm.progress_bar import progress_bar
 from mlxmm.training.callback import Callback
 
 
@@ -20,13 +19,8 @@ class TQDMProgressBar(Callback):
             return
         self._total, self._start = trainer.estimated_stepping_batches, time.perf_counter()
         self._is_terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=self._total,
-            initial=trainer.global_step,
-            desc=self.name,
-            unit="step",
-            mininterval=self.refresh_seconds,
-            disable=not self._is_terminal,
+        self._bar = progress_bar(
+            self.name, self._total, "step", initial=trainer.global_step, mininterval=self.refresh_seconds
         )
 
     def on_train_batch_end(self, trainer, module, metrics, batches):

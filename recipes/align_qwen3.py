@@ -35,6 +35,7 @@ from mlxmm.training.trainable import match_parameters
 
 from .parts.captioning import evaluate, fit, longest_caption, report_truncation
 from .parts.language_model import LanguageModelConfig, language_model_or_train
+from .parts.named_parts import check_parts
 from .parts.tower import TowerConfig, tower_or_train
 
 
@@ -120,6 +121,7 @@ def main(config: Config) -> None:
     if config.data.streaming and config.module.lm is None:
         raise UserError("a language model is not trained on a stream: name one with --module.lm")
     with open_run(config, "align_qwen3") as run:
+        check_parts(tower=config.module.vision, language_model=config.module.lm, clip=config.tower.pretrained)
         source = open_source(config.data, config.seed)
         aligner = build(config, source, run)
         if config.push_to:

@@ -16,6 +16,8 @@ from mlxmm.modules.loading import load_captioner
 from mlxmm.networks.generation import GenerationConfig
 from mlxmm.preprocessing.images import SUFFIXES, UndecodableImage, decode_image
 
+from .parts.named_parts import check_parts
+
 
 @attrs.frozen(kw_only=True)
 class Config:
@@ -31,6 +33,7 @@ def main(config: Config) -> None:
     if config.module is None:
         raise UserError("--module is missing: name a checkpoint, for example runs/align_qwen3/mine/checkpoints/best")
     paths = find_images(config.images)
+    check_parts(captioner=config.module)
     captioner = load_captioner(config.module)
     for path in paths:
         print(f"{path}: ", end="", flush=True)

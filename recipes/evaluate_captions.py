@@ -21,6 +21,8 @@ from mlxmm.networks.generation import GenerationConfig
 from mlxmm.storage.atomic import write_text
 from mlxmm.storage.runs import RunConfig, open_run
 
+from .parts.named_parts import check_parts
+
 
 @attrs.frozen(kw_only=True)
 class Config(RunConfig):
@@ -39,6 +41,7 @@ def main(config: Config) -> None:
     if config.module is None:
         raise UserError("--module is missing: name a checkpoint, for example runs/align_qwen3/mine/checkpoints/best")
     with open_run(config, "evaluate_captions") as run:
+        check_parts(captioner=config.module, clip=config.clip)
         captioner = load_captioner(config.module)
         clip = None if config.clip is None else ContrastiveCLIP.from_pretrained(config.clip)
         source = open_source(config.data, config.seed)

@@ -28,6 +28,8 @@ from mlxmm.evaluation.zero_shot import ZeroShotClassifier
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.storage.runs import RunConfig, open_run
 
+from .parts.named_parts import check_parts
+
 
 @attrs.frozen(kw_only=True)
 class Config(RunConfig):
@@ -50,6 +52,7 @@ def main(config: Config) -> None:
     if config.labels and config.class_column is not None:
         raise UserError("--labels and --class-column both say what the classes are: leave one out")
     with open_run(config, "evaluate_clip") as run:
+        check_parts(clip=config.module)
         clip = ContrastiveCLIP.from_pretrained(config.module)
         source = open_source(config.data, config.seed)
         source.require_split(config.split)

@@ -23,6 +23,7 @@ from mlxmm.storage.hub import local_folder
 from mlxmm.storage.runs import Run, TrainingRunConfig, open_run
 
 from .parts.captioning import evaluate, fit, longest_caption, report_truncation
+from .parts.named_parts import check_parts
 from .parts.tower import TowerConfig, tower_or_train
 
 
@@ -57,6 +58,7 @@ PRESETS = {
 
 def main(config: Config) -> None:
     with open_run(config, "train_captioner") as run:
+        check_parts(tower=config.module.vision, tokenizer=config.tokenizer, clip=config.tower.pretrained)
         source = open_source(config.data, config.seed)
         captioner = build(config, source, run)
         fit(config, captioner, source, run, "captioner")

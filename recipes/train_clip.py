@@ -17,6 +17,7 @@ from mlxmm.networks.towers import TextConfig, VisionConfig
 from mlxmm.optimizers import OptimizerConfig
 from mlxmm.storage.runs import TrainingRunConfig, open_run
 
+from .parts.named_parts import check_parts
 from .parts.tower import TowerConfig, train
 
 
@@ -78,6 +79,7 @@ PRESETS = {
 
 def main(config: Config) -> None:
     with open_run(config, "train_clip") as run:
+        check_parts(clip=config.pretrained)
         source = open_source(config.data, config.seed)
         clip, metrics = train(config, source, run, config.seed)
         run.report(metrics)

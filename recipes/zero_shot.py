@@ -21,6 +21,8 @@ from mlxmm.evaluation.zero_shot import ZeroShotClassifier
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.preprocessing.images import UndecodableImage, decode_image
 
+from .parts.named_parts import check_parts
+
 
 @attrs.frozen(kw_only=True)
 class Config:
@@ -37,6 +39,7 @@ def main(config: Config) -> None:
     names, templates = read_classes(config.classes), read_templates(config.templates)
     if not config.images:
         raise UserError("name at least one picture to classify")
+    check_parts(clip=config.module)
     images = list(opened(config.images))
     clip = ContrastiveCLIP.from_pretrained(config.module)
     classifier = ZeroShotClassifier.from_cache(clip, names, templates)

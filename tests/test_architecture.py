@@ -27,7 +27,7 @@ LAYERS = [
     ("mlxmm/distributed",),
     ("mlxmm/compute",),
     ("mlxmm/config", "mlxmm/environment"),
-    ("mlxmm/errors", "mlxmm/checkout"),
+    ("mlxmm/errors", "mlxmm/checkout", "mlxmm/progress_bar"),
 ]
 LAYER_OF = {room: -place for place, rooms in enumerate(LAYERS) for room in rooms}
 WITHIN = {("mlxmm/data", "mlxmm/data/sources")}  # rooms of one layer of which the first may import the second
@@ -41,7 +41,7 @@ DOORS = {  # each outside package is imported by one file, or by one folder
     "mlx_lm": "mlxmm/networks/language_model.py",
     "transformers": "mlxmm/preprocessing/tokenizers.py",
     "sklearn": "mlxmm/evaluation/linear_probe.py",
-    "tqdm": "callbacks/tqdm_progress_bar.py",
+    "tqdm": "mlxmm/progress_bar.py",
 }
 SOURCES = {p.relative_to(ROOT): p for d in ("mlxmm", "callbacks", "recipes", "tools") for p in (ROOT / d).rglob("*.py")}
 del SOURCES[Path("mlxmm/export/mlx_vlm_llava.py")]  # copied into exported folders, for mlx-vlm: nothing here imports it

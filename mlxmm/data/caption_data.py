@@ -59,7 +59,7 @@ class CaptionData(DataModule):
             transform=transform,
             batch_size=max(1, min(self.batch_size, share)),
             seed=self.source.seed,
-            num_threads=self.source.config.num_threads,
+            num_threads=self.source.config.num_decoding_threads,
             collate=self.collate,
             **options,
         )
@@ -71,7 +71,7 @@ class CaptionData(DataModule):
             batch_size=self.batch_size,
             seed=self.source.seed,
             buffer_size=self.source.config.shuffle_buffer,
-            num_threads=self.source.config.num_threads,
+            num_threads=self.source.config.num_decoding_threads,
             collate=self.collate,
         )
 

@@ -16,6 +16,9 @@ from mlxmm.data.sources.stream import open_stream
 from mlxmm.data.sources.tables import Columns
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
+from mlxmm.storage.hub import is_hub_id, split_revision
+
+MAX_THREADS = 8  # each holds a batch that it prepares
 
 
 @attrs.frozen(kw_only=True)
@@ -23,9 +26,16 @@ class BatchConfig:
     """How pictures with captions become batches, wherever they come from."""
 
     batch_size: int = option(64, "pictures in a batch of each process", ge(1), flag="--batch-size", first=True)
-    num_threads: int = option(1, "threads that decode pictures ahead", ge(1))
+    num_threads: int = option(
+        0, f"threads that decode pictures ahead; 0: one for each core of this process, at most {MAX_THREADS}", ge(0)
+    )
     random_crop: bool = option(False, "train on a random square of each picture, not on its middle")
     shuffle_buffer: int = option(1_000, "pictures of a stream that the next one is drawn from", ge(1), rare=True)
+
+    @property
+    def num_decoding_threads(self) -> int:
+        """`num_threads`, or as many as this machine has for this process. What they make does not depend on it."""
+        return self.num_threads or min(MAX_THREADS, collectives.cores_per_process())
 
 
 @attrs.frozen(kw_only=True)
@@ -34,10 +44,11 @@ class CaptionDataConfig(BatchConfig):
 
     source: str = option(
         "shapes",
-        "`shapes` (drawn), a parquet file or glob, a folder of images with metadata, or a data set on the Hub",
+        "`shapes` (drawn), a parquet file or glob, a folder of images with metadata, or a data set on the Hub "
+        "(user/name, user/name@revision)",
         first=True,
     )
-    revision: str | None = option(None, "commit, tag or branch of a data set on the Hub")
+    revision: str | None = option(None, "commit, tag or branch of a data set on the Hub, if its id names none")
     image_column: str = option("image", "column that holds the picture")
     caption_column: str = option("caption", "column that holds a caption or a list of captions")
     split_column: str | None = option(None, "column that says train, val or test; none: the source's own splits")
@@ -50,6 +61,8 @@ class CaptionDataConfig(BatchConfig):
     def __attrs_post_init__(self):
         if self.streaming and self.source == "shapes":
             raise UserError("streaming needs a source: `shapes` are drawn, not read")
+        if is_hub_id(self.source):
+            split_revision(self.source, self.revision)  # two are refused as soon as the flags are read
 
 
 @attrs.frozen(kw_only=True)
@@ -108,7 +121,10 @@ class CaptionSource:
 
 
 def open_source(config: CaptionDataConfig, seed: int) -> CaptionSource:
-    """Open what `config.source` names. Raises `UserError` where it, a column or a split is missing or damaged."""
+    """Open what `config.source` names. A collective call.
+
+    Raises `UserError` where it, a column or a split is missing or damaged.
+    """
     if config.source == "shapes":
         grammar = ShapesGrammar(config.shapes, seed)
         return CaptionSource(config=config, seed=seed, rows=MappingProxyType(grammar.rows(seed)), grammar=grammar)
@@ -119,7 +135,7 @@ def open_source(config: CaptionDataConfig, seed: int) -> CaptionSource:
         if is_stream(part):  # its rows are checked as they are read
             continue
         part, captionless = part.without_captionless()
-        usable[split], undecodable = part.without_undecodable(config.num_threads)
+        usable[split], undecodable = part.without_undecodable(config.num_decoding_threads)
         skipped += captionless + undecodable
         _report_skipped("has no caption", captionless)
         _report_skipped("cannot be decoded", undecodable)

@@ -14,6 +14,8 @@ from mlxmm.data.sources.stream import MIN_UNUSABLE, StreamRows, UnusableRow
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 
+NUM_PREFETCHED = 4  # batches that are prepared ahead, or one for each thread
+
 
 @attrs.frozen(kw_only=True)
 class Loader:
@@ -50,7 +52,9 @@ class Loader:
         batches = rows.batch(self.batch_size, drop_remainder=self.drop_last)[start:]
         if self.collate is not None:
             batches = batches.map(self.collate)
-        options = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=4)
+        options = grain.ReadOptions(
+            num_threads=self.num_threads, prefetch_buffer_size=max(NUM_PREFETCHED, self.num_threads)
+        )
         return iter(batches.to_iter_dataset(options))
 
     @property
@@ -78,7 +82,7 @@ def prefetched(batches: Iterator[dict]) -> Iterator[dict]:
         def __iter__(self):
             return Made()
 
-    return iter(grain.experimental.ThreadPrefetchIterDataset(Source(), prefetch_buffer_size=4))
+    return iter(grain.experimental.ThreadPrefetchIterDataset(Source(), prefetch_buffer_size=NUM_PREFETCHED))
 
 
 def _grain() -> Any:

@@ -1,7 +1,7 @@
 """Collective operations of the processes that train one module. A single process is a group of one.
 
-Processes are numbered by rank, from 0. Every function except `rank`, `world_size` and `watched` is a collective call:
-all processes must make it, in the same order.
+Processes are numbered by rank, from 0. Every function except `rank`, `world_size`, `num_local_ranks`,
+`cores_per_process` and `watched` is a collective call: all processes must make it, in the same order.
 """
 
 import contextlib
@@ -31,13 +31,10 @@ _watchdog: watchdog.Watchdog | None = None
 def _group() -> mx.distributed.Group:
     global _watchdog
     hosts = watchdog.read_hosts()
+    _share_cores()
     if not hosts:
-        _share_cores(environment.num_local_mpi_ranks())
         return mx.distributed.init()
-    rank = environment.ring_rank()
-    addresses = [host[0].rpartition(":")[0] for host in hosts]
-    _share_cores(addresses.count(addresses[rank]))
-    _watchdog = watchdog.gather(hosts, rank)
+    _watchdog = watchdog.gather(hosts, environment.ring_rank())
     faulthandler.dump_traceback_later(START_SECONDS, exit=True)  # `init` keeps the GIL: no thread of Python's can help
     try:
         return mx.distributed.init(strict=True, backend="ring")
@@ -45,10 +42,24 @@ def _group() -> mx.distributed.Group:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _share_cores(ranks: int) -> None:
+def _share_cores() -> None:
     """Divide the cores among the ranks of this machine: BLAS threads that share a core wait for each other."""
-    if ranks > 1 and not environment.blas_threads_are_set():
-        linux_blas.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    if num_local_ranks() > 1 and not environment.blas_threads_are_set():
+        linux_blas.set_num_threads(cores_per_process())
+
+
+def num_local_ranks() -> int:
+    """How many of the processes run on this machine."""
+    hosts = watchdog.read_hosts()
+    if not hosts:
+        return environment.num_local_mpi_ranks()
+    addresses = [host[0].rpartition(":")[0] for host in hosts]
+    return addresses.count(addresses[environment.ring_rank()])
+
+
+def cores_per_process() -> int:
+    """This process's share of the machine's cores, at least 1."""
+    return max(1, (os.cpu_count() or 1) // num_local_ranks())
 
 
 def rank() -> int:
@@ -177,6 +188,16 @@ def broadcast(tree):
 def broadcast_object(make: Callable):
     """What `make()` returns on rank 0 (JSON values), on every process; the others wait for it."""
     return all_gather_object(make() if rank() == 0 else None)[0]
+
+
+def rank_zero_first(make: Callable):
+    """What `make()` returns on this process. The others call it once rank 0 has: they find what it downloaded."""
+    if rank() == 0:
+        made = make()
+        barrier()
+        return made
+    barrier()
+    return make()
 
 
 def broadcast_paths(make: Callable[[], Sequence[Path | None]]) -> list[Path | None]:

@@ -1,6 +1,6 @@
 """Model cards: the README.md of a folder on the Hub, its metadata first."""
 
-from mlxmm.storage.hub import card_metadata, is_hub_id
+from mlxmm.storage.hub import card_metadata, is_hub_id, split_revision
 
 CAPTIONER = """\
 {metadata}
@@ -37,7 +37,7 @@ def captioner(config, image_token: str, metrics: dict) -> str:
         metadata=card_metadata(
             library_name="transformers",
             pipeline_tag="image-text-to-text",
-            base_model=bases or None,
+            base_model=[split_revision(name)[0] for name in bases] or None,
             tags=["image-captioning", "llava", "mlx"],
         ),
         parts=f", from {' and '.join(bases)}" if bases else "",

@@ -18,7 +18,7 @@ from mlxmm.config import option
 from mlxmm.errors import UserError
 from mlxmm.networks.fast_layers import use_fast_layers
 from mlxmm.storage.atomic import write_json
-from mlxmm.storage.pretrained import write_arrays
+from mlxmm.storage.pretrained import read_config, require_weights, weight_files, write_arrays
 
 
 @attrs.frozen(kw_only=True)
@@ -67,6 +67,19 @@ def build_language_model(config: dict) -> nn.Module:
             # GPT-2's scaling: the sum of 2 * layers branches keeps its variance.
             part.weight = part.weight * (2 * len(model.layers)) ** -0.5
     return model
+
+
+def require_language_model(folder: Path) -> None:
+    """Raise `UserError` unless `folder` has all files of a network that mlx-lm has. No weights are read."""
+    from mlx_lm.utils import _get_classes
+
+    try:
+        _get_classes(read_config(folder))
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{folder} holds no language model for mlx-lm: {error}") from None
+    if (file := weight_files(folder)[0]).suffix != ".safetensors":
+        raise UserError(f"{folder} holds no language model for mlx-lm: it has {file.name}, and no model.safetensors")
+    require_weights(folder)
 
 
 def load_language_model(folder: Path, bits: int = 0) -> tuple[nn.Module, dict]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import attrs
 import mlx.core as mx
 import numpy as np
+import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlxmm.errors import UserError
@@ -29,6 +30,7 @@ DEFAULTS = {
     "ViT": SQUARE | {"resample": BILINEAR},
 }
 MAX_PIXELS = 100_000_000  # 20,000 x 5,000: larger files are refused as decompression bombs
+DECODER = f"Pillow {PIL.__version__}, at most {MAX_PIXELS} pixels"  # what an image that was decoded once depends on
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MAX_STRIP_RATIO = 16  # of a strip too long to be resized, the middle of this length (in widths) is used

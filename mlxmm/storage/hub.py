@@ -20,9 +20,9 @@ def local_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
         return Path(path_or_id)
     if not is_hub_id(path_or_id):
         raise UserError(f"{path_or_id} is not there: neither a folder nor a Hub id (user/name, user/name@revision)")
-    name, _, own_revision = str(path_or_id).partition("@")
+    name, revision = split_revision(str(path_or_id), revision)
     try:
-        return _snapshot(name, own_revision or revision)
+        return _snapshot(name, revision)
     except Exception as error:  # the client and the network raise a dozen kinds
         raise UserError(f"{path_or_id} is neither a folder nor to be had from the Hub: {_line(error)}") from error
 
@@ -38,9 +38,22 @@ def _snapshot(name: str, revision: str | None) -> Path:
 
 
 def is_hub_id(path_or_id: str | Path) -> bool:
-    """Whether this is the name of a Hub repository (user/name, user/name@revision) and not a local folder."""
+    """Whether this is the name of a Hub repository (user/name, user/name@revision) and no local file or folder."""
     name = str(path_or_id).partition("@")[0]
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(path_or_id).is_dir()
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(path_or_id).exists()
+
+
+def split_revision(hub_id: str, revision: str | None = None) -> tuple[str, str | None]:
+    """The name of a repository and the revision: that of `hub_id`, user/name@revision, or else `revision`.
+
+    Raises `UserError` if there are two.
+    """
+    name, at, own_revision = hub_id.partition("@")
+    if at and not own_revision:
+        raise UserError(f"{hub_id} names no revision after the @: a commit, tag, branch or pull request (refs/pr/1)")
+    if own_revision and revision is not None:
+        raise UserError(f"{hub_id} names a revision already: leave out {revision}")
+    return name, own_revision or revision
 
 
 def check_upload(repo_id: str) -> None:

@@ -6,8 +6,12 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxmm.errors import UserError
+from mlxmm.storage import checkpoint
 from mlxmm.storage.atomic import atomic_file, read_arrays, write_json
 from mlxmm.storage.torch_weights import read_torch_weights
+
+# The file that holds all weights, and the pattern of it or of the files among which they are split.
+WEIGHT_FILES = {"model.safetensors": "model*.safetensors", "pytorch_model.bin": "pytorch_model*.bin"}
 
 
 def read_config(folder: Path) -> dict:
@@ -50,10 +54,40 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], **metadata: str) -> No
 def read_weights(folder: Path) -> dict[str, mx.array]:
     """The arrays of all model*.safetensors of a folder, or of its pytorch_model*.bin if it has no such file.
 
-    Raises `UserError` if there are neither, or if one is damaged.
+    Raises `UserError` if there are neither, or if one is missing or damaged.
     """
-    if files := sorted(folder.glob("model*.safetensors")):
-        return {name: array for file in files for name, array in read_arrays(file).items()}
-    if files := sorted(folder.glob("pytorch_model*.bin")):
-        return {name: array for file in files for name, array in read_torch_weights(file).items()}
-    raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+    files = weight_files(folder)
+    read = read_arrays if files[0].suffix == ".safetensors" else read_torch_weights
+    return {name: array for file in files for name, array in read(file).items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that `read_weights` reads. Raises `UserError` if there are none, or if the index names one that is
+    missing."""
+    for whole, pattern in WEIGHT_FILES.items():
+        if files := sorted(folder.glob(pattern)):
+            if folder / whole not in files:
+                _check_index(folder / f"{whole}.index.json", files)
+            return files
+    raise UserError(f"{folder} has neither {' nor '.join(WEIGHT_FILES)}")
+
+
+def _check_index(index: Path, files: list[Path]) -> None:
+    if not index.exists():
+        return
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict):
+        raise UserError(f"{index} is damaged: it has no weight_map")
+    if missing := sorted(set(named.values()) - {file.name for file in files}):
+        raise UserError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names")
+
+
+def require_weights(folder: Path) -> None:
+    """Raise `UserError` unless `folder` has all files of its weights: that of a checkpoint, or those of `weight_files`.
+
+    Of safetensors files the headers are read.
+    """
+    whole = folder / checkpoint.WEIGHTS
+    for file in [whole] if whole.exists() else weight_files(folder):
+        if file.suffix == ".safetensors":
+            read_arrays(file)

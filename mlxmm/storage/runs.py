@@ -79,8 +79,8 @@ def open_run(config: RunConfig, recipe: str) -> Iterator[Run]:
     (which an unfinished run does not have), prints the metrics and where the results are. A new run that fails before
     it wrote anything leaves no folder.
 
-    Raises `UserError` where a new run's folder exists, where a run to be resumed does not, and where the processes
-    cannot train by the config's strategy.
+    Raises `UserError` where a new run's folder exists, where a run to be resumed does not or its checkpoint is damaged,
+    and where the processes cannot train by the config's strategy.
     """
     start = time.perf_counter()
     if (trainer := getattr(config, "trainer", None)) is not None:
@@ -124,6 +124,7 @@ def _open(config: RunConfig, recipe: str) -> tuple[Path, Path | None]:
         ckpt_path = checkpoint.latest(folder / "checkpoints")
     else:
         folder, ckpt_path = config.run_dir or find_run(recipe, resume, None), Path(resume)
+        checkpoint.read_state(ckpt_path)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     if not (folder / "config.json").exists():

@@ -2,13 +2,17 @@
 
 import io
 import json
+import os
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mlxmm.cli import parse_config
 from mlxmm.data.caption_data import CaptionData
-from mlxmm.data.caption_source import CaptionDataConfig, open_source
+from mlxmm.data.caption_source import BatchConfig, CaptionDataConfig, open_source
 from mlxmm.data.loader import Loader
 from mlxmm.data.sources.shapes import ShapesConfig, ShapesGrammar, ShapesTexts
 from mlxmm.errors import UserError
@@ -95,6 +99,31 @@ def test_an_epoch_resumed_gives_the_batches_it_would_have_given():
     assert not np.array_equal(next(loader.epoch(1))["row"], whole[0]["row"])
 
 
+def test_batches_do_not_depend_on_the_number_of_threads():
+    def transform(row, rng):
+        time.sleep(rng.random() / 500)  # some examples take longer than those after them
+        return {"row": np.array(row), "draw": np.array(rng.integers(1_000))}
+
+    def batches(num_threads):
+        loader = Loader(rows=range(60), transform=transform, batch_size=4, shuffle=True, num_threads=num_threads)
+        return [{name: array.tolist() for name, array in batch.items()} for batch in loader.epoch(1)]
+
+    assert batches(1) == batches(3) == batches(8)
+
+
+def test_more_threads_than_batches_are_held_ready_is_no_warning(caplog):
+    loader = Loader(rows=range(60), transform=lambda row, rng: {"row": np.array(row)}, batch_size=4, num_threads=8)
+    next(loader.epoch(0))
+    assert not caplog.records
+
+
+def test_threads_are_the_cores_of_this_process_unless_a_number_is_given(monkeypatch):
+    cores = iter([None, 1, 4, 64])
+    monkeypatch.setattr(os, "cpu_count", lambda: next(cores))
+    assert [BatchConfig().num_decoding_threads for _ in range(4)] == [1, 1, 4, 8]
+    assert BatchConfig(num_threads=3).num_decoding_threads == 3
+
+
 def test_five_captions_train_one_a_picture_and_the_first_validates(make_parquet):
     captions = [[f"picture {i} caption {j}" for j in range(5)] for i in range(8)]
     path = make_parquet([png()] * 8, captions, split=["train"] * 6 + ["val", "test"])
@@ -176,6 +205,39 @@ def test_a_source_that_does_not_fit_is_one_clear_line(make_parquet, settings, me
     with pytest.raises(UserError, match=message) as caught:
         open_source(config, 0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_revision_in_the_source_is_that_of_the_flag(monkeypatch, streaming):
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: asked.append((names, options)) or 1 / 0)
+    revision = "refs/convert/parquet"
+    for settings in ({"source": f"user/name@{revision}"}, {"source": "user/name", "revision": revision}):
+        with pytest.raises(UserError, match="ZeroDivisionError"):
+            open_source(CaptionDataConfig(**settings, streaming=streaming), 0)
+    assert asked[0] == asked[1] and asked[0][0] == ("user/name",) and asked[0][1]["revision"] == revision
+
+
+def test_a_source_with_two_revisions_is_one_clear_line_as_soon_as_the_flags_are_read():
+    from recipes.train_clip import PRESETS
+
+    with pytest.raises(UserError, match="user/name@v1 names a revision already: leave out v2") as caught:
+        parse_config("train_clip", PRESETS, ["--data.source", "user/name@v1", "--data.revision", "v2"])
+    assert "\n" not in str(caught.value)
+
+
+def test_files_and_folders_with_an_at_sign_are_opened(make_parquet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user" / "name@v1").mkdir(parents=True)
+    path = Path(make_parquet([png()] * 40))
+    for source in ("user/rows@v1.parquet", "user/name@v1/rows.parquet"):
+        (tmp_path / source).write_bytes(path.read_bytes())
+    for source in ("user/rows@v1.parquet", "user/rows@*.parquet", "user/name@v1"):
+        assert len(open_source(CaptionDataConfig(source=source), 0).rows["train"]) == 36
+    with pytest.raises(UserError, match="user/gone@v1.parquet is not there"):
+        open_source(CaptionDataConfig(source="user/gone@v1.parquet"), 0)
 
 
 def test_pictures_of_every_mode_become_rgb_on_white():

@@ -1,6 +1,7 @@
 """Training on two real processes of this machine: the numbers of one, and a good end whatever dies."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from conftest import DistinctBatches, TinyRegression
 from mlx.utils import tree_flatten
+from PIL import Image
 
 from callbacks import ModelCheckpoint
 from mlxmm import Callback, Trainer
@@ -161,6 +163,24 @@ def cores(folder):
     print(collectives.world_size(), linux_blas.num_threads())
 
 
+def first(folder):
+    """Rank 0 takes a while to make a file that the other one wants."""
+    time.sleep(0.5 * (collectives.rank() == 0))
+    made = collectives.rank_zero_first(lambda: (folder / "made").exists() or (folder / "made").write_text(""))
+    print(made)
+
+
+def opening(folder):
+    """A source of which one image of two hundred cannot be decoded: what each rank decodes and keeps."""
+    from mlxmm.data.caption_source import CaptionDataConfig, open_source
+    from mlxmm.data.sources import rows
+
+    decoded, decode = [], rows.decode_image
+    rows.decode_image = lambda value: decoded.append(value) or decode(value)
+    part = open_source(CaptionDataConfig(source=str(folder / "rows.parquet"), split_column="split"), 0).rows["train"]
+    print(json.dumps([len(decoded), len(part), collectives.cores_per_process()]))
+
+
 # ---- the tests
 
 
@@ -266,6 +286,30 @@ def test_the_shares_of_two_processes_are_the_batches_of_one(tmp_path):
     rows = [row for part in (zero, one) for batch in part["all"][1] for row in batch]
     assert sorted(rows) == sorted(row for batch in whole["all"][1] for row in batch) and len(rows) == 15
     assert all(part["all"][0] == len(part["all"][1]) for part in (zero, one))
+
+
+def test_each_rank_decodes_its_share_once_and_all_keep_the_same_rows(tmp_path):
+    import datasets
+
+    files = [io.BytesIO() for _ in range(200)]
+    for i, file in enumerate(files):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(file, "PNG")
+    cells = [{"bytes": file.getvalue() if i != 7 else b"none", "path": None} for i, file in enumerate(files)]
+    columns = {"image": cells, "caption": ["a"] * 200, "split": ["train"] * 198 + ["val", "test"]}
+    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))
+    table.to_parquet(str(tmp_path / "rows.parquet"))
+    share = max(1, (os.cpu_count() or 1) // 2)
+    for decoded in ([101, 99], [0, 0]):  # of 198, 1 and 1: rank 0 has the single ones
+        (zero, one), _ = run("opening", tmp_path, timeout=30.0, MLXMM_CACHE=str(tmp_path / "cache"))
+        assert (zero[0], one[0]) == (0, 0), (zero, one)
+        skipped, *told = zero[1].splitlines()
+        assert [json.loads(line) for line in (*told, one[1])] == [[num, 197, share] for num in decoded], (zero, one)
+        assert "row 7" in skipped
+
+
+def test_the_others_find_what_rank_0_has_made(tmp_path):
+    (zero, one), _ = run("first", tmp_path)
+    assert (zero[1], one[1]) == ("0\n", "True\n"), (zero, one)
 
 
 @pytest.mark.parametrize(

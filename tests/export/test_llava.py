@@ -264,7 +264,7 @@ def test_the_card_says_how_to_run_it_and_names_no_folder_of_this_machine(tmp_pat
     import yaml
 
     aligner = aligner_of("clip")
-    aligner.config = attrs.evolve(aligner.config, vision=str(tmp_path), lm="Qwen/Qwen3-0.6B-Base", prompt="")
+    aligner.config = attrs.evolve(aligner.config, vision=str(tmp_path), lm="Qwen/Qwen3-0.6B-Base@main", prompt="")
     aligner.save_pretrained(tmp_path / "to", {"test/bleu": 0.25, "data/skipped_rows": [1]})
     card = (tmp_path / "to" / "README.md").read_text()
     metadata = yaml.safe_load(card.split("---\n")[1])

@@ -194,7 +194,7 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(flags, message, cach
     assert done.returncode == 2 and message in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "bad" / "checkpoints").exists()
-    assert not (tmp_path / "bad").exists() or "--module.vision" in flags  # data are opened before anything is made
+    assert not (tmp_path / "bad").exists()
 
 
 def test_a_run_directory_that_exists_is_not_touched(finished, cache):

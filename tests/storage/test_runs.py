@@ -142,6 +142,15 @@ def test_a_damaged_checkpoint_is_skipped_and_if_all_are_the_damaged_file_is_name
     assert (folder / "metrics.jsonl").exists()
 
 
+def test_a_damaged_checkpoint_that_is_named_is_refused_when_the_run_is_opened(tmp_path):
+    folder = checkpoints(tmp_path / "r")
+    (folder / "checkpoints/step=2/optimizer.safetensors").write_bytes(b"cut")
+    resume = str(folder / "checkpoints" / "step=2")
+    with pytest.raises(UserError, match="step=2/optimizer.safetensors is missing or damaged"):
+        with open_run(TrainingRunConfig(resume=resume), "test"):
+            raise AssertionError("data are opened")
+
+
 def test_the_settings_of_a_run_come_back_when_it_is_resumed_and_flags_change_them(tmp_path):
     folder = stopped_run(tmp_path / "r", seed=7)
     flags = ["--resume", "last", "--run-dir", str(folder)]

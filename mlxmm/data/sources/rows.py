@@ -6,13 +6,13 @@ A row is `{"image": PIL, "captions": [str], "id": str}`.
 import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
 import numpy as np
 
+from mlxmm.data.sources.decodable import undecodable_places
 from mlxmm.data.sources.tables import SPLITS, Columns, captions_in_cell, check_splits, open_tables, reading_errors
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import SUFFIXES, UndecodableImage, decode_image
@@ -81,12 +81,7 @@ class CaptionRows(Sequence):
         digest = hashlib.sha256()
         pictures = self.table.select_columns([self.columns.image])
         for index in self.indices:
-            image = pictures[int(index)][self.columns.image]
-            if image["bytes"] is not None:
-                digest.update(hashlib.sha256(image["bytes"]).digest())
-            else:
-                stat = Path(image["path"]).stat()
-                digest.update(f"{image['path']}:{stat.st_size}:{stat.st_mtime_ns}\n".encode())
+            digest.update(_identity(pictures[int(index)][self.columns.image]))
         return digest.digest()
 
     def captions(self) -> list[str]:
@@ -122,35 +117,46 @@ class CaptionRows(Sequence):
         return f"{path} (row {index})" if path else f"row {index}"
 
     def without_undecodable(self, num_threads: int) -> tuple["CaptionRows", list[str]]:
-        """The rows whose images can be decoded, and the names of the others.
+        """The rows whose images can be decoded, and the names of the others. A collective call.
 
         Raises `UserError` that names the first five, if they are more than one in a hundred.
         """
-        with ThreadPoolExecutor(num_threads) as pool:
-            good = np.array(list(pool.map(self._is_decodable, range(len(self)))), dtype=bool)
-        return self._only(good, "pictures cannot be decoded")
+        return self._without(undecodable_places(self, num_threads), "pictures cannot be decoded")
 
     def without_captionless(self) -> tuple["CaptionRows", list[str]]:
         """The rows that have a caption, and the names of the others. Raises as `without_undecodable` does."""
         column = self.table.select_columns([self.columns.caption]).select(self.indices)
-        good = [bool(self._texts(value)) for value in column[self.columns.caption]]
-        return self._only(np.array(good, dtype=bool), "rows have no caption")
+        bad = [place for place, value in enumerate(column[self.columns.caption]) if not self._texts(value)]
+        return self._without(bad, "rows have no caption")
 
-    def _only(self, good: np.ndarray, fault: str) -> tuple["CaptionRows", list[str]]:
-        bad = np.flatnonzero(~good)
-        names = (self.name(int(place)) for place in bad)
+    def _without(self, bad: Sequence[int], fault: str) -> tuple["CaptionRows", list[str]]:
+        names = map(self.name, bad)
         if len(bad) > MAX_UNUSABLE * len(self):
             first = ", ".join(itertools.islice(names, 5))
             much = f"{len(bad)} of {len(self)} {fault}, more than one in a hundred"
             raise UserError(f"{much}; fix them or leave them out: {first}")
-        return attrs.evolve(self, indices=self.indices[good]), list(names)
+        return attrs.evolve(self, indices=np.delete(self.indices, bad)), list(names)
 
-    def _is_decodable(self, place: int) -> bool:
+    def is_decodable(self, place: int) -> bool:
+        """Whether the image at `place` can be decoded."""
         try:
             decode_image(self.table[int(self.indices[place])][self.columns.image])
             return True
         except UndecodableImage:
             return False
+
+
+def _identity(image: dict | None) -> bytes:
+    """What tells the image of a cell from others; a cell may be empty, and its file missing."""
+    if image is None or (image["bytes"] is None and image["path"] is None):
+        return b"no image\n"
+    if image["bytes"] is not None:
+        return hashlib.sha256(image["bytes"]).digest()
+    try:
+        stat = Path(image["path"]).stat()
+    except OSError:
+        return f"{image['path']}: no file\n".encode()
+    return f"{image['path']}:{stat.st_size}:{stat.st_mtime_ns}\n".encode()
 
 
 def open_rows(source: str, columns: Columns, *, revision: str | None, seed: int) -> dict[str, CaptionRows]:

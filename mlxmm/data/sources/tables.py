@@ -9,6 +9,7 @@ import attrs
 
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import SUFFIXES
+from mlxmm.storage.hub import is_hub_id, split_revision
 
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
 PACKED = (".parquet", ".zip", ".tar", ".gz")  # other files of a folder that may hold images
@@ -27,8 +28,8 @@ class Columns:
 def open_tables(source: str, columns: Columns, *, streaming: bool = False, **options) -> dict:
     """The tables of `source`, by the names of its splits: `datasets.Dataset`, or `IterableDataset` with `streaming`.
 
-    `source` is a parquet file or glob, a folder of images with metadata.jsonl or .csv, or a data set on the Hub.
-    Raises `UserError` if it or a column does not exist.
+    `source` is a parquet file or glob, a folder of images with metadata.jsonl or .csv, or a data set on the Hub, whose
+    id may name a revision. Raises `UserError` if it or a column does not exist.
     """
     import datasets
 
@@ -71,9 +72,10 @@ def _load(source: str, *, revision: str | None, **options) -> dict:
         return datasets.load_dataset(kind, data_dir=source, **options)
     if files := sorted(glob.glob(source)):
         return datasets.load_dataset("parquet", data_files=files, **options)
-    if source.endswith(".parquet") or source.count("/") != 1:
+    if source.endswith(".parquet") or not is_hub_id(source):
         raise UserError(f"{source} is not there: neither a parquet file, a glob, a folder nor a Hub id")
-    return datasets.load_dataset(source, revision=revision, **options)
+    name, revision = split_revision(source, revision)
+    return datasets.load_dataset(name, revision=revision, **options)
 
 
 @contextlib.contextmanager
