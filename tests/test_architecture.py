@@ -25,7 +25,7 @@ LAYERS = [
     ("mlxmm/storage",),
     ("mlxmm/distributed",),
     ("mlxmm/compute",),
-    ("mlxmm/config", "mlxmm/environment"),
+    ("mlxmm/config", "mlxmm/environment", "mlxmm/backends"),
     ("mlxmm/errors", "mlxmm/checkout"),
 ]
 LAYER_OF = {room: -place for place, rooms in enumerate(LAYERS) for room in rooms}
