@@ -8,6 +8,8 @@ CUDA := $(firstword $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA[A-Z ]*Vers
 BACKEND := $(if $(filter 12,$(CUDA)),cuda12,$(if $(filter-out 9 10 11,$(CUDA)),cuda13,cpu))
 endif
 endif
+# "yes" if $(PYTHON) is new enough: macOS's own python3 is 3.9.
+PYTHON_FITS = $(shell $(PYTHON) -c 'import sys; print("yes" * (sys.version_info >= (3, 11)))' 2>/dev/null)
 READY := .venv/ready$(BACKEND:%=-%)
 # Threads of a BLAS that wait for each other on a busy machine cost more than they give in small tests.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
@@ -35,6 +37,8 @@ lint: $(READY)
 
 # A new .venv each time: two backends in one would overwrite each other's files, and one that failed may lack any part.
 $(READY): setup.cfg pyproject.toml
+	$(if $(filter-out cpu cuda12 cuda13,$(BACKEND)),$(error BACKEND=$(BACKEND): choose cpu, cuda12 or cuda13))
+	$(if $(PYTHON_FITS),,$(error $(PYTHON) is not Python 3.11 or newer. Name one that is: make PYTHON=python3.12 $(or $(MAKECMDGOALS),demo)))
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet -e ".[dev$(BACKEND:%=,%)]"
 	touch $@
