@@ -100,6 +100,7 @@ def test_two_backends_are_found_even_where_one_of_them_works(tmp_path, monkeypat
     )
 
 
+@pytest.mark.skipif(len(installed_backends()) != 1, reason="MLX has no backend package here")
 def test_a_backend_of_another_version_is_found_even_where_it_works(tmp_path, monkeypatch):
     describe(tmp_path, "mlx", "99.1")
     monkeypatch.syspath_prepend(tmp_path)
