@@ -14,7 +14,7 @@ READY := .venv/ready$(BACKEND:%=-%)
 # Threads of a BLAS that wait for each other on a busy machine cost more than they give in small tests.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test lint chaos bench clean
+.PHONY: demo test lint chaos bench resolve clean
 
 demo: $(READY)
 	$(BIN)/python -m recipes.align_qwen3
@@ -29,6 +29,10 @@ chaos: $(READY)
 
 bench: $(READY)
 	$(BIN)/python tools/benchmark_overhead.py
+
+resolve: $(READY)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python tools/resolve_dependencies.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
