@@ -28,7 +28,7 @@ def require_backend() -> None:
 
 def conflict() -> str | None:
     """What to do about several backends, or one of another version than `mlx`; None where all is well."""
-    found, version = installed_backends(), _version("mlx")
+    found, version = installed_backends(), installed_version("mlx")
     if len(found) > 1:
         choice = " or ".join(f'"mlxmm[{EXTRAS[name]}]"' for name in found)
         remove = f"pip uninstall -y {' '.join(found)}"
@@ -41,7 +41,7 @@ def conflict() -> str | None:
 
 def installed_backends() -> dict[str, str]:
     """The installed backend packages with their versions; none on macOS, and where MLX was built from source."""
-    return {name: version for name in EXTRAS if (version := _version(name)) is not None}
+    return {name: version for name in EXTRAS if (version := installed_version(name)) is not None}
 
 
 def _advice(failure: str) -> str:
@@ -59,7 +59,8 @@ def _advice(failure: str) -> str:
     return f"{step}: {name} cannot be loaded ({failure})"
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
     from importlib import metadata  # 40 ms: only where something is wrong, or when asked
 
     try:
