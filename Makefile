@@ -1,37 +1,54 @@
 # `make demo` shows what this does, `make test` that it works. Each command makes .venv when there is none.
 PYTHON ?= python3
 BIN := .venv/bin
+# MLX's backend on Linux: `make test BACKEND=cuda13`, or what fits this machine. On macOS it comes with mlx.
+ifeq ($(origin BACKEND),undefined)
+ifneq ($(shell uname -s),Darwin)
+CUDA := $(firstword $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA[A-Z ]*Version: *\([0-9]*\).*/\1/p'))
+BACKEND := $(if $(filter 12,$(CUDA)),cuda12,$(if $(filter-out 9 10 11,$(CUDA)),cuda13,cpu))
+endif
+endif
+# "yes" if $(PYTHON) is new enough: macOS's own python3 is 3.9.
+PYTHON_FITS = $(shell $(PYTHON) -c 'import sys; print("yes" * (sys.version_info >= (3, 11)))' 2>/dev/null)
+READY := .venv/ready$(BACKEND:%=-%)
 # Threads of a BLAS that wait for each other on a busy machine cost more than they give in small tests.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test lint chaos bench real clean
+.PHONY: demo test lint chaos bench real resolve clean
 
-demo: .venv/ready
+demo: $(READY)
 	$(BIN)/python -m recipes.align_qwen3
 
-test: .venv/ready
+test: $(READY)
 	$(TEST_ENV) $(BIN)/python -m pytest
 
-chaos: .venv/ready
+chaos: $(READY)
 	$(BIN)/python tools/chaos.py --kills 5
 	$(BIN)/python tools/chaos.py --kills 5 --while-saving
 	$(BIN)/python tools/chaos.py --kills 50 --tiny
 
-bench: .venv/ready
+bench: $(READY)
 	$(BIN)/python tools/benchmark_overhead.py
 
 # FLAGS="--preset flickr30k-lora --batch-size 12", for example.
-real: .venv/ready
+real: $(READY)
 	$(BIN)/python -m tools.run_real $(FLAGS)
 
-lint: .venv/ready
+resolve: $(READY)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python tools/resolve_dependencies.py
+
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.venv/ready: setup.cfg pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+# A new .venv each time: two backends in one would overwrite each other's files, and one that failed may lack any part.
+$(READY): setup.cfg pyproject.toml
+	$(if $(filter-out cpu cuda12 cuda13,$(BACKEND)),$(error BACKEND=$(BACKEND): choose cpu, cuda12 or cuda13))
+	$(if $(PYTHON_FITS),,$(error $(PYTHON) is not Python 3.11 or newer. Name one that is: make PYTHON=python3.12 $(or $(MAKECMDGOALS),demo)))
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet -e ".[dev$(BACKEND:%=,%)]"
 	touch $@
 
 clean:

@@ -1,8 +1,9 @@
 """mlxmm: multimodal training on MLX."""
 
-from mlxmm import environment
+from mlxmm import backends, environment
 
 environment.quiet_transformers()  # before anything imports it
+backends.require_backend()
 
 from mlxmm.compute import linux_blas
 from mlxmm.evaluation.zero_shot import ZeroShotClassifier

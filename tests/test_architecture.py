@@ -22,11 +22,19 @@ LAYERS = [
     ("mlxmm/modules",),
     ("mlxmm/export",),
     ("mlxmm/data", "mlxmm/data/sources"),
-    ("mlxmm/training", "mlxmm/networks", "mlxmm/preprocessing", "mlxmm/cli", "mlxmm/losses", "mlxmm/optimizers"),
+    (
+        "mlxmm/training",
+        "mlxmm/networks",
+        "mlxmm/preprocessing",
+        "mlxmm/cli",
+        "mlxmm/losses",
+        "mlxmm/optimizers",
+        "mlxmm/diagnostics",
+    ),
     ("mlxmm/storage",),
     ("mlxmm/distributed",),
     ("mlxmm/compute",),
-    ("mlxmm/config", "mlxmm/environment"),
+    ("mlxmm/config", "mlxmm/environment", "mlxmm/backends"),
     ("mlxmm/errors", "mlxmm/checkout", "mlxmm/progress_bar"),
 ]
 LAYER_OF = {room: -place for place, rooms in enumerate(LAYERS) for room in rooms}

@@ -1,5 +1,6 @@
 """The cache: folders that are made once and found again, under one root."""
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -27,3 +28,12 @@ def cached(name: str, key, make: Callable[[Path], None]) -> Path:
         with atomic_folder(folder) if collectives.rank() == 0 else tempfile.TemporaryDirectory() as temporary:
             make(Path(temporary))
     return collectives.broadcast_paths(lambda: [folder])[0]
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in `folder` and below; links are not followed. 0 if it is not there."""
+    size = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # deleted meanwhile, or not ours to look at
+            size += 0 if path.is_symlink() or path.is_dir() else path.stat().st_size
+    return size

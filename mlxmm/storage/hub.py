@@ -91,6 +91,44 @@ def upload(folder: Path, repo_id: str, *, public: bool = False) -> str:
         raise UserError(f"not uploaded to {repo_id}: {_line(error)}; to try again: {again}") from error
 
 
+def endpoint() -> str:
+    """The address of the Hub."""
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
+
+
+def is_offline() -> bool:
+    """Whether everything is taken from the cache: HF_HUB_OFFLINE."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def has_token() -> bool:
+    """Whether there is a token, of `hf auth login` or HF_TOKEN. It may have expired."""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+def downloads_folder() -> Path:
+    """The cache of what was downloaded from the Hub."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def require_answer(timeout: float) -> None:
+    """Ask the Hub for its first page. Raises `UserError` if no answer comes within `timeout` seconds."""
+    from huggingface_hub import get_session
+
+    try:
+        get_session().head(endpoint(), timeout=timeout)
+    except Exception as error:  # the client has a dozen kinds
+        raise UserError(f"{endpoint()} does not answer: {_line(error)}") from None
+
+
 def card_metadata(**data) -> str:
     """The YAML block that a model card begins with, of fields of `huggingface_hub.ModelCardData`."""
     from huggingface_hub import ModelCardData

@@ -1,0 +1,120 @@
+"""The Makefile picks MLX's backend for the machine, and wants a Python that is new enough.
+
+The machine is played by programs at the front of PATH.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    path = folder / "bin" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make in a folder with the Makefile alone, on a Linux machine without a GPU."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("setup.cfg", "pyproject.toml"):
+        (tmp_path / name).touch()
+    program(tmp_path, "uname", "echo Linux")
+    program(tmp_path, "nvidia-smi", "exit 9")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        for name in ("BACKEND", "PYTHON", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # `make test` exports the last ones
+            environment.pop(name, None)
+        command = ["make", f"PYTHON={sys.executable}", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+
+    return run
+
+
+# A Python that is new enough, and whose venv holds a copy of itself.
+PLAYED = 'case "$1" in -c) echo yes; exit;; esac; mkdir -p .venv/bin; cp "$0" .venv/bin/python\n'
+
+
+def steps(folder: Path) -> list[str]:
+    """How that Python was called to make a venv and to install."""
+    return [line for line in (folder / "log").read_text().splitlines() if "venv" in line or "pip" in line]
+
+
+def gpu(cuda: str) -> str:
+    """A script that prints the heading of nvidia-smi."""
+    line = f"| NVIDIA-SMI 580.65.06     Driver Version: 580.65.06     CUDA Version: {cuda:<6}  |"
+    return f"echo '+-----------+'; echo '{line}'"
+
+
+@pytest.mark.parametrize(
+    ("system", "nvidia_smi", "arguments", "extras"),
+    [
+        ("Darwin", "exit 9", (), "dev"),
+        ("Linux", "exit 9", (), "dev,cpu"),
+        ("Linux", "echo 'NVIDIA-SMI has failed'", (), "dev,cpu"),
+        ("Linux", gpu("11.8"), (), "dev,cpu"),
+        ("Linux", gpu("12.4"), (), "dev,cuda12"),
+        ("Linux", gpu("13.0"), (), "dev,cuda13"),
+        ("Linux", gpu("14.1"), (), "dev,cuda13"),
+        ("Linux", gpu("12.4"), ("BACKEND=cpu",), "dev,cpu"),
+        ("Linux", "exit 9", ("BACKEND=cuda13",), "dev,cuda13"),
+        ("Linux", "exit 9", ("BACKEND=",), "dev"),
+    ],
+)
+def test_the_backend_is_that_of_the_machine_unless_it_is_named(system, nvidia_smi, arguments, extras, make, tmp_path):
+    program(tmp_path, "uname", f"echo {system}")
+    program(tmp_path, "nvidia-smi", nvidia_smi)
+    done = make("-n", "test", *arguments)
+    assert done.returncode == 0 and f'install --quiet -e ".[{extras}]"' in done.stdout, done.stdout + done.stderr
+
+
+def test_another_backend_is_installed_into_a_new_venv(make, tmp_path):
+    program(tmp_path, "python", f'{PLAYED}\necho "$@" >> log')
+    for backend in ("cpu", "cpu", "cuda12"):
+        assert make("demo", "PYTHON=python", f"BACKEND={backend}").returncode == 0
+    installs = [f"-m pip install --quiet -e .[dev,{backend}]" for backend in ("cpu", "cuda12")]
+    assert steps(tmp_path) == ["-m venv --clear .venv", installs[0], "-m venv --clear .venv", installs[1]]
+
+
+def test_an_old_python_is_one_line_that_names_what_is_needed_before_a_venv_is_made(make, tmp_path):
+    program(tmp_path, "python3", "exit 0")  # prints nothing: too old to fit
+    for python in ("python3", "python9.9"):
+        done = make("test", f"PYTHON={python}")
+        assert done.returncode == 2 and done.stdout == "" and not (tmp_path / ".venv").exists()
+        assert done.stderr.endswith(
+            f"*** {python} is not Python 3.11 or newer. Name one that is: make PYTHON=python3.12 test.  Stop.\n"
+        )
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_question_put_to_python_is_answered_by_its_version():
+    question = re.search(r"-c '(.*?)'", (ROOT / "Makefile").read_text())[1]
+    for version, answer in (((3, 9, 6), ""), ((3, 10, 14), ""), ((3, 11, 0), "yes"), ((3, 14, 1), "yes")):
+        code = f"import sys; sys.version_info = {version}; exec({question!r})"
+        told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert told.stdout.strip() == answer
+
+
+def test_a_backend_that_does_not_exist_is_one_line(make, tmp_path):
+    done = make("test", "BACKEND=cuda14")
+    assert done.returncode == 2 and done.stderr.endswith("*** BACKEND=cuda14: choose cpu, cuda12 or cuda13.  Stop.\n")
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_a_venv_that_failed_is_made_anew(make, tmp_path):
+    pip_fails = 'case "$*" in *pip*) exit 1;; esac'
+    for failure, code in ((pip_fails, 2), ("", 0)):
+        program(tmp_path, "python", f'{PLAYED}{failure}\necho "$@" >> log')
+        assert make("demo", "PYTHON=python").returncode == code
+    assert steps(tmp_path) == ["-m venv --clear .venv"] * 2 + ["-m pip install --quiet -e .[dev,cpu]"]
