@@ -56,6 +56,11 @@ class DistinctBatches:
         return (self.batches[i] for i in order[start:])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    os.environ["MLXMM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def make_trainer(tmp_path):
     def make(**settings):
