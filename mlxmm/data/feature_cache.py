@@ -8,7 +8,6 @@ N rows, P positions, E features. A block that is incomplete or damaged is comput
 
 import hashlib
 import json
-import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 from mlxmm.data.loader import prefetched
 from mlxmm.data.sources.rows import Rows
 from mlxmm.distributed import collectives
+from mlxmm.storage.atomic import sync
 
 FEATURES, JOURNAL = "features.bin", "blocks.jsonl"
 BLOCK = 64  # rows that are computed, written and checked together
@@ -76,7 +76,7 @@ def _write_blocks(folder: Path, shape: tuple[int, ...], blocks: Iterable[tuple[i
             features.flush()  # the features first: a line in the journal says that they are there
             journal.write(json.dumps([block, _checksum(features, block)]) + "\n")
             journal.flush()
-            os.fsync(journal.fileno())
+            sync(journal.fileno())
 
 
 def _computed(rows: Rows, blocks: list[int], pixels, compute, num_threads: int) -> Iterator[np.ndarray]:
