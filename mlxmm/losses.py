@@ -46,7 +46,7 @@ def token_loss(logits: mx.array, targets: mx.array, mask: mx.array, *, smoothing
 
 def token_accuracy(logits: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
     """The fraction of targets where `mask` is 1 that have the highest logit."""
-    hits = (logits.argmax(-1) == targets) * mask
+    hits = (logits.argmax(-1).astype(targets.dtype) == targets) * mask  # of two types, both would become int64
     return hits.sum() / mx.maximum(mask.sum(), 1)
 
 

@@ -67,9 +67,15 @@ TINY = Config(
 PRESETS = {
     "default": Preset("drawn pictures, small towers, about a minute", Config()),
     "tiny": Preset("all steps in seconds, to try things out; the CLIP is useless", TINY),
-    "vit-b-32": Preset("CLIP paper, table 20", paper_preset(5e-4, 32, vision=BASE, text=(12, 512, 8))),
-    "vit-b-16": Preset("CLIP paper, table 20", paper_preset(5e-4, 16, vision=BASE, text=(12, 512, 8))),
-    "vit-l-14": Preset("CLIP paper, table 20", paper_preset(4e-4, 14, vision=LARGE, text=(12, 768, 12))),
+    "vit-b-32": Preset(
+        "CLIP paper, table 20; batches of 1,024 in chunks", paper_preset(5e-4, 32, vision=BASE, text=(12, 512, 8))
+    ),
+    "vit-b-16": Preset(
+        "CLIP paper, table 20; batches of 1,024 in chunks", paper_preset(5e-4, 16, vision=BASE, text=(12, 512, 8))
+    ),
+    "vit-l-14": Preset(
+        "CLIP paper, table 20; batches of 1,024 in chunks", paper_preset(4e-4, 14, vision=LARGE, text=(12, 768, 12))
+    ),
     "vit-l-14-336px": Preset(
         "one epoch more at 336 pixels: --pretrained names a ViT-L/14",
         paper_preset(2e-5, 14, vision=LARGE, text=(12, 768, 12), image_size=336, epochs=1),

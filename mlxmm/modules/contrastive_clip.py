@@ -185,7 +185,7 @@ class ContrastiveCLIP(Module):
             both = collectives.all_gather(mx.concatenate([images, texts], axis=1))
             images, texts = mx.split(both, 2, axis=1)
         logits = self.network.logits(images, texts)
-        hits = (logits.argmax(1) == mx.arange(len(logits))).mean()
+        hits = (logits.argmax(1) == mx.arange(len(logits), dtype=mx.uint32)).mean()
         loss = LOSSES[self.config.model_type](logits)
         return {"loss": loss, "accuracy": hits, "weight": mx.array(len(batch["pixels"]))}
 

@@ -66,7 +66,7 @@ class CLIPTextTower(Tower):
         eos = self.config.eos_token_id
         # Configurations of OpenAI's first upload say 2, and mean the highest id (transformers #24773).
         ends = tokens if eos == 2 else (tokens == eos)
-        last = self.hidden_states(tokens)[mx.arange(len(tokens)), ends.argmax(axis=1)]
+        last = self.hidden_states(tokens)[mx.arange(len(tokens), dtype=mx.uint32), ends.argmax(axis=1)]
         return self.final_layer_norm(last)
 
 

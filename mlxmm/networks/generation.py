@@ -170,14 +170,14 @@ def beam_search(
     # Rows are copied for every token, so that room for later tokens would be of no use.
     beams, cache = Beams(len(prefix), config, stop_id), network.make_cache(num_positions=1)
     logits, generated = network.logits(prefix, cache), None
-    rows = np.repeat(np.arange(len(prefix)), config.num_beams)  # the prefix is read once and copied for each beam
-    _take_rows(cache, mx.array(rows))
-    logits = logits[mx.array(rows)]
+    rows = mx.repeat(mx.arange(len(prefix)), config.num_beams)  # the prefix is read once and copied for each beam
+    _take_rows(cache, rows)
+    logits = logits[rows]
     while True:
         rows = beams.step(_log_softmax(_penalised(logits, generated, config)))
         if beams.done:
             return beams.best()
-        tokens, places = mx.array(beams.tokens[:, -1]), mx.array(rows)
+        tokens, places = mx.array(beams.tokens[:, -1]), mx.array(rows)  # int32: GPUs lack kernels for 8-byte integers
         generated = _with_tokens(None if generated is None else generated[places], tokens, logits)
         _take_rows(cache, places)
         logits = network.logits(network.embed(tokens[:, None]), cache)
@@ -188,7 +188,7 @@ class Beams:
 
     def __init__(self, num_rows: int, config: GenerationConfig, stop_id: int):
         self.config, self.stop_id, self.length = config, stop_id, 0
-        self.tokens = np.zeros((num_rows * config.num_beams, 0), dtype=np.int64)  # (B * K, length)
+        self.tokens = np.zeros((num_rows * config.num_beams, 0), dtype=np.int32)  # (B * K, length)
         self.scores = np.full((num_rows, config.num_beams), -np.inf, dtype=np.float32)
         self.scores[:, 0] = 0  # all beams start equal, so only the first may be extended
         self.complete = [[] for _ in range(num_rows)]  # the K best (score, tokens), best first
@@ -203,7 +203,7 @@ class Beams:
         (B, K), V = self.scores.shape, log_probabilities.shape[-1]
         totals = (mx.array(self.scores)[..., None] + log_probabilities.reshape(B, K, V)).reshape(B, K * V)
         scores, places = _largest(totals, min(2 * K, K * V))  # at least K of 2 K candidates do not end
-        rows, tokens = places // V + K * np.arange(B)[:, None], places % V
+        rows, tokens = (places // V + K * np.arange(B)[:, None]).astype(np.int32), (places % V).astype(np.int32)
         self.length += 1
         ends = (tokens == self.stop_id) | (self.length == self.config.max_new_tokens)
         self._collect(scores[:, :K], rows[:, :K], tokens[:, :K], ends[:, :K])

@@ -107,8 +107,9 @@ def test_a_preset_is_what_the_paper_says(name):
     network = CLIP(module.vision, module.text, module.projection_dim)  # its arrays are never computed
     num_parameters = sum(array.size for _, array in tree_flatten(network.parameters()))
     assert (*row, *vision, *text, num_parameters) == TABLE_20[name]
+    assert (config.data.batch_size, module.chunk_size) == (1_024, 64)  # in place of table 18's 32,768
     # Table 18.
-    assert config.data.batch_size == 32_768 and config.vocab_size == module.text.vocab_size == 49_408
+    assert config.vocab_size == module.text.vocab_size == 49_408
     assert module.text.max_position_embeddings == config.max_tokens == 77
     assert config.trainer.max_epochs == (1 if name.endswith("336px") else 32)
     assert (optimizer.weight_decay, optimizer.warmup_steps) == (0.2, 2_000)
