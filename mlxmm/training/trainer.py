@@ -257,6 +257,7 @@ class Trainer:
             self._build_train_step()
         with self.profiler.phase("step"):
             seed_everything(step_seed(self.config.seed, collectives.rank(), self.global_step))
+            collectives.barrier()  # a GPU must not wait inside the update for a process whose batch is late
             collectives.enter_collective()
             self.strategy.check_micro_batches(len(group))
             metrics = self._train_step(group)
