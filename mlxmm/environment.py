@@ -33,6 +33,11 @@ def blas_threads_are_set() -> bool:
     return "OPENBLAS_NUM_THREADS" in os.environ
 
 
+def uses_cudnn_attention() -> bool:
+    """Whether MLX computes attention on CUDA by cuDNN: unless MLX_CUDA_USE_CUDNN_SDPA=0."""
+    return os.environ.get("MLX_CUDA_USE_CUDNN_SDPA") != "0"
+
+
 def rank_timeout() -> float:
     """Seconds for which ranks wait for one another: MLXMM_RANK_TIMEOUT, or 600. Raises `UserError`."""
     text = os.environ.get("MLXMM_RANK_TIMEOUT", DEFAULT_RANK_TIMEOUT)

@@ -144,3 +144,17 @@ def test_it_works_in_mixed_precision_and_the_weights_stay_float32(make_trainer):
 def test_a_cpu_repeats_to_the_bit_and_a_gpu_if_it_is_told_to():
     cpu, gpu = mx.Device(mx.cpu), mx.Device(mx.gpu)
     assert [repeats_to_the_bit(device, told) for device in (cpu, gpu) for told in (False, True)] == [1, 1, 0, 1]
+
+
+def test_cudnn_s_attention_is_warned_of_on_cuda_unless_it_is_off(monkeypatch, recwarn):
+    def num_warnings():
+        with deterministic_lookups(nn.Embedding(V, D)):
+            return len(recwarn)
+
+    monkeypatch.delenv("MLX_CUDA_USE_CUDNN_SDPA", raising=False)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
+    assert num_warnings() == 0
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    assert num_warnings() == 1 and "MLX_CUDA_USE_CUDNN_SDPA=0" in str(recwarn[0].message)
+    monkeypatch.setenv("MLX_CUDA_USE_CUDNN_SDPA", "0")
+    assert num_warnings() == 1
