@@ -48,17 +48,18 @@ def needs() -> dict[str, Need]:
 def need(about: str, config: AlignmentConfig, folder: Path) -> Need:
     """The last number in `about` is the memory of the Mac, in GB. The settings of models are written into `folder`."""
     machine = int(re.findall(r"(\d+) GB", about)[-1])
-    parts = {part: str(settings(getattr(config.module, part), folder)) for part in ("vision", "lm")}
-    aligner = Qwen3Aligner.unloaded(attrs.evolve(config.module, **parts))
-    plan = plan_alignment(config, aligner, FLICKR30K_ROWS)
+    plan = plan_alignment(config, unloaded(config, folder), FLICKR30K_ROWS)
     return Need(machine, attrs.evolve(plan, kept=int(KEPT_SHARE * WORKING_SETS[machine])))
 
 
-def settings(name: str, folder: Path) -> Path:
-    """The folder of a model of the Hub, without its weights."""
-    if not (folder / name).exists():
-        attrs.evolve(MODELS[name](False), weights={}).write(folder / name, seed=0)
-    return folder / name
+def unloaded(config: AlignmentConfig, folder: Path, *, tiny: bool = False) -> Qwen3Aligner:
+    """The aligner of a preset with weights that nothing has computed. Settings are written into `folder`."""
+    parts = {part: getattr(config.module, part) for part in ("vision", "lm")}
+    for name in parts.values():
+        if not (folder / name).exists():
+            attrs.evolve(MODELS[name](tiny), weights={}).write(folder / name, seed=0)
+    folders = {part: str(folder / name) for part, name in parts.items()}
+    return Qwen3Aligner.unloaded(attrs.evolve(config.module, **folders))
 
 
 def table(found: dict[str, Need]) -> str:
