@@ -1,11 +1,14 @@
 """What each preset needs on the Mac that its line promises it for: the table of docs/on-a-mac.md."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from recipes.parts.alignment import FLICKR30K_PRESETS
-from tools.memory_table import WORKING_SETS, need, needs
+from tools.memory_table import WORKING_SETS, need, needs, table
+
+PAGE = Path(__file__).parents[2] / "docs/on-a-mac.md"
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +24,10 @@ def found():
 def test_every_preset_fits_the_machine_that_its_line_promises(found):
     assert {need.machine for need in found.values()} == set(WORKING_SETS)
     assert [name for name, need in found.items() if not need.fits] == []
+
+
+def test_the_page_for_macs_has_the_table_as_it_is_computed(found):
+    assert table(found) in PAGE.read_text()
 
 
 def test_the_weights_are_those_that_metal_holds(found):
