@@ -16,7 +16,7 @@ import attrs
 from mlxmm.compute.memory import GIB, KEPT_SHARE
 from mlxmm.modules.memory_plan import MemoryPlan
 from mlxmm.modules.qwen3_aligner import Qwen3Aligner
-from recipes.parts.alignment import FLICKR30K_PRESETS, FLICKR30K_ROWS, AlignmentConfig, plan_alignment
+from mlxmm.recipes.parts.alignment import FLICKR30K_PRESETS, FLICKR30K_ROWS, AlignmentConfig, plan_alignment
 from tools.make_real_layouts import MODELS
 
 # What Metal recommends (recommendedMaxWorkingSetSize) of a Mac's memory, by the GB it is sold with: two thirds, as logs

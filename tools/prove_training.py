@@ -20,7 +20,7 @@ from mlxmm.callbacks import FreezeSchedule
 from mlxmm.compute import memory
 from mlxmm.compute.memory import GIB
 from mlxmm.modules.memory_plan import MemoryPlan
-from recipes.parts.alignment import FLICKR30K, AlignmentConfig, plan_alignment, unfrozen_part
+from mlxmm.recipes.parts.alignment import FLICKR30K, AlignmentConfig, plan_alignment, unfrozen_part
 from tools.chaos import compare
 from tools.memory_table import unloaded
 from tools.proof_report import Line, judged, not_tried
