@@ -28,7 +28,7 @@ from tools.proof_report import Line, judged, not_tried
 
 ROOT = Path(__file__).parents[1]
 ALIGN = "--preset tiny --max-steps 120 --unfreeze-step 10 --checkpoint-every 5 --trainer.val-check-interval 20".split()
-RESUMED = "a small align_qwen3, killed and resumed, ends as one never killed, to the bit"
+RESUMED = "a small align_qwen3, killed and resumed, ends as one never killed"
 PEAK = "the peak of memory of preset flickr30k{} is within its plan"
 FITS = "the plan of preset flickr30k{} is within the working set"
 QUICK_BATCH = 2
