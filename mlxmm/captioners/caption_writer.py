@@ -31,8 +31,15 @@ class WrittenCaption:
     height: int = 0
 
 
+@attrs.frozen
+class CaptionFailure:
+    """Why a writer gave no caption for one image."""
+
+    reason: str
+
+
 class WriterFailed(Exception):
-    """A writer gave no captions for this batch; the message says why. The batch may be tried again in parts."""
+    """A writer can write no more captions at all; the message says why."""
 
 
 class CaptionWriter(Protocol):
@@ -42,8 +49,10 @@ class CaptionWriter(Protocol):
     revision: str  # which version of it: a commit, a checksum of its weights
     batch_size: int  # most images of a call
 
-    def write(self, images: Sequence[Image.Image], prompts: Sequence[str], sampling: Sampling) -> list[WrittenCaption]:
-        """One caption for each image, by the prompt of the same place. Raises `WriterFailed`."""
+    def write(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], sampling: Sampling
+    ) -> list[WrittenCaption | CaptionFailure]:
+        """A caption for each image, by the prompt of the same place, or why there is none. Raises `WriterFailed`."""
 
     def close(self) -> None:
         """Give back what the writer holds: processes, connections."""

@@ -21,7 +21,7 @@ class Columns:
     """The names of a source's columns."""
 
     image: str
-    caption: str
+    caption: str | None  # None: captions are not read
     split: str | None
 
 
@@ -42,8 +42,8 @@ def open_tables(source: str, columns: Columns, *, streaming: bool = False, **opt
         if column is not None and column not in names:
             hint = f"; {FOLDER}" if Path(source).is_dir() else ""
             raise UserError(f"{source} has no column {column!r}; it has {', '.join(names)}{hint}")
-    kind = next(iter(tables.values())).features[columns.caption]
-    if not _holds_captions(kind):
+    kind = None if columns.caption is None else next(iter(tables.values())).features[columns.caption]
+    if kind is not None and not _holds_captions(kind):
         raise UserError(
             f"column {columns.caption!r} of {source} must hold a caption or a list of captions; it holds {kind}"
         )

@@ -1,0 +1,116 @@
+"""write_captions: killed at any moment and resumed, its table is that of a job never disturbed."""
+
+import json
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+SHAPES = ["--captioner.model", "shapes", "--data.shapes.num-train", "400", "--captioner.batch-size", "4"]
+
+
+def command(*flags):
+    return [sys.executable, "-m", "recipes.write_captions", *map(str, flags)]
+
+
+def run(*flags):
+    return subprocess.run(command(*flags), cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def table(path) -> list[tuple]:
+    """All captions in the order of their keys, without the time of writing."""
+    with sqlite3.connect(path) as connection:
+        rows = connection.execute("SELECT * FROM captions ORDER BY image, prompt").fetchall()
+    return [row[:-1] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("write") / "whole"
+    done = run(*SHAPES, "--prompts", "short", "alt", "--run-dir", folder)
+    assert done.returncode == 0, done.stderr
+    return table(folder / "captions-1-of-1.sqlite")
+
+
+def test_a_job_killed_at_random_moments_ends_as_one_never_disturbed(whole, tmp_path):
+    folder, rng, written = tmp_path / "killed", random.Random(0), [0]
+    flags = [*SHAPES, "--prompts", "short", "alt", "--run-dir", folder]
+    for _ in range(4):
+        child = subprocess.Popen(command(*flags), cwd=ROOT, stdout=subprocess.DEVNULL)
+        journal = folder / "captions-1-of-1.sqlite"
+        while not journal.exists() and child.poll() is None:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.6))
+        child.kill()
+        assert child.wait() in (-signal.SIGKILL, 0)
+        flags = ["--run-dir", folder, "--resume", "last"]
+        written.append(len(table(journal)) if journal.exists() else 0)
+    assert written == sorted(written)  # nothing that was written is lost
+    done = run(*flags)
+    assert done.returncode == 0, done.stderr
+    assert table(journal) == whole and len(whole) == 2 * len({row[0] for row in whole})
+    missing = int(done.stdout.split(" of them to be written")[0].split()[-1])
+    assert missing == len(whole) - written[-1]  # only what is missing is asked for
+
+
+def test_two_shards_together_are_the_whole(whole, tmp_path):
+    parts = []
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        done = run(*SHAPES, "--prompts", "short", "alt", "--shard", f"{number}/2", "--run-dir", folder)
+        assert done.returncode == 0, done.stderr
+        parts.append(table(folder / f"captions-{number}-of-2.sqlite"))
+    assert sorted(parts[0] + parts[1]) == whole and all(parts)
+
+
+def test_equal_pictures_are_captioned_once_and_a_broken_one_is_noted_with_its_reason(tmp_path):
+    source = tmp_path / "pictures"
+    source.mkdir()
+    for name in ("one", "same"):
+        Image.new("RGB", (32, 32), "red").save(source / f"{name}.png")
+    (source / "broken.png").write_bytes(b"not a picture")
+    from small_modules import small_aligner
+
+    from mlxmm.networks.language_model import with_dtype
+
+    module = small_aligner()
+    module.vision_config = {"model_type": "clip_vision_model", **vars_of(module.vision.config)}
+    module.lm_config = with_dtype(module.lm_config, module.language_model)
+    module.save_pretrained(tmp_path / "captioner")
+    flags = ["--captioner.model", tmp_path / "captioner", "--data.source", source, "--split", "all"]
+    done = run(*flags, "--prompts", "none", "--run-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["pictures"], summary["captions"], summary["failed"]) == (2, 1, 1)
+    [reason] = [row[8] for row in table(tmp_path / "run" / "captions-1-of-1.sqlite") if row[8]]
+    assert "cannot be decoded" in reason
+
+
+def vars_of(config):
+    import attrs
+
+    return attrs.asdict(config)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ([], "--captioner.model is missing"),
+        (["--captioner.model", "shapes", "--prompts", "nope"], "there is no prompt 'nope'"),
+        (["--captioner.model", "shapes", "--shard", "4/3"], "--shard 4/3"),
+        (["--captioner.model", "shapes", "--split", "holiday"], "--split holiday"),
+        (["--captioner.model", "/nowhere"], "/nowhere is not there"),
+        (["--captioner.model", "shapes", "--data.source", "/nowhere.parquet"], "/nowhere.parquet"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, line, tmp_path):
+    done = run(*flags, "--run-dir", tmp_path / "run")
+    assert done.returncode == 2 and line in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not (tmp_path / "run").exists()
