@@ -5,35 +5,28 @@
     python -m recipes.write_captions --run-dir runs/write_captions/mine --resume last
 
 Stop it at any moment: with `--resume last` it goes on, and asks for no caption twice beyond the batch in hand. `--shard
-3/16` writes every sixteenth picture, so that many machines share the work.
+3/16` writes every sixteenth picture, so that many machines share the work; `recipes.merge_captions` joins the shards.
 """
 
 import attrs
 
-from mlxmm.captioners.caption_writer import CaptionWriter, Sampling
-from mlxmm.captioners.job import Progress, Shard, hashes_of, requests, write_captions
+from mlxmm.captioners.caption_writer import CaptionWriter
+from mlxmm.captioners.job import Progress, Shard, hashes_of, journal_name, requests, write_captions
 from mlxmm.captioners.journal import Journal
 from mlxmm.captioners.prompts import find_prompts
 from mlxmm.cli import run_recipe
-from mlxmm.config import Preset, option, section
-from mlxmm.data.caption_source import CaptionDataConfig
+from mlxmm.config import Preset, option
 from mlxmm.data.pictures import open_pictures
 from mlxmm.progress_bar import progress_bar
 from mlxmm.storage.runs import Run, TrainingRunConfig, open_run
 
-from .parts.captioners import CaptionerConfig, check_captioner, open_captioner
+from .parts.captioners import JobConfig, check_captioner, open_captioner
 
 
 @attrs.frozen(kw_only=True)
-class Config(TrainingRunConfig):
+class Config(TrainingRunConfig, JobConfig):
     """Pictures, who writes, what is asked."""
 
-    data: CaptionDataConfig = section(CaptionDataConfig(), without=("batch_size", "random_crop", "caption_column"))
-    captioner: CaptionerConfig = section(CaptionerConfig())
-    sampling: Sampling = section(Sampling())
-    split: str = option("train", "split whose pictures get captions: train, val, test, or all", first=True)
-    prompts: tuple[str, ...] = option(("describe",), "ids of what is asked of each picture", first=True)
-    own_prompts: tuple[str, ...] = option((), "more prompts, each written id=text")
     shard: str = option("1/1", "write the captions of this share of the pictures, as 3/16", first=True)
 
 
@@ -51,7 +44,7 @@ def main(config: Config) -> None:
 
 def write(config: Config, run: Run, pictures, prompts: dict[str, str], shard: Shard, writer: CaptionWriter) -> None:
     """Write what is missing, and report what the journal holds at the end."""
-    path = run.folder / f"captions-{shard.number}-of-{shard.count}.sqlite"
+    path = run.folder / journal_name(shard)
     journal = Journal(path, writer=writer.name, revision=writer.revision, sampling=config.sampling)
     try:
         hashes = hashes_of(pictures, shard)

@@ -69,6 +69,11 @@ def hashes_of(pictures: Pictures, shard: Shard) -> dict[str, int]:
     return first
 
 
+def journal_name(shard: Shard) -> str:
+    """The file of a shard's journal in the folder of a run."""
+    return f"captions-{shard.number}-of-{shard.count}.sqlite"
+
+
 def requests(hashes: Mapping[str, int], prompts: Mapping[str, str], written: set[tuple[str, str]]) -> list[Request]:
     """What is still to be written, picture by picture."""
     wanted = (Request(digest, place, prompt) for digest, place in hashes.items() for prompt in prompts)

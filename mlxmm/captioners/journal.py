@@ -14,7 +14,7 @@ from pathlib import Path
 import attrs
 
 from mlxmm.captioners.caption_writer import Sampling, WrittenCaption
-from mlxmm.config import to_json
+from mlxmm.config import from_json, to_json
 from mlxmm.errors import UserError
 
 FAILED = "failed"  # finish reason of a caption that could not be written
@@ -74,6 +74,19 @@ class Journal:
         for row in self._connection.execute(query, self.own):
             yield Entry(**dict(zip(names, row)))
 
+    def take_in(self, path: Path) -> None:
+        """Add all captions of another journal, of another shard of the job. Raises `UserError` where both have one."""
+        self._connection.execute("ATTACH ? AS other", (str(path),))
+        try:
+            with self._connection:
+                query = f"SELECT count(*) FROM captions JOIN other.captions USING ({KEY})"
+                [[num_double]] = self._connection.execute(query)
+                if num_double:
+                    raise UserError(f"{num_double} captions of {path} are there already: a shard was named twice")
+                self._connection.execute(f"INSERT INTO captions SELECT * FROM other.captions WHERE {_OWN}", self.own)
+        finally:
+            self._connection.execute("DETACH other")
+
     def close(self) -> None:
         """Merge the log into the file."""
         self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -82,6 +95,19 @@ class Journal:
     def _insert(self, rows: list[tuple]) -> None:
         with self._connection:  # a second caption of one key is an error here, and never an overwrite
             self._connection.executemany(f"INSERT INTO captions VALUES ({', '.join('?' * 12)})", rows)
+
+
+def identity_of(path: Path) -> tuple[str, str, Sampling]:
+    """Writer, revision and sampling of the captions in a journal. Raises `UserError` unless they are of one kind."""
+    if not path.exists():
+        raise UserError(f"{path} is not there: this shard has not been written")
+    connection = _open(path)
+    kinds = connection.execute("SELECT DISTINCT writer, revision, sampling FROM captions").fetchall()
+    connection.close()
+    if len(kinds) != 1:
+        raise UserError(f"{path} holds captions of {len(kinds)} writers or samplings; one was expected")
+    [(writer, revision, sampling)] = kinds
+    return writer, revision, from_json(Sampling, json.loads(sampling))
 
 
 _OWN = "writer = ? AND revision = ? AND sampling = ?"

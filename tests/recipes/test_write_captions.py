@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -60,14 +61,49 @@ def test_a_job_killed_at_random_moments_ends_as_one_never_disturbed(whole, tmp_p
     assert missing == len(whole) - written[-1]  # only what is missing is asked for
 
 
-def test_two_shards_together_are_the_whole(whole, tmp_path):
-    parts = []
-    for number in (1, 2):
-        folder = tmp_path / str(number)
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folders = [tmp_path_factory.mktemp("shards") / str(number) for number in (1, 2)]
+    for number, folder in enumerate(folders, 1):
         done = run(*SHAPES, "--prompts", "short", "alt", "--shard", f"{number}/2", "--run-dir", folder)
         assert done.returncode == 0, done.stderr
-        parts.append(table(folder / f"captions-{number}-of-2.sqlite"))
-    assert sorted(parts[0] + parts[1]) == whole and all(parts)
+    return folders
+
+
+def merge(*flags):
+    program = [sys.executable, "-m", "recipes.merge_captions", *map(str, flags)]
+    return subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_two_shards_merged_are_the_whole(whole, shards, tmp_path):
+    done = merge(*shards, "--run-dir", tmp_path / "merged")
+    assert done.returncode == 0, done.stderr
+    assert table(tmp_path / "merged" / "captions-1-of-1.sqlite") == whole
+    summary = json.loads((tmp_path / "merged" / "summary.json").read_text())
+    assert summary["captions"] == len(whole)
+    assert all(table(folder / f"captions-{number}-of-2.sqlite") for number, folder in enumerate(shards, 1))
+
+
+def test_shards_that_are_missing_doubled_unfinished_or_of_another_job_are_refused(shards, tmp_path):
+    first, second = shards
+    other, unfinished = tmp_path / "other", tmp_path / "unfinished"
+    shutil.copytree(second, other)
+    values = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(values | {"prompts": ["short"]}))
+    shutil.copytree(second, unfinished)
+    with sqlite3.connect(unfinished / "captions-2-of-2.sqlite") as connection:
+        connection.execute("DELETE FROM captions WHERE prompt = 'alt'")
+    cases = {
+        (first,): "the shards 1/2 to 2/2 are wanted",
+        (first, first): "each once; these are 1/2, 1/2",
+        (first, other): "different settings",
+        (first, unfinished): "captions are missing",
+        (first, tmp_path): "config.json cannot be read",
+        (): "name the folders",
+    }
+    for number, (folders, line) in enumerate(cases.items()):
+        done = merge(*folders, "--run-dir", tmp_path / f"merged-{number}")
+        assert done.returncode == 2 and line in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_equal_pictures_are_captioned_once_and_a_broken_one_is_noted_with_its_reason(tmp_path):
