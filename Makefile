@@ -14,7 +14,7 @@ READY := .venv/ready$(BACKEND:%=-%)
 # Threads of a BLAS that wait for each other on a busy machine cost more than they give in small tests.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test lint chaos bench real resolve clean
+.PHONY: demo test lint chaos bench real prove resolve clean
 
 demo: $(READY)
 	$(BIN)/python -m recipes.align_qwen3
@@ -33,6 +33,10 @@ bench: $(READY)
 # FLAGS="--preset flickr30k-lora --batch-size 12", for example.
 real: $(READY)
 	$(BIN)/python -m tools.run_real $(FLAGS)
+
+# FLAGS=--quick, for example.
+prove: $(READY)
+	$(BIN)/python -m tools.prove $(FLAGS)
 
 resolve: $(READY)
 	$(BIN)/python -m pip install --quiet uv

@@ -33,6 +33,11 @@ def blas_threads_are_set() -> bool:
     return "OPENBLAS_NUM_THREADS" in os.environ
 
 
+def uses_cudnn_attention() -> bool:
+    """Whether MLX computes attention on CUDA by cuDNN: unless MLX_CUDA_USE_CUDNN_SDPA=0."""
+    return os.environ.get("MLX_CUDA_USE_CUDNN_SDPA") != "0"
+
+
 def rank_timeout() -> float:
     """Seconds for which ranks wait for one another: MLXMM_RANK_TIMEOUT, or 600. Raises `UserError`."""
     text = os.environ.get("MLXMM_RANK_TIMEOUT", DEFAULT_RANK_TIMEOUT)
@@ -45,14 +50,35 @@ def rank_timeout() -> float:
     return seconds
 
 
-def ring_rank() -> int | None:
-    """This process's rank in a ring, as `mlx.launch` sets it: MLX_RANK. None outside of a ring."""
+def launched_rank() -> int | None:
+    """This process's rank, as `mlx.launch` sets it: MLX_RANK. None if it has not started this process."""
     return int(os.environ["MLX_RANK"]) if "MLX_RANK" in os.environ else None
 
 
 def ring_hostfile() -> Path | None:
     """The file with the addresses of all ranks of a ring, as `mlx.launch` sets it: MLX_HOSTFILE."""
     return Path(os.environ["MLX_HOSTFILE"]) if os.environ.get("MLX_HOSTFILE") else None
+
+
+def jaccl_devices() -> Path | None:
+    """The file with the RDMA devices of all ranks, as `mlx.launch --backend jaccl` sets it: MLX_IBV_DEVICES."""
+    return Path(os.environ["MLX_IBV_DEVICES"]) if os.environ.get("MLX_IBV_DEVICES") else None
+
+
+def jaccl_coordinator() -> str | None:
+    """The "ip:port" at which the ranks of JACCL meet, as `mlx.launch` sets it: MLX_JACCL_COORDINATOR."""
+    return os.environ.get("MLX_JACCL_COORDINATOR") or None
+
+
+def nccl_address() -> str | None:
+    """The "ip:port" at which the ranks of NCCL meet, as `mlx.launch` sets it: NCCL_HOST_IP and NCCL_PORT."""
+    parts = os.environ.get("NCCL_HOST_IP"), os.environ.get("NCCL_PORT")
+    return ":".join(part for part in parts if part) if all(parts) else None
+
+
+def nccl_world_size() -> int:
+    """How many ranks NCCL has, as `mlx.launch --backend nccl` sets it: MLX_WORLD_SIZE, or 0."""
+    return int(os.environ.get("MLX_WORLD_SIZE") or 0)
 
 
 def num_local_mpi_ranks() -> int:

@@ -8,6 +8,7 @@ from functools import partial
 import mlx.core as mx
 
 from mlxmm.compute import functional as F
+from mlxmm.compute.deterministic import add_rows
 
 CHUNK_LOGITS = 2**24  # logits that `linear_token_loss` holds at a time: 64 MB in float32
 
@@ -104,7 +105,7 @@ def _loss_and_gradients(states, weight, targets, shares, *, for_states, for_weig
         parts.append(part)
     d_states = mx.concatenate([part[2] for part in parts]) if for_states else mx.array([])
     if for_weight:
-        d_weight = d_weight.at[targets].add(-(states * shares[:, None]).astype(d_weight.dtype))
+        d_weight = add_rows(d_weight, targets, -(states * shares[:, None]))
     return (
         sum(part[0] for part in parts),
         sum(part[1] for part in parts),

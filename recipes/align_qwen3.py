@@ -17,22 +17,18 @@ from attrs.validators import ge
 from mlxmm import TrainerConfig
 from mlxmm.callbacks import FreezeSchedule
 from mlxmm.cli import run_recipe
-from mlxmm.compute.quantized import is_quantized
-from mlxmm.config import Preset, internal, option, section
+from mlxmm.config import Preset, internal, option
 from mlxmm.data.caption_source import CaptionDataConfig, CaptionSource, open_source
 from mlxmm.data.sources.shapes import ShapesConfig
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.export import llava
-from mlxmm.modules.memory_plan import plan_memory
-from mlxmm.modules.qwen3_aligner import Qwen3Aligner, Qwen3AlignerConfig
-from mlxmm.networks.adapters import LoRAConfig
-from mlxmm.optimizers import OptimizerConfig
+from mlxmm.modules.qwen3_aligner import Qwen3Aligner
 from mlxmm.preprocessing.tokenizers import START, load_tokenizer
 from mlxmm.storage.hub import check_upload, local_folder, upload
 from mlxmm.storage.runs import Run, TrainingRunConfig, open_run
-from mlxmm.training.trainable import match_parameters
 
+from .parts.alignment import FLICKR30K_PRESETS, AlignmentConfig, plan_alignment, unfrozen_part
 from .parts.captioning import evaluate, fit, longest_caption, report_truncation
 from .parts.language_model import LanguageModelConfig, language_model_or_train
 from .parts.named_parts import check_parts
@@ -40,61 +36,16 @@ from .parts.tower import TowerConfig, tower_or_train
 
 
 @attrs.frozen(kw_only=True)
-class Config(TrainingRunConfig):
-    """Tower, projector and language model; data; what is trained when."""
+class Config(TrainingRunConfig, AlignmentConfig):
+    """What is aligned, how it is evaluated, and where it goes."""
 
-    data: CaptionDataConfig = section(CaptionDataConfig())
-    module: Qwen3AlignerConfig = section(Qwen3AlignerConfig())
-    trainer: TrainerConfig = section(
-        TrainerConfig(max_steps=1_170, val_check_interval=390), without=("seed", "default_root_dir")
-    )
-    unfreeze_step: int = option(120, "update at which LoRA adapters, or the last layers, are unfrozen", ge(0))
-    unfreeze_layers: int = option(2, "how many of the language model's last layers are unfrozen", ge(1))
-    checkpoint_every: int = option(200, "updates between checkpoints", ge(1))
     max_test: int = option(1_000, "most pictures of each test split to caption", ge(1))
-    cached_features: bool = option(False, "compute the frozen tower's features once, and keep them on disk")
     push_to: str | None = option(None, "Hub repository, user/name, to upload the captioner to; created if missing")
     public: bool = option(False, "make the repository that --push-to creates public")
     tower: TowerConfig = internal(TowerConfig())
     language_model: LanguageModelConfig = internal(LanguageModelConfig())
 
 
-# 48 pictures an update. What a batch of 16 needs is in docs/on-a-mac.md; the names say for which machine.
-FLICKR30K = Config(
-    data=CaptionDataConfig(
-        source="nlphuji/flickr30k", revision="refs/convert/parquet", split_column="split", batch_size=16
-    ),
-    module=Qwen3AlignerConfig(
-        vision="openai/clip-vit-base-patch32",
-        lm="Qwen/Qwen3-0.6B-Base",
-        layer=-2,
-        projector_width=1_024,
-        max_new_tokens=32,
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=200, weight_decay=0.0),
-    ),
-    trainer=TrainerConfig(
-        max_steps=6_000,
-        val_check_interval=600,
-        accumulate_grad_batches=3,
-        precision="bf16-mixed",
-        gradient_checkpointing=True,
-    ),
-    unfreeze_step=1_200,
-    checkpoint_every=600,
-    cached_features=True,
-)
-FLICKR30K_LORA = attrs.evolve(FLICKR30K, module=attrs.evolve(FLICKR30K.module, lora=LoRAConfig(rank=8)))
-FLICKR30K_QLORA = attrs.evolve(
-    FLICKR30K_LORA,
-    data=attrs.evolve(FLICKR30K.data, batch_size=8),
-    module=attrs.evolve(FLICKR30K_LORA.module, lm_bits=4),
-    trainer=attrs.evolve(FLICKR30K.trainer, accumulate_grad_batches=6),
-)
-FLICKR30K_32GB = attrs.evolve(
-    FLICKR30K,
-    data=attrs.evolve(FLICKR30K.data, batch_size=48),
-    trainer=attrs.evolve(FLICKR30K.trainer, accumulate_grad_batches=1, gradient_checkpointing=False),
-)
 TINY = Config(
     data=CaptionDataConfig(batch_size=16, shapes=ShapesConfig(num_train=64, num_val=16, num_test=8)),
     trainer=TrainerConfig(max_steps=8, val_check_interval=4, log_every_n_steps=2),
@@ -106,12 +57,10 @@ TINY = Config(
 PRESETS = {
     "default": Preset("the demo: drawn pictures, a small tower and a small Qwen3, a few minutes", Config()),
     "tiny": Preset("all of the demo's steps in seconds, to try things out; the captions are useless", TINY),
-    "flickr30k": Preset(
-        "CLIP ViT-B/32 and Qwen3-0.6B on Flickr30k; the last two layers are unfrozen; for 16 GB", FLICKR30K
-    ),
-    "flickr30k-lora": Preset("the same with LoRA adapters in all layers; for 16 GB", FLICKR30K_LORA),
-    "flickr30k-qlora": Preset("adapters on a language model of 4 bits; for 8 GB", FLICKR30K_QLORA),
-    "flickr30k-32gb": Preset("as flickr30k, in larger batches and nothing computed twice; for 32 GB", FLICKR30K_32GB),
+}
+PRESETS |= {
+    name: Preset(preset.about, Config(**attrs.asdict(preset.config, recurse=False)))
+    for name, preset in FLICKR30K_PRESETS.items()
 }
 
 
@@ -150,22 +99,10 @@ def build(config: Config, source: CaptionSource, run: Run) -> Qwen3Aligner:
     return aligner
 
 
-def unfrozen_part(config: Config, aligner: Qwen3Aligner) -> str:
-    """What of the language model is trained, as `FreezeSchedule` names it."""
-    if config.module.lora.rank:
-        return "lora"
-    if any(map(is_quantized, aligner.language_model.modules())):
-        raise UserError(
-            "layers of a quantized language model cannot be trained: set --module.lora.rank, to 8 for example"
-        )
-    return f"language_model.model.layers[-{config.unfreeze_layers}:]"
-
-
 def report_memory(config: Config, aligner: Qwen3Aligner, source: CaptionSource, run: Run) -> None:
     """Print what the run needs of memory and disk, and where this machine has less."""
-    trained = {*match_parameters(aligner, "projector"), *match_parameters(aligner, unfrozen_part(config, aligner))}
-    num_cached = sum(len(source.rows[split]) for split in ("train", "val")) if config.cached_features else 0
-    plan = plan_memory(aligner, trained, config.trainer, batch_size=config.data.batch_size, num_cached_rows=num_cached)
+    num_rows = sum(len(source.rows[split]) for split in ("train", "val")) if config.cached_features else 0
+    plan = plan_alignment(config, aligner, num_rows)
     run.print(str(plan))
     for shortage in plan.shortages(run.folder):
         run.print(f"warning: {shortage}; see docs/on-a-mac.md for smaller presets")

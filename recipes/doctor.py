@@ -6,7 +6,10 @@ Exits with 1 if something is broken that training needs. Put the report into an 
 shows a token.
 """
 
+import contextlib
+import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import attrs
 from attrs.validators import gt
@@ -15,6 +18,10 @@ from mlxmm import diagnostics
 from mlxmm.cli import run_recipe
 from mlxmm.config import Preset, option
 from mlxmm.diagnostics import Row
+from mlxmm.errors import UserError
+from mlxmm.modules.qwen3_aligner import Qwen3Aligner
+
+from .parts.alignment import FLICKR30K_PRESETS, FLICKR30K_ROWS, AlignmentConfig, plan_alignment
 
 
 @attrs.frozen(kw_only=True)
@@ -34,13 +41,30 @@ def main(config: Config) -> None:
 
 def find(config: Config) -> dict[str, list[Row]]:
     """The rows of every section, by its title. What else is to be reported is one more function that returns rows."""
+    hub_rows = diagnostics.hub_access(offline=config.offline, timeout=config.timeout)
     return {
         "Versions": diagnostics.versions(),
         "Device": diagnostics.device(),
         "Computing": diagnostics.computing(),
-        "Hub": diagnostics.hub_access(offline=config.offline, timeout=config.timeout),
+        "Hub": hub_rows,
         "Disk": diagnostics.disk(),
+        "Presets of align_qwen3": presets(offline=Row("answers", "yes") not in hub_rows),
     }
+
+
+def presets(*, offline: bool) -> list[Row]:
+    """What each preset needs, and whether this machine has it: from settings on the Hub, without weights. `offline`
+    takes them from the cache."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each small file
+            return [Row(name, _need(preset.config, offline)) for name, preset in FLICKR30K_PRESETS.items()]
+    except (UserError, ImportError) as error:  # a package that is missing has a row of its own
+        return [Row("what they need", f"not known: {error}")]
+
+
+def _need(config: AlignmentConfig, offline: bool) -> str:
+    plan = plan_alignment(config, Qwen3Aligner.unloaded(config.module, offline=offline), FLICKR30K_ROWS)
+    return f"{plan}: {'; '.join(plan.shortages(Path.cwd())) or 'this machine has both'}"
 
 
 def report(sections: Mapping[str, Sequence[Row]]) -> str:

@@ -1,4 +1,4 @@
-"""The README tells the truth: commands parse, flags, paths and names exist, its callback runs."""
+"""The README and the page for Macs tell the truth: commands parse, flags, paths and names exist, a callback runs."""
 
 import importlib
 import re
@@ -15,7 +15,7 @@ from mlxmm.cli import flags_of, parse_config, take_flag
 from mlxmm.config import Preset
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README, MAC = (ROOT / "README.md").read_text(), (ROOT / "docs/on-a-mac.md").read_text()
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("[!_]*.py"))
 COMMON_FLAGS = {"preset", "help", "help-all"}  # of every recipe, beside its settings
 
@@ -44,7 +44,7 @@ def parse(recipe: str, arguments: str):
     return parse_config(recipe, presets(recipe), argv)
 
 
-@pytest.mark.parametrize(("recipe", "arguments"), commands(README))
+@pytest.mark.parametrize(("recipe", "arguments"), commands(README) + commands(MAC))
 def test_a_command_of_the_readme_is_one_that_its_recipe_takes(recipe, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert parse(recipe, arguments)
@@ -65,17 +65,24 @@ def test_a_flag_of_the_readme_is_a_flag_of_a_recipe_or_of_a_tool():
     }
     tools = "".join(path.read_text() for path in (ROOT / "tools").glob("*.py"))
     known |= set(re.findall(r'"--([\w-]+)"', tools)) | {"backend", "hosts"}  # mlx.launch has the last two
-    named = set(re.findall(r"--([a-z][\w.-]+)", README))
+    known |= {"install", "logdir"}  # of xcode-select and tensorboard
+    named = set(re.findall(r"--([a-z][\w.-]+)", README + MAC))
     assert len(named) > 20 and named <= known, named - known
 
 
 def test_what_the_readme_names_is_there():
-    paths = re.findall(r"`((?:mlxmm|callbacks|recipes|tools|tests|docs)/[\w/.-]*|\w+\.md)`", README)
+    paths = re.findall(r"`((?:mlxmm|callbacks|recipes|tools|tests|docs)/[\w/.-]*|\w+\.md)`", README + MAC)
     paths += re.findall(r"python (tools/\w+\.py)", README)
+    paths += [f"tools/{name}.py" for name in re.findall(r"python -m tools\.(\w+)", README + MAC)]
     assert len(paths) > 30 and not [path for path in paths if not (ROOT / path).exists()]
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"(?:^    |`)make (\w+)", README, re.MULTILINE))
-    assert targets >= {"demo", "test"} and not [name for name in targets if f"\n{name}:" not in makefile]
+    targets = set(re.findall(r"(?:^    |`)make (\w+)", README + MAC, re.MULTILINE))
+    assert targets >= {"demo", "test", "prove"} and not [name for name in targets if f"\n{name}:" not in makefile]
+
+
+def test_the_page_for_macs_is_named_where_it_is_needed():
+    assert "`docs/on-a-mac.md`" in README and "docs/on-a-mac.md" in (ROOT / "recipes/align_qwen3.py").read_text()
+    assert len(commands(MAC)) >= 6 and len(MAC.splitlines()) < 140
 
 
 def test_the_readme_names_every_callback_and_no_other():

@@ -19,8 +19,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlxmm.recipes.align_qwen3 import PRESETS
 from mlxmm.storage.cache import cached
-from recipes.align_qwen3 import PRESETS
 from tests.local_hub import LocalHub
 from tools.make_real_layouts import NAMES, ROWS, make
 

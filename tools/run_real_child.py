@@ -20,8 +20,8 @@ from mlx.utils import tree_flatten
 from mlxmm import Callback, Qwen3Aligner, Trainer
 from mlxmm.cli import run_recipe, take_flag
 from mlxmm.modules.captioning_module import CaptioningModule
+from mlxmm.recipes import align_qwen3 as recipe
 from mlxmm.storage import checkpoint
-from recipes import align_qwen3 as recipe
 from tools.phases import Phases
 
 

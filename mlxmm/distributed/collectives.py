@@ -1,7 +1,10 @@
 """Collective operations of the processes that train one module. A single process is a group of one.
 
 Processes are numbered by rank, from 0. Every function except `rank`, `world_size`, `num_local_ranks`,
-`cores_per_process` and `watched` is a collective call: all processes must make it, in the same order.
+`cores_per_process`, `watched` and `off_gpu` is a collective call: all processes must make it, in the same order.
+
+Agreements (`all_max`, `barrier`, `broadcast`, …) stay off the GPU: Metal ends work that waits for seconds, as if it
+hung. `all_sum` and `all_gather` are for what is computed on the GPU, in its graph.
 """
 
 import contextlib
@@ -18,11 +21,11 @@ from mlx.utils import tree_map
 
 from mlxmm import environment
 from mlxmm.compute import linux_blas
-from mlxmm.distributed import watchdog
+from mlxmm.distributed import launch, watchdog
 from mlxmm.errors import UserError
 
 GROUP_BYTES = 32 * 1024**2  # size of one all_sum, as in mlx.nn.average_gradients
-START_SECONDS = 60  # limit for forming the ring, once all processes have started
+START_SECONDS = 60  # limit for MLX's own connections, once all processes have started
 
 _watchdog: watchdog.Watchdog | None = None
 
@@ -30,14 +33,16 @@ _watchdog: watchdog.Watchdog | None = None
 @functools.cache
 def _group() -> mx.distributed.Group:
     global _watchdog
-    hosts = watchdog.read_hosts()
+    launched = launch.read_launch()
     _share_cores()
-    if not hosts:
+    if launched is None:
         return mx.distributed.init()
-    _watchdog = watchdog.gather(hosts, environment.ring_rank())
+    if not mx.distributed.is_available(launched.backend):
+        raise UserError(f"mlx.launch was given --backend {launched.backend}, which MLX does not have here: use ring")
+    _watchdog = watchdog.gather(launched)
     faulthandler.dump_traceback_later(START_SECONDS, exit=True)  # `init` keeps the GIL: no thread of Python's can help
     try:
-        return mx.distributed.init(strict=True, backend="ring")
+        return mx.distributed.init(strict=True, backend=launched.backend)
     finally:
         faulthandler.cancel_dump_traceback_later()
 
@@ -49,12 +54,9 @@ def _share_cores() -> None:
 
 
 def num_local_ranks() -> int:
-    """How many of the processes run on this machine."""
-    hosts = watchdog.read_hosts()
-    if not hosts:
-        return environment.num_local_mpi_ranks()
-    addresses = [host[0].rpartition(":")[0] for host in hosts]
-    return addresses.count(addresses[environment.ring_rank()])
+    """How many of the processes run on this machine; 1 with JACCL and NCCL, whose launcher does not tell."""
+    launched = launch.read_launch()
+    return environment.num_local_mpi_ranks() if launched is None else launched.num_local
 
 
 def cores_per_process() -> int:
@@ -92,6 +94,21 @@ def watched(waits: bool = True) -> Iterator[None]:
     finally:
         if waits and _watchdog is not None:
             _watchdog.me.waits = False
+
+
+def agreement_device(launched: launch.Launch | None) -> mx.Device:
+    """Where agreements are computed: on the CPU, or on the GPU with NCCL, which has nothing else."""
+    return mx.Device(mx.gpu if launched is not None and launched.backend == "nccl" else mx.cpu)
+
+
+@functools.cache
+def _own_agreement_device() -> mx.Device:
+    return agreement_device(launch.read_launch())
+
+
+def off_gpu() -> contextlib.AbstractContextManager:
+    """Within the block, MLX computes where agreements are computed."""
+    return mx.stream(_own_agreement_device())
 
 
 def all_sum(tree):
@@ -142,10 +159,11 @@ def all_gather_object(value) -> list:
         return [value]
     enter_collective()
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    lengths = mx.distributed.all_gather(mx.array([len(data)])).tolist()
-    padded = np.zeros(max(lengths), np.uint8)
-    padded[: len(data)] = data
-    rows = np.array(mx.distributed.all_gather(mx.array(padded))).reshape(len(lengths), -1)
+    with off_gpu():
+        lengths = mx.distributed.all_gather(mx.array([len(data)])).tolist()
+        padded = np.zeros(max(lengths), np.uint8)
+        padded[: len(data)] = data
+        rows = np.array(mx.distributed.all_gather(mx.array(padded))).reshape(len(lengths), -1)
     return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
 
 
@@ -154,7 +172,8 @@ def all_max(*numbers: int) -> list[int]:
     if world_size() == 1:
         return list(numbers)
     enter_collective()
-    return mx.distributed.all_max(mx.array(numbers, dtype=mx.int32)).tolist()
+    with off_gpu():
+        return mx.distributed.all_max(mx.array(numbers, dtype=mx.int32)).tolist()
 
 
 def lockstep(items: Iterable) -> Iterator[tuple]:
@@ -177,11 +196,13 @@ def broadcast(tree):
     """The arrays of rank 0, to the bit, on every process. Shapes and dtypes must agree."""
     if world_size() == 1:
         return tree
+    mx.eval(tree)  # on the GPU, which then has nothing to wait for
     enter_collective()
-    flat = tree_map(lambda x: x.reshape(-1).view(mx.uint8), tree)  # as bytes: in floats, -0.0 + 0.0 is 0.0
-    summed = all_sum(flat if rank() == 0 else tree_map(mx.zeros_like, flat))
-    same = tree_map(lambda x, bytes: bytes.view(x.dtype).reshape(x.shape), tree, summed)
-    mx.eval(same)
+    with off_gpu():
+        flat = tree_map(lambda x: x.reshape(-1).view(mx.uint8), tree)  # as bytes: in floats, -0.0 + 0.0 is 0.0
+        summed = all_sum(flat if rank() == 0 else tree_map(mx.zeros_like, flat))
+        same = tree_map(lambda x, bytes: bytes.view(x.dtype).reshape(x.shape), tree, summed)
+        mx.eval(same)
     return same
 
 

@@ -1,9 +1,9 @@
 """Watchdog: ranks report their progress to each other, so that none waits forever for one that has failed.
 
 MLX waits without a limit, for a rank that never starts as for one that hangs. So every rank holds a TCP connection to
-rank 0, made before MLX's ring, on rank 0's address in the hostfile. A thread reports over it, a few times a second, how
-many collective operations its main thread has entered. A rank that dies, fails, leaves early, stops reporting or falls
-behind ends all ranks, with an error that names it.
+rank 0, made before MLX's own, at the address where MLX's processes meet next (`Launch`). A thread reports over it, some
+times a second, how many collective operations its main thread has entered. A rank that dies, fails, leaves early, stops
+reporting or falls behind ends all ranks, with an error that names it.
 """
 
 import atexit
@@ -20,11 +20,13 @@ from collections.abc import Sequence
 import attrs
 
 from mlxmm import environment
+from mlxmm.distributed.launch import Launch
 from mlxmm.distributed.signals import Interrupted
 from mlxmm.errors import UserError
 
 TICK = 0.25  # seconds between reports
 GRACE = 3.0  # seconds for the main thread to end by itself, once a rank is lost
+MLX_TAGS = ("[ring]", "[jaccl]", "[nccl]")  # how MLX's errors of lost connections begin
 
 
 class PeerLost(SystemExit):
@@ -83,7 +85,7 @@ class Watchdog:
         """Report an error of this process to the others. Raises `PeerLost` if its cause is that another rank failed."""
         if isinstance(error, Interrupted) or (isinstance(error, SystemExit) and not error.code):
             return  # a signal that all ranks obey, or a normal exit
-        if "[ring]" in str(error) and self._verdict_comes():
+        if any(tag in str(error) for tag in MLX_TAGS) and self._verdict_comes():
             raise PeerLost(f"error: {self.failure}") from error
         if self.failure is None:
             self.failure = f"rank {self.me.rank} failed: {type(error).__name__}: {error}".splitlines()[0]
@@ -155,21 +157,13 @@ class Watchdog:
 # ---- the beginning
 
 
-def read_hosts() -> list[list[str]]:
-    """The "ip:port" addresses of all ranks, as `mlx.launch --backend ring` sets them; [] for a single process."""
-    hostfile = environment.ring_hostfile()
-    if environment.ring_rank() is None or hostfile is None:
-        return []
-    hosts = json.loads(hostfile.read_text().strip() or "[]")
-    return hosts if len(hosts) > 1 else []
-
-
-def gather(hosts: Sequence[Sequence[str]], rank: int) -> Watchdog:
+def gather(launch: Launch) -> Watchdog:
     """Connect with the other ranks. Raises `UserError` that names those that do not connect within the limit."""
-    address, _, port = hosts[0][0].rpartition(":")
+    address, _, port = launch.address.rpartition(":")
     place, limit = (address.strip("[]"), int(port)), environment.rank_timeout()
-    peers = _receive_others(place, len(hosts), limit) if rank == 0 else [_join(place, rank, limit)]
-    return Watchdog(rank, peers, limit)
+    first = launch.rank == 0
+    peers = _receive_others(place, launch.size, limit) if first else [_join(place, launch.rank, limit)]
+    return Watchdog(launch.rank, peers, limit)
 
 
 def _receive_others(place: tuple[str, int], size: int, limit: float) -> list[Peer]:

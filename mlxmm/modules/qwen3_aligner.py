@@ -28,9 +28,10 @@ from mlxmm.networks.language_model import (
     quantize_as,
     save_language_model,
     set_dtype,
+    unloaded_language_model,
     with_dtype,
 )
-from mlxmm.networks.pretrained_vision import build_vision_tower, load_vision_tower
+from mlxmm.networks.pretrained_vision import build_vision_tower, load_vision_tower, vision_values
 from mlxmm.networks.projector import PROJECTORS, Projector, squares
 from mlxmm.networks.towers import VisionTower
 from mlxmm.optimizers import OptimizerConfig, grouped
@@ -38,7 +39,7 @@ from mlxmm.preprocessing.images import ImageProcessor
 from mlxmm.preprocessing.tokenizers import end_token, load_tokenizer
 from mlxmm.storage import checkpoint
 from mlxmm.storage.atomic import new_folder, read_arrays
-from mlxmm.storage.hub import local_folder
+from mlxmm.storage.hub import local_folder, settings_folder
 from mlxmm.storage.pretrained import read_config, read_weights, require_parts, write_settings
 from mlxmm.training.trainable import match_parameters, set_trainable
 
@@ -121,6 +122,18 @@ class Qwen3Aligner(CaptioningModule):
         vision, vision_config = load_vision_tower(tower_folder)
         processor = ImageProcessor.from_pretrained(tower_folder)
         lm, lm_config = load_language_model(folder, config.lm_bits)
+        return cls(config, vision, vision_config, processor, lm, lm_config, load_tokenizer(folder))
+
+    @classmethod
+    def unloaded(cls, config: Qwen3AlignerConfig, *, offline: bool = False) -> "Qwen3Aligner":
+        """Like `from_parts`, without reading weights: to plan memory. See `unloaded_language_model`.
+
+        `offline` takes the cache of the Hub alone. Raises `UserError` if a part's settings are not to be had.
+        """
+        tower_folder, folder = (settings_folder(part, offline=offline) for part in (config.vision, config.lm))
+        vision_config = vision_values(read_config(tower_folder), tower_folder)
+        vision, processor = build_vision_tower(vision_config), ImageProcessor.from_pretrained(tower_folder)
+        lm, lm_config = unloaded_language_model(folder, config.lm_bits)
         return cls(config, vision, vision_config, processor, lm, lm_config, load_tokenizer(folder))
 
     @classmethod

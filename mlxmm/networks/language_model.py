@@ -3,6 +3,8 @@
 B sequences, L positions, D features, V vocabulary.
 """
 
+import contextlib
+import io
 from pathlib import Path
 
 import attrs
@@ -107,6 +109,20 @@ def load_language_model(folder: Path, bits: int = 0) -> tuple[nn.Module, dict]:
     use_unpacking(model)
     use_fast_layers(model)
     _check_embeddings(model, folder)
+    return model, config
+
+
+def unloaded_language_model(folder: Path, bits: int = 0) -> tuple[nn.Module, dict]:
+    """Like `load_language_model`, from `config.json` alone: types and shapes are those of the real network. Its fresh
+    weights are not computed as long as nobody evaluates them, and until then take no memory."""
+    from mlx_lm.utils import quantize_model
+
+    config = read_config(folder)
+    model = build_language_model(config)
+    set_dtype(model, {"dtype": config.get("torch_dtype", "float32")} | config)
+    if bits:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints how many bits a weight has
+            model, config = quantize_model(model, config, group_size=None, bits=bits)
     return model, config
 
 

@@ -1,12 +1,14 @@
 """The Hugging Face Hub: download and upload models. This is the only file that imports `huggingface_hub`."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from mlxmm.errors import UserError
 
 WEIGHTS = ["model*.safetensors", "weights.safetensors"]  # of transformers and mlx-lm, and of a checkpoint
-NEEDED = [*WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja"]  # no other frameworks' weights
+SETTINGS = ["*.json", "*.txt", "*.model", "*.jinja"]
+NEEDED = [*WEIGHTS, *SETTINGS]  # no other frameworks' weights
 TORCH_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # read without running what they may hold
 
 
@@ -16,13 +18,28 @@ def local_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
     `user/name@revision` names a commit, tag, branch or pull request (refs/pr/1); so does `revision`. Raises `UserError`
     if it is neither a folder nor to be had.
     """
+    return _found(path_or_id, revision, _snapshot)
+
+
+def settings_folder(path_or_id: str | Path, *, offline: bool = False) -> Path:
+    """Like `local_folder`, but only settings and tokenizer are fetched: a few MB. `offline` takes the cache's alone."""
+    from huggingface_hub import snapshot_download
+
+    def fetch(name: str, revision: str | None) -> Path:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=SETTINGS, local_files_only=offline))
+
+    return _found(path_or_id, None, fetch)
+
+
+def _found(path_or_id: str | Path, revision: str | None, fetch: Callable[[str, str | None], Path]) -> Path:
+    """`path_or_id` if it is a folder, else what `fetch` gets of that repository and revision. Raises `UserError`."""
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
     if not is_hub_id(path_or_id):
         raise UserError(f"{path_or_id} is not there: neither a folder nor a Hub id (user/name, user/name@revision)")
     name, revision = split_revision(str(path_or_id), revision)
     try:
-        return _snapshot(name, revision)
+        return fetch(name, revision)
     except Exception as error:  # the client and the network raise a dozen kinds
         raise UserError(f"{path_or_id} is neither a folder nor to be had from the Hub: {_line(error)}") from error
 

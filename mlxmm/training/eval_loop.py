@@ -32,8 +32,9 @@ class Evaluator:
                 total = add_sums(total, sums) if counts else total
                 mx.eval(sums, total)
             total = fill_empty_sums(total)
-            means = {} if total is None else average_sums(total)[0]
-            metrics = {f"{prefix}/{name}": float(value) for name, value in means.items()}
+            with collectives.off_gpu():
+                means = {} if total is None else average_sums(total)[0]
+                metrics = {f"{prefix}/{name}": float(value) for name, value in means.items()}
             self.call(f"on_{stage}_epoch_end")
             trainer.log(metrics)
             self.call(f"on_{stage}_end", metrics)

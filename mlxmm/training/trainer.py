@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from mlxmm.compute import memory
 from mlxmm.compute.compiled import Compiler, can_compile
+from mlxmm.compute.deterministic import deterministic_lookups
 from mlxmm.compute.gradient_checkpointing import recomputed_layers
 from mlxmm.compute.half_products import half_products
 from mlxmm.compute.precision import set_dtypes
@@ -256,6 +257,7 @@ class Trainer:
             self._build_train_step()
         with self.profiler.phase("step"):
             seed_everything(step_seed(self.config.seed, collectives.rank(), self.global_step))
+            collectives.barrier()  # a GPU must not wait inside the update for a process whose batch is late
             collectives.enter_collective()
             self.strategy.check_micro_batches(len(group))
             metrics = self._train_step(group)
@@ -336,6 +338,8 @@ class Trainer:
     def _layers_prepared(self) -> Iterator[None]:
         self.module.update(collectives.broadcast(self.module.parameters()))
         with contextlib.ExitStack() as stack:
+            if self.config.deterministic:
+                stack.enter_context(deterministic_lookups(self.module))
             stack.enter_context(self.strategy.sharded(self))
             if self.config.gradient_checkpointing:
                 stack.enter_context(recomputed_layers(self.module))

@@ -87,7 +87,10 @@ class TrainerConfig:
     )
     detect_anomaly: bool = option(False, "stop at the first part whose output is not finite, by name; slow", rare=True)
     deterministic: bool = option(
-        False, "compute the first update twice and stop if the results differ by a bit", rare=True
+        False,
+        "add the gradients of embeddings in one order, which on a GPU makes a run repeatable to the bit; slower. "
+        "The first update is computed twice, and the run stops if the results differ",
+        rare=True,
     )
     profiler: str | None = option(
         None,

@@ -151,6 +151,26 @@ def signalled(folder):
     disturbed(folder, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
+def late(folder):
+    """Rank 1's batches come late. It prints when, and rank 0 when it computes its steps."""
+    times = []
+
+    class Late(Callback):
+        def on_train_batch_start(self, trainer, module, batches):
+            if collectives.rank() == 1:
+                time.sleep(0.3)
+                times.append(time.monotonic())
+
+    class Timed(TinyRegression):
+        def training_step(self, batch):
+            if collectives.rank() == 0:
+                times.append(time.monotonic())
+            return super().training_step(batch)
+
+    trainer(folder, max_steps=3, compile=False, callbacks=[Late()]).fit(Timed(), train_dataloaders=Shards())
+    print(json.dumps(times))
+
+
 def out_of_time(folder):
     """One process's clock is over; the other's is not."""
     run = trainer(folder, max_steps=10_000_000, max_time="00:01" if collectives.rank() else "10:00")
@@ -351,6 +371,13 @@ def test_a_signal_to_one_rank_ends_all_at_the_same_update_with_a_checkpoint(tmp_
     ended, _ = run("signalled", tmp_path)
     assert [code for code, _, _ in ended] == [128 + signal.SIGTERM] * 2, ended
     assert json.loads((tmp_path / "checkpoints/last/state.json").read_text())["global_step"] == 5
+
+
+def test_an_update_begins_once_all_processes_have_their_batches(tmp_path):
+    """Or a GPU would wait for them inside the update."""
+    ended, _ = run("late", tmp_path)
+    began, came = (json.loads(out) for _, out, _ in ended)
+    assert len(began) == len(came) == 3 and all(a > b for a, b in zip(began, came)), ended
 
 
 def test_the_clock_of_one_process_ends_all_at_the_same_update(tmp_path):

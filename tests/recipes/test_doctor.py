@@ -84,6 +84,12 @@ def test_offline_nobody_is_asked(doctor, flags, variable):
     assert "check the network" not in done.stdout
 
 
+def test_where_nothing_is_known_of_the_presets_one_line_says_so(doctor):
+    done = doctor("--offline")
+    [line] = done.stdout.split("Presets of align_qwen3:\n")[1].split("\n\n")[0].splitlines()
+    assert line.split("not known: ")[1].startswith("openai/clip-vit-base-patch32 is neither a folder nor to be had")
+
+
 def test_two_backends_are_broken_and_exit_with_1(doctor, tmp_path):
     for name in ("mlx_cpu", "mlx_cuda_12"):
         folder = tmp_path / f"packages/{name}-{mx.__version__}.dist-info"

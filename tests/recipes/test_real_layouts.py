@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
 import mlx.core as mx
 import pytest
 from load_from_hub import LANGUAGE_MODELS, TOWERS, same, tower
@@ -18,6 +19,7 @@ from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.networks.language_model import build_language_model
 from mlxmm.networks.pretrained_vision import build_vision_tower, from_hub, vision_values
 from mlxmm.storage.atomic import read_arrays
+from recipes.parts.alignment import FLICKR30K_PRESETS, plan_alignment
 from tools import layout_flickr30k
 from tools.layout_weights import write_safetensors
 from tools.make_real_layouts import MODELS, NAMES, make
@@ -145,6 +147,27 @@ def test_at_real_size_a_language_model_finds_every_array_it_expects(name):
 def test_the_numbers_of_parameters_are_those_published(name):
     arrays = next(iter(MODELS[name](False).weights.values())).values()
     assert sum(math.prod(array.shape) for array in arrays if array.dtype != "I64") == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("acts_as", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", FLICKR30K_PRESETS)
+def test_a_preset_is_planned_from_settings_as_it_is_from_weights(root, name, acts_as, monkeypatch):
+    monkeypatch.setenv("MLXMM_ACT_AS", acts_as)
+    config = FLICKR30K_PRESETS[name].config
+    module = attrs.evolve(config.module, vision=str(root / CLIP), lm=str(root / QWEN))
+    plans = [plan_alignment(config, make(module), 9) for make in (Qwen3Aligner.unloaded, Qwen3Aligner.from_parts)]
+    assert plans[0] == plans[1]
+
+
+def test_the_doctor_plans_every_preset_and_fetches_no_weights(hub, tmp_path):
+    report = child(hub, tmp_path, "-m", "recipes.doctor").stdout
+    for name in FLICKR30K_PRESETS:
+        assert re.search(
+            rf"^  {name} +needs about .* GiB of memory .* GiB of disk: (this machine|there are)", report, re.M
+        )
+    files = {path.suffix for path in (tmp_path / "hub").rglob("*")}
+    assert ".json" in files and not files & {".safetensors", ".bin"}
+    assert "needs about" in child(hub, tmp_path, "-m", "recipes.doctor", "--offline").stdout  # from the cache
 
 
 @pytest.fixture(scope="module")

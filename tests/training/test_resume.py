@@ -1,4 +1,4 @@
-"""Resume is exact to the bit, wherever the run was stopped; and how a run may be stopped."""
+"""Resume is exact to the bit, on a GPU with `deterministic`, wherever a run was stopped; and how it may be stopped."""
 
 import os
 import random
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,8 +17,16 @@ from mlx.utils import tree_flatten
 
 from callbacks import FreezeSchedule, ModelCheckpoint, SyntheticRefresh
 from mlxmm import Callback
+from mlxmm.compute.deterministic import repeats_to_the_bit
 from mlxmm.distributed.signals import Interrupted
 from mlxmm.storage import checkpoint
+from tools.chaos import agree
+
+
+@pytest.fixture
+def make_trainer(make_trainer):
+    """Makes Trainers whose runs repeat to the bit on this device."""
+    return partial(make_trainer, deterministic=not repeats_to_the_bit(mx.default_device(), deterministic=False))
 
 
 def checkpoints(folder) -> dict[int, dict]:
@@ -291,3 +300,14 @@ trainer.fit(TinyRegression(), train_dataloaders=DistinctBatches())
     assert done.returncode == -signal.SIGKILL, done.stderr
     folder = tmp_path / "checkpoints"
     assert list(folder.glob(".tmp-*step=4")) and checkpoint.latest(folder).name == "step=2"
+
+
+def test_the_chaos_tool_compares_to_the_bit_or_within_a_tolerance():
+    run = {"weights": mx.ones(3), "rows": [{"step": 5, "loss": 1.0}]}
+    near = {"weights": mx.ones(3) + 1e-3, "rows": [{"step": 5, "loss": 1.001}]}
+    far = {"weights": mx.ones(3) + 0.2, "rows": [{"step": 5, "loss": 1.0}]}
+    later = {"weights": mx.ones(3), "rows": [{"step": 6, "loss": 1.0}]}
+    longer = {"weights": mx.ones(4), "rows": [{"step": 5, "loss": 1.0}]}
+    ends = run, near, far, later, longer
+    assert [agree(run, end, exact=True) for end in ends] == [True, False, False, False, False]
+    assert [agree(run, end, exact=False) for end in ends] == [True, True, False, False, False]
