@@ -56,7 +56,7 @@ def read_shards(folders: tuple[Path, ...]) -> tuple[dict[Path, Shard], JobConfig
     configs = [read_json(folder / "config.json") for folder in folders]
     shards = [Shard.parse(str(values.get("shard"))) for values in configs]
     common = same([{name: v for name, v in values.items() if name not in OF_A_SHARD} for values in configs], "settings")
-    count, these = shards[0].count, ", ".join(f"{shard.number}/{shard.count}" for shard in shards)
+    count, these = shards[0].count, ", ".join(map(str, shards))
     if sorted(shard.number for shard in shards) != list(range(1, count + 1)) or {s.count for s in shards} != {count}:
         raise UserError(f"the shards 1/{count} to {count}/{count} are wanted, each once; these are {these}")
     seed = common.pop("seed")

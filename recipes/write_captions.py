@@ -27,11 +27,15 @@ from .parts.captioners import JobConfig, check_captioner, open_captioner
 class Config(TrainingRunConfig, JobConfig):
     """Pictures, who writes, what is asked."""
 
-    shard: str = option("1/1", "write the captions of this share of the pictures, as 3/16", first=True)
+    shard: str | None = option(
+        None, "write the captions of this share of the pictures, as 3/16; none: Slurm's task, or all", first=True
+    )
 
 
 def main(config: Config) -> None:
-    prompts, shard = find_prompts(config.prompts, config.own_prompts), Shard.parse(config.shard)
+    prompts = find_prompts(config.prompts, config.own_prompts)
+    shard = Shard.own() if config.shard is None else Shard.parse(config.shard)
+    config = attrs.evolve(config, shard=str(shard))  # written down, for a resumed run and for merge_captions
     with open_run(config, "write_captions") as run:
         check_captioner(config.captioner)
         pictures = open_pictures(config.data, config.seed, config.split)

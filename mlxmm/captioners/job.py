@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import attrs
 
+from mlxmm import environment
 from mlxmm.captioners.caption_writer import CaptionFailure, CaptionWriter, Sampling, WriterFailed
 from mlxmm.captioners.journal import Journal
 from mlxmm.data.pictures import Pictures
@@ -29,6 +30,15 @@ class Shard:
         if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
             raise UserError(f"--shard {text}: write it as 3/16, from 1/16 to 16/16")
         return cls(int(number), int(count))
+
+    @classmethod
+    def own(cls) -> "Shard":
+        """That of this task of a Slurm job; the whole outside of Slurm."""
+        share = environment.slurm_share()
+        return cls() if share is None else cls(share[0] + 1, share[1])
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
 
     def holds(self, sha256: str) -> bool:
         """Whether the picture of this hash is in the shard."""

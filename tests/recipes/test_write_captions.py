@@ -1,6 +1,7 @@
 """write_captions: killed at any moment and resumed, its table is that of a job never disturbed."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from mlxmm.captioners.job import Shard
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ["--captioner.model", "shapes", "--data.shapes.num-train", "400", "--captioner.batch-size", "4"]
@@ -104,6 +107,23 @@ def test_shards_that_are_missing_doubled_unfinished_or_of_another_job_are_refuse
     for number, (folders, line) in enumerate(cases.items()):
         done = merge(*folders, "--run-dir", tmp_path / f"merged-{number}")
         assert done.returncode == 2 and line in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "shard"),
+    [
+        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}, "3/4"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "2/2"),
+        ({"SLURM_NTASKS": "1"}, "1/1"),
+        ({}, "1/1"),
+    ],
+)
+def test_a_task_of_slurm_writes_its_shard(variables, shard, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert str(Shard.own()) == shard
 
 
 def test_equal_pictures_are_captioned_once_and_a_broken_one_is_noted_with_its_reason(tmp_path):
