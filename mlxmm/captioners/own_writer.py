@@ -20,6 +20,8 @@ class OwnWriter:
     A sampled caption is a function of (seed, pixels): it does not depend on how pictures are batched.
     """
 
+    in_process = True  # MLX's arrays and random key belong to the thread that trains
+
     def __init__(self, captioner: CaptioningModule, *, name: str, revision: str, batch_size: int = 64):
         self.captioner, self.name, self.revision, self.batch_size = captioner, name, revision, batch_size
 

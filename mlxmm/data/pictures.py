@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from mlxmm.data.caption_source import CaptionDataConfig
-from mlxmm.data.sources.rows import split_tables
-from mlxmm.data.sources.shapes import ShapesGrammar, ShapesRows
+from mlxmm.data.sources.rows import Rows, split_tables
+from mlxmm.data.sources.shapes import ShapesGrammar
 from mlxmm.data.sources.tables import Columns, open_tables, reading_errors
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import decode_image
@@ -65,10 +65,10 @@ class TablePictures(Sequence):
 
 
 @attrs.frozen
-class ShapesPictures(Sequence):
-    """The pictures of drawn scenes."""
+class RowPictures(Sequence):
+    """The pictures of rows, known by their pixels: of drawn scenes, which have no files."""
 
-    rows: ShapesRows
+    rows: Rows
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -89,7 +89,7 @@ def open_pictures(config: CaptionDataConfig, seed: int, split: str) -> Pictures:
     Raises `UserError` where the source, its picture column or the split is missing.
     """
     if config.source == "shapes":
-        return ShapesPictures(_named(ShapesGrammar(config.shapes, seed).rows(seed), split, config.source))
+        return RowPictures(_named(ShapesGrammar(config.shapes, seed).rows(seed), split, config.source))
     if config.streaming:
         raise UserError("pictures of a stream have no places: leave out --data.streaming")
     columns = Columns(image=config.image_column, caption=None, split=config.split_column)
