@@ -16,7 +16,7 @@ LAYERS = [
     ("tools",),
     ("recipes", "mlxmm/__main__"),
     ("recipes/parts",),
-    ("callbacks",),
+    ("callbacks", "mlxmm/captioners"),
     ("mlxmm",),  # __init__.py alone: the public names
     ("mlxmm/evaluation",),
     ("mlxmm/modules",),

@@ -31,8 +31,18 @@ class WrittenCaption:
     height: int = 0
 
 
+@attrs.frozen
+class CaptionFailure:
+    """Why one image has no caption. Other images of its batch may have theirs; asking again would not help."""
+
+    reason: str  # one line
+
+
 class WriterFailed(Exception):
-    """A writer gave no captions for this batch; the message says why. The batch may be tried again in parts."""
+    """A writer cannot write now, and not because of the images; the message says why in one line.
+
+    No image of the batch is to blame, so none is noted as failed: a job ends here, and goes on when it is resumed.
+    """
 
 
 class CaptionWriter(Protocol):
@@ -42,8 +52,10 @@ class CaptionWriter(Protocol):
     revision: str  # which version of it: a commit, a checksum of its weights
     batch_size: int  # most images of a call
 
-    def write(self, images: Sequence[Image.Image], prompts: Sequence[str], sampling: Sampling) -> list[WrittenCaption]:
-        """One caption for each image, by the prompt of the same place. Raises `WriterFailed`."""
+    def write(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], sampling: Sampling
+    ) -> list[WrittenCaption | CaptionFailure]:
+        """For each image a caption by the prompt of the same place, or why there is none. Raises `WriterFailed`."""
 
     def close(self) -> None:
         """Give back what the writer holds: processes, connections."""
