@@ -46,6 +46,7 @@ DOORS = {  # each outside package is imported by one file, or by one folder
     "sacrebleu": "mlxmm/evaluation/caption_metrics.py",
     "tensorboardX": "mlxmm/training/loggers.py",
     "huggingface_hub": "mlxmm/storage/hub.py",
+    "mlx_vlm": "mlxmm/captioners/mlx_vlm_child.py",
     "mlx_lm": "mlxmm/networks/language_model.py",
     "transformers": "mlxmm/preprocessing/tokenizers.py",
     "sklearn": "mlxmm/evaluation/linear_probe.py",

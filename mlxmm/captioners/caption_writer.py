@@ -33,13 +33,16 @@ class WrittenCaption:
 
 @attrs.frozen
 class CaptionFailure:
-    """Why a writer gave no caption for one image."""
+    """Why one image has no caption. Other images of its batch may have theirs; asking again would not help."""
 
-    reason: str
+    reason: str  # one line
 
 
 class WriterFailed(Exception):
-    """A writer can write no more captions at all; the message says why."""
+    """A writer cannot write now, and not because of the images; the message says why in one line.
+
+    No image of the batch is to blame, so none is noted as failed: a job ends here, and goes on when it is resumed.
+    """
 
 
 class CaptionWriter(Protocol):
@@ -52,7 +55,7 @@ class CaptionWriter(Protocol):
     def write(
         self, images: Sequence[Image.Image], prompts: Sequence[str], sampling: Sampling
     ) -> list[WrittenCaption | CaptionFailure]:
-        """A caption for each image, by the prompt of the same place, or why there is none. Raises `WriterFailed`."""
+        """For each image a caption by the prompt of the same place, or why there is none. Raises `WriterFailed`."""
 
     def close(self) -> None:
         """Give back what the writer holds: processes, connections."""
