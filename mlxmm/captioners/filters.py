@@ -241,8 +241,8 @@ def _text_flags(caption: Candidate, text: str, scores: dict[str, float], config:
     below = lambda score, least: least is not None and score < least
     found = {
         "empty": num == 0 and "there is no word in it",
-        "min_words": below(num, config.min_words) and f"{num} words, fewer than {config.min_words}",
-        "max_words": above(num, config.max_words) and f"{num} words, more than {config.max_words}",
+        "min_words": below(num, config.min_words) and f"{num} of at least {config.min_words} words",
+        "max_words": above(num, config.max_words) and f"{num} of at most {config.max_words} words",
         "cut_off": config.drop_cut_off and caption.finish_reason == "length" and "cut off at the longest length",
         "repetition": above(scores.get("repetition"), config.max_repetition)
         and f"{scores['repetition']:.3f} of it repeats n-grams of {config.repetition_ngram} words",

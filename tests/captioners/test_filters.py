@@ -38,8 +38,8 @@ def picture(seed, size=96):
     [
         ({}, "a dog", {}),
         ({}, " .", {"empty": "there is no word in it"}),
-        ({"min_words": 3}, "a dog", {"min_words": "2 words, fewer than 3"}),
-        ({"max_words": 1}, "a dog", {"max_words": "2 words, more than 1"}),
+        ({"min_words": 3}, "a dog", {"min_words": "2 of at least 3 words"}),
+        ({"max_words": 1}, "a dog", {"max_words": "2 of at most 1 words"}),
         ({"max_repetition": 0.3}, "a red dog and a red dog", {"repetition": "0.412 of it repeats n-grams of 3 words"}),
         ({"max_repetition": 0.3}, "a red dog and a blue cat", {}),
         ({"drop_refusals": True}, "I'm sorry, I can't see it.", {"refusal": "does not describe the picture"}),
