@@ -51,6 +51,9 @@ DOORS = {  # each outside package is imported by one file, or by one folder
     "transformers": "mlxmm/preprocessing/tokenizers.py",
     "sklearn": "mlxmm/evaluation/linear_probe.py",
     "tqdm": "mlxmm/progress_bar.py",
+    "py3langid": "mlxmm/captioners/text_filters.py",
+    "rapidfuzz": "mlxmm/captioners/duplicates.py",
+    "imagehash": "mlxmm/captioners/duplicates.py",
 }
 SOURCES = {p.relative_to(ROOT): p for d in ("mlxmm", "callbacks", "recipes", "tools") for p in (ROOT / d).rglob("*.py")}
 del SOURCES[Path("mlxmm/export/mlx_vlm_llava.py")]  # copied into exported folders, for mlx-vlm: nothing here imports it

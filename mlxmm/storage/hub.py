@@ -153,6 +153,23 @@ def card_metadata(**data) -> str:
     return f"---\n{ModelCardData(**data)}\n---"
 
 
+def dataset_metadata(**data) -> str:
+    """The YAML block that a data set's card begins with, of fields of `huggingface_hub.DatasetCardData`."""
+    from huggingface_hub import DatasetCardData
+
+    return f"---\n{DatasetCardData(**data)}\n---"
+
+
+def card_configs(folder: Path) -> list[dict]:
+    """The configurations in the card of a data set's folder; empty if there is no card, or none in it."""
+    from huggingface_hub import DatasetCard
+
+    path = folder / "README.md"
+    if not path.is_file():
+        return []
+    return DatasetCard(path.read_text(), ignore_metadata_errors=True).data.to_dict().get("configs") or []
+
+
 def _line(error: Exception) -> str:
     """The message of `error` on one line, without the request ID."""
     lines = [re.sub(r"\(Request ID: .*?\)", "", line).strip() for line in str(error).splitlines()]
