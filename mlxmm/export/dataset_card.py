@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import attrs
 
+from mlxmm.storage.dataset_push import CONFIG_SECTION
 from mlxmm.storage.hub import dataset_metadata, is_hub_id, split_revision
 
 NUM_SAMPLES = 8
@@ -17,11 +18,9 @@ CARD = """\
 Captions of pictures, written by models and not by people. Each caption has the model that wrote it, its revision,
 prompt and sampling. Captions that a filter dropped are kept in a configuration of their own, with the reason.
 
-{licence}
+{section} `{config}`
 
-## Configuration `{config}`
-
-{pictures}
+{licence} {pictures}
 
 | | |
 | --- | --- |
@@ -105,6 +104,7 @@ def dataset_card(tally: Tally, facts: CardFacts, splits: Mapping[str, list[str]]
     config, *_ = splits
     split = splits[config][0]
     return CARD.format(
+        section=CONFIG_SECTION,
         metadata=_metadata(tally, facts, splits),
         title=facts.title,
         licence=f"Licence: {facts.licence}." if facts.licence else "The licence of pictures and captions is not known.",
