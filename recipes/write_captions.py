@@ -20,12 +20,13 @@ from mlxmm.data.pictures import open_pictures
 from mlxmm.progress_bar import progress_bar
 from mlxmm.storage.runs import Run, TrainingRunConfig, open_run
 
-from .parts.captioners import JobConfig, check_captioner, open_captioner
+from .parts.captioners import JobConfig, check_captioner, open_captioner, provenance
+from .parts.publishing import Captions, DatasetConfig, check_dataset, make_dataset
 
 
 @attrs.frozen(kw_only=True)
-class Config(TrainingRunConfig, JobConfig):
-    """Pictures, who writes, what is asked."""
+class Config(TrainingRunConfig, JobConfig, DatasetConfig):
+    """Pictures, who writes, what is asked, and what becomes of it."""
 
     shard: str | None = option(
         None, "write the captions of this share of the pictures, as 3/16; none: Slurm's task, or all", first=True
@@ -38,15 +39,18 @@ def main(config: Config) -> None:
     config = attrs.evolve(config, shard=str(shard))  # written down, for a resumed run and for merge_captions
     with open_run(config, "write_captions") as run:
         check_captioner(config.captioner)
+        check_dataset(config, config.split)
         pictures = open_pictures(config.data, config.seed, config.split)
         writer = open_captioner(config.captioner, config.data, config.seed, config.split)
         try:
-            write(config, run, pictures, prompts, shard, writer)
+            captions = write(config, run, pictures, prompts, shard, writer)
         finally:
             writer.close()
+        if shard == Shard():  # shards become a data set when they are merged
+            make_dataset(config, config, config.seed, captions, run)
 
 
-def write(config: Config, run: Run, pictures, prompts: dict[str, str], shard: Shard, writer: CaptionWriter) -> None:
+def write(config: Config, run: Run, pictures, prompts: dict, shard: Shard, writer: CaptionWriter) -> Captions:
     """Write what is missing, and report what the journal holds at the end."""
     path = run.folder / journal_name(shard)
     journal = Journal(path, writer=writer.name, revision=writer.revision, sampling=config.sampling)
@@ -61,6 +65,8 @@ def write(config: Config, run: Run, pictures, prompts: dict[str, str], shard: Sh
     num_failed = sum(bool(entry.reason) for entry in entries)
     run.report({"pictures": len(hashes), "captions": len(entries) - num_failed, "failed": num_failed})
     run.report(progress.rates())
+    run.save()
+    return Captions(entries, pictures, hashes, provenance(writer, config.sampling))
 
 
 def shown(total: int):

@@ -17,8 +17,8 @@ from PIL import Image
 from mlxmm.captioners import duplicates, text_filters
 from mlxmm.config import option
 from mlxmm.errors import UserError
-from mlxmm.evaluation.caption_metrics import clip_score, words
-from mlxmm.evaluation.captions import prompted
+from mlxmm.evaluation.caption_metrics import CLIP_SCORE_PROMPT, clip_score, words
+from mlxmm.evaluation.captions import require_room
 from mlxmm.evaluation.clip_features import image_features, text_features
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 
@@ -30,11 +30,16 @@ class FilterConfig:
     """What captions must pass; without settings, all that hold a word do."""
 
     clip: str | None = option(None, "CLIP of the filters by CLIPScore: a folder or a Hub id", first=True)
-    min_clip_score: float | None = option(None, "least CLIPScore, 0 to 2.5", optional(ge(0)), first=True)
+    clip_prompt: str = option(
+        CLIP_SCORE_PROMPT,
+        "text before each caption, for CLIP: CLIPScore's; none for a CLIP of such captions alone",
+        rare=True,
+    )
+    min_clip_score: float | None = option(None, "least CLIPScore, 0 to 2.5", optional(ge(0)))
     keep_fraction: float | None = option(
         None, "fraction of captions to keep, the best by CLIPScore", optional([gt(0), le(1)])
     )
-    min_words: int | None = option(None, "fewest words", optional(ge(1)), first=True)
+    min_words: int | None = option(None, "fewest words", optional(ge(1)))
     max_words: int | None = option(None, "most words", optional(ge(1)), first=True)
     drop_cut_off: bool = option(False, "drop captions that were cut off at the longest length")
     max_repetition: float | None = option(
@@ -142,7 +147,8 @@ class _Judged:
     def add_clip_scores(self, clip: ContrastiveCLIP, images: Images, config: FilterConfig) -> None:
         places = [place for place, text in enumerate(self.texts) if words(text)]
         names = [self.captions[place].image for place in places]
-        values = _clip_scores(clip, images, names, [self.texts[place] for place in places]) if places else ()
+        texts = [self.texts[place] for place in places]
+        values = _clip_scores(clip, images, names, texts, config.clip_prompt) if places else ()
         for place, value in zip(places, values):
             self.scores[place]["clip_score"] = float(value)
             if config.min_clip_score is not None and value < config.min_clip_score:
@@ -256,8 +262,9 @@ def _text_flags(caption: Candidate, text: str, scores: dict[str, float], config:
     return {name: reason for name, reason in found.items() if reason}
 
 
-def _clip_scores(clip: ContrastiveCLIP, images: Images, names: list[str], texts: list[str]) -> np.ndarray:
-    """CLIPScore of each text with the picture of its name (N,)."""
+def _clip_scores(clip: ContrastiveCLIP, images: Images, names: list[str], texts: list[str], prompt: str) -> np.ndarray:
+    """CLIPScore of each text with the picture of its name (N,). Raises `UserError` if CLIP would cut off most texts."""
+    require_room(clip, texts, prompt)
     place_of = {name: place for place, name in enumerate(sorted(set(names)))}
     pictures = image_features(clip, map(images, place_of))[[place_of[name] for name in names]]
-    return np.array(clip_score(mx.array(pictures), mx.array(text_features(clip, prompted(texts)))))
+    return np.array(clip_score(mx.array(pictures), mx.array(text_features(clip, [prompt + text for text in texts]))))

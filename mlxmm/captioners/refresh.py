@@ -19,7 +19,7 @@ from attrs.validators import ge, le
 from mlxmm.captioners.caption_writer import CaptionWriter, Sampling
 from mlxmm.captioners.job import Shard, hashes_of, journal_name, requests, write_captions
 from mlxmm.captioners.journal import Entry, Journal
-from mlxmm.data.pictures import RowPictures
+from mlxmm.data.pictures import pictures_of
 from mlxmm.data.sources.rows import Rows
 from mlxmm.storage.atomic import write_json
 from mlxmm.storage.pretrained import read_json
@@ -91,6 +91,7 @@ class CaptionRefresh:
     seed: int = attrs.field(default=0, kw_only=True)
     metrics: dict[str, float] = attrs.field(factory=dict, init=False)  # of the newest epoch, to be logged
     _thread: threading.Thread | None = attrs.field(default=None, init=False)
+    _hashes: dict[str, int] | None = attrs.field(default=None, init=False)
     _error: str = attrs.field(default="", init=False)  # why the newest version could not be written
 
     def __call__(self, epoch: int) -> Rows:
@@ -140,8 +141,8 @@ class CaptionRefresh:
         folder.mkdir(parents=True, exist_ok=True)
         journal = self._journal(version)
         try:
-            pictures = RowPictures(self.rows)
-            wanted = requests(hashes_of(pictures, Shard()), self.prompts, journal.written())
+            pictures = pictures_of(self.rows)
+            wanted = requests(self._hashes_of_rows(), self.prompts, journal.written())
             sampling = self._sampling_of(version)
             write_captions(pictures, wanted, self.prompts, self.writer, journal, sampling, lambda progress: None)
             kept = self._kept(list(journal.entries()))
@@ -161,9 +162,14 @@ class CaptionRefresh:
 
     def _rows_of(self, version: int) -> Rows:
         captions = read_json(self._folder_of(version) / COMPLETE)["captions"]
-        places = {digest: place for digest, place in hashes_of(RowPictures(self.rows), Shard()).items()}
+        places = self._hashes_of_rows()
         new = {places[digest]: texts for digest, texts in captions.items() if digest in places}
         return RecaptionedRows(self.rows, new, self.weight, self.seed, version)
+
+    def _hashes_of_rows(self) -> dict[str, int]:
+        if self._hashes is None:
+            self._hashes = hashes_of(pictures_of(self.rows), Shard())
+        return self._hashes
 
     def _newest(self) -> int:
         complete = [

@@ -1,6 +1,7 @@
 """Pictures alone, with or without captions, from any source: what a captioning job reads."""
 
 import hashlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from mlxmm.data.caption_source import CaptionDataConfig
-from mlxmm.data.sources.rows import Rows, split_tables
+from mlxmm.data.sources.rows import CaptionRows, Rows, split_tables
 from mlxmm.data.sources.shapes import ShapesGrammar
 from mlxmm.data.sources.tables import Columns, open_tables, reading_errors
 from mlxmm.errors import UserError
@@ -27,8 +28,11 @@ class Pictures(Protocol):
     def __getitem__(self, place: int) -> Image.Image:
         """The picture, RGB and upright. Raises `UndecodableImage`."""
 
+    def file(self, place: int) -> bytes:
+        """The bytes of the picture's file; of a drawn picture, of a PNG file. Empty if there is none."""
+
     def sha256(self, place: int) -> str:
-        """The SHA-256 of the picture's file, in hexadecimal; of a drawn picture, of its pixels."""
+        """The SHA-256 of `file`, in hexadecimal."""
 
     def name(self, place: int) -> str:
         """What a person finds the picture by."""
@@ -48,12 +52,15 @@ class TablePictures(Sequence):
     def __getitem__(self, place: int) -> Image.Image:
         return decode_image(self._cell(place))
 
-    def sha256(self, place: int) -> str:
+    def file(self, place: int) -> bytes:
         cell = self._cell(place) or {"bytes": b""}
-        if cell["bytes"] is not None:
-            return hashlib.sha256(cell["bytes"]).hexdigest()
+        if cell["bytes"] is not None or cell["path"] is None:
+            return cell["bytes"] or b""
         path = Path(cell["path"])
-        return hashlib.sha256(path.read_bytes() if path.exists() else str(path).encode()).hexdigest()
+        return path.read_bytes() if path.is_file() else b""
+
+    def sha256(self, place: int) -> str:
+        return hashlib.sha256(self.file(place) or self.name(place).encode()).hexdigest()
 
     def name(self, place: int) -> str:
         index = int(self.indices[place])
@@ -66,7 +73,7 @@ class TablePictures(Sequence):
 
 @attrs.frozen
 class RowPictures(Sequence):
-    """The pictures of rows, known by their pixels: of drawn scenes, which have no files."""
+    """The pictures of rows that have no files: of drawn scenes."""
 
     rows: Rows
 
@@ -76,11 +83,23 @@ class RowPictures(Sequence):
     def __getitem__(self, place: int) -> Image.Image:
         return self.rows[place]["image"]
 
+    def file(self, place: int) -> bytes:
+        buffer = io.BytesIO()
+        self[place].save(buffer, format="PNG")
+        return buffer.getvalue()
+
     def sha256(self, place: int) -> str:
-        return hashlib.sha256(self[place].tobytes()).hexdigest()
+        return hashlib.sha256(self.file(place)).hexdigest()
 
     def name(self, place: int) -> str:
         return self.rows.name(place)
+
+
+def pictures_of(rows: Rows) -> Pictures:
+    """The pictures of rows with captions."""
+    if isinstance(rows, CaptionRows):
+        return TablePictures(rows.table, rows.indices, rows.columns.image)
+    return RowPictures(rows)
 
 
 def open_pictures(config: CaptionDataConfig, seed: int, split: str) -> Pictures:

@@ -4,6 +4,7 @@ import attrs
 import mlx.core as mx
 import numpy as np
 import pytest
+import small_modules
 from PIL import Image, ImageDraw
 from small_clip import small_clip
 
@@ -218,3 +219,16 @@ def test_the_best_are_kept_and_verdicts_do_not_depend_on_the_order(scored):
 def test_no_captions_give_no_verdicts():
     config = FilterConfig(clip="small", keep_fraction=0.5, max_same_caption=1, min_words=1)
     assert apply_filters([], config) == ([], {"captions": 0, "kept": 0} | dict.fromkeys(filters_of(config), 0))
+
+
+def test_a_clip_that_cannot_read_the_captions_after_its_prompt_is_refused_and_without_the_prompt_it_reads_them():
+    clip = small_modules.small_clip()
+    captions = [
+        Candidate(image=str(number), prompt="short", text=text) for number, text in enumerate(small_modules.CAPTIONS)
+    ]
+    image = lambda name: Image.new("RGB", (16, 16), (int(name) * 60, 0, 0))
+    with pytest.raises(UserError, match="the CLIP reads 8 tokens"):
+        apply_filters(captions, FilterConfig(clip="here", min_clip_score=0.1), images=image, clip=clip)
+    config = FilterConfig(clip="here", clip_prompt="", keep_fraction=0.5)
+    verdicts, counts = apply_filters(captions, config, images=image, clip=clip)
+    assert counts["kept"] == len(captions) // 2 and all("clip_score" in verdict.scores for verdict in verdicts)

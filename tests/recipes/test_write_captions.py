@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from mlxmm.captioners.job import Shard
+from mlxmm.data.caption_source import CaptionDataConfig, open_source
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ["--captioner.model", "shapes", "--data.shapes.num-train", "400", "--captioner.batch-size", "4"]
@@ -149,6 +150,23 @@ def test_equal_pictures_are_captioned_once_and_a_broken_one_is_noted_with_its_re
     assert "cannot be decoded" in reason
 
 
+def test_captions_become_a_data_set_that_is_a_source_and_what_is_dropped_lies_beside_it(tmp_path):
+    folder = tmp_path / "run"
+    flags = [*SHAPES, "--captioner.lies", "0.3", "--include-images", "--filters.max-same-caption", "1"]
+    done = run(*flags, "--data.shapes.num-val", "16", "--run-dir", folder)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["dataset/captions"] + summary["dataset/dropped"] == summary["captions"] == 400
+    assert summary["filters/same_caption"] == summary["dataset/dropped"] > 0
+    source = open_source(CaptionDataConfig(source=str(folder / "dataset" / "default")), 0)
+    rows = [rows[place] for rows in source.rows.values() for place in range(len(rows))]
+    assert len(rows) == summary["dataset/pictures"] and all(row["image"].size == (32, 32) for row in rows)
+    by_picture = {row[0]: row[5] for row in table(folder / "captions-1-of-1.sqlite")}
+    assert {text for row in rows for text in row["captions"]} <= set(by_picture.values())
+    again = run("--run-dir", folder, "--resume", "last")
+    assert again.returncode == 0 and "0 of them to be written" in again.stdout
+
+
 def vars_of(config):
     import attrs
 
@@ -163,6 +181,10 @@ def vars_of(config):
         (["--captioner.model", "shapes", "--shard", "4/3"], "--shard 4/3"),
         (["--captioner.model", "shapes", "--split", "holiday"], "--split holiday"),
         (["--captioner.model", "/nowhere"], "/nowhere is not there"),
+        (["--captioner.model", "shapes", "--config-name", "data"], "cannot be called 'data'"),
+        (["--captioner.model", "shapes", "--filters.clip", "/nowhere"], "/nowhere is not there"),
+        (["--captioner.model", "shapes", "--push-to", "nowhere"], "'nowhere' is not a repository name"),
+        (["--captioner.model", "shapes", "--split", "all", "--filters.min-hash-distance", "4"], "name another --split"),
         (["--captioner.model", "shapes", "--data.source", "/nowhere.parquet"], "/nowhere.parquet"),
     ],
 )
