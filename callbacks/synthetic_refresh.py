@@ -1,4 +1,4 @@
-"""SyntheticRefresh: replaces the training rows by new synthetic ones during training."""
+"""SyntheticRefresh: replaces the training rows by new synthetic ones, or their captions, during training."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,8 @@ from mlxmm.training.callback import Callback
 class SyntheticRefresh(Callback):
     """Before every `every_n_epochs`-th epoch, replaces the training rows by `make_rows(epoch)`.
 
-    `make_rows` must be a function of the epoch: a resumed run calls it again for the same rows.
+    `make_rows` must give the same rows for an epoch when a resumed run calls it again: a function of the epoch, or a
+    `CaptionRefresh`, which writes new captions and keeps them. Its `metrics`, if it has any, are logged.
     """
 
     make_rows: Callable[[int], Sequence]
@@ -21,3 +22,5 @@ class SyntheticRefresh(Callback):
     def on_train_epoch_start(self, trainer, module):
         epoch = trainer.current_epoch - trainer.current_epoch % self.every_n_epochs
         trainer.datamodule.replace_rows("train", self.make_rows(epoch))
+        if metrics := getattr(self.make_rows, "metrics", None):
+            trainer.log(metrics)

@@ -86,6 +86,17 @@ def num_local_mpi_ranks() -> int:
     return int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1))
 
 
+def slurm_share() -> tuple[int, int] | None:
+    """This task's number, from 0, and how many there are: of a job array (SLURM_ARRAY_TASK_ID, _MIN, _COUNT), or of the
+    tasks of `srun` (SLURM_PROCID, SLURM_NTASKS); None outside of Slurm, and for a single task."""
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))
+        share = int(os.environ["SLURM_ARRAY_TASK_ID"]) - first, int(os.environ.get("SLURM_ARRAY_TASK_COUNT", 1))
+    else:
+        share = int(os.environ.get("SLURM_PROCID", 0)), int(os.environ.get("SLURM_NTASKS", 1))
+    return share if share[1] > 1 else None
+
+
 def quiet_transformers() -> None:
     """Keep transformers from remarking that torch is missing. It reads TRANSFORMERS_VERBOSITY when it is imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -16,7 +16,7 @@ LAYERS = [
     ("tools",),
     ("recipes", "mlxmm/__main__"),
     ("recipes/parts",),
-    ("callbacks",),
+    ("callbacks", "mlxmm/captioners"),
     ("mlxmm",),  # __init__.py alone: the public names
     ("mlxmm/evaluation",),
     ("mlxmm/modules",),
@@ -46,10 +46,14 @@ DOORS = {  # each outside package is imported by one file, or by one folder
     "sacrebleu": "mlxmm/evaluation/caption_metrics.py",
     "tensorboardX": "mlxmm/training/loggers.py",
     "huggingface_hub": "mlxmm/storage/hub.py",
+    "mlx_vlm": "mlxmm/captioners/mlx_vlm_child.py",
     "mlx_lm": "mlxmm/networks/language_model.py",
     "transformers": "mlxmm/preprocessing/tokenizers.py",
     "sklearn": "mlxmm/evaluation/linear_probe.py",
     "tqdm": "mlxmm/progress_bar.py",
+    "py3langid": "mlxmm/captioners/text_filters.py",
+    "rapidfuzz": "mlxmm/captioners/duplicates.py",
+    "imagehash": "mlxmm/captioners/duplicates.py",
 }
 SOURCES = {p.relative_to(ROOT): p for d in ("mlxmm", "callbacks", "recipes", "tools") for p in (ROOT / d).rglob("*.py")}
 del SOURCES[Path("mlxmm/export/mlx_vlm_llava.py")]  # copied into exported folders, for mlx-vlm: nothing here imports it

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("write-a-*.md")) + [ROOT / "README.md"]
+PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in page.read_text()] + [ROOT / "README.md"]
 
 
 def code_of(page: str, language: str = "python") -> str:

@@ -90,14 +90,14 @@ def shuffled(captions: list[str]) -> list[str]:
     return captions[half:] + captions[:half]
 
 
-def require_room(clip: ContrastiveCLIP, texts: Sequence[str]) -> None:
+def require_room(clip: ContrastiveCLIP, texts: Sequence[str], prompt: str = caption_metrics.CLIP_SCORE_PROMPT) -> None:
     """Raise `UserError` if CLIP would cut off most of `texts`: a small CLIP may read CLIPScore's prompt alone."""
     length = clip.config.text.max_position_embeddings
-    num_cut = sum(len(ids) > length for ids in clip.tokenizer(_prompted(texts))["input_ids"])
+    num_cut = sum(len(ids) > length for ids in clip.tokenizer([prompt + text for text in texts])["input_ids"])
     if num_cut > len(texts) / 2:
         raise UserError(
-            f"--clip reads {length} tokens: {num_cut} of {len(texts)} references do not fit after "
-            f"{caption_metrics.CLIP_SCORE_PROMPT!r}; name a CLIP with a longer context, or none"
+            f"the CLIP reads {length} tokens: {num_cut} of {len(texts)} texts do not fit after {prompt!r}; "
+            "name a CLIP with a longer context, or none"
         )
 
 
@@ -107,7 +107,7 @@ def clip_scores(
     """CLIPScore and RefCLIPScore of each caption, (N,) each, given features (N, E) of the images."""
     most = max(map(len, references))
     padded = [text for refs in references for text in [*refs, *[""] * (most - len(refs))]]
-    encode = lambda texts: mx.array(text_features(clip, _prompted(texts)))
+    encode = lambda texts: mx.array(text_features(clip, prompted(texts)))
     wanted = encode(padded).reshape(len(captions), most, -1)
     present = mx.arange(most) < mx.array([len(refs) for refs in references])[:, None]
     generated = encode(captions)
@@ -117,7 +117,8 @@ def clip_scores(
     }
 
 
-def _prompted(texts: Sequence[str]) -> list[str]:
+def prompted(texts: Sequence[str]) -> list[str]:
+    """The texts with CLIPScore's prompt before them."""
     return [caption_metrics.CLIP_SCORE_PROMPT + text for text in texts]
 
 

@@ -85,16 +85,26 @@ class CaptioningModule(Module):
         and caption that the module was trained with. Captions do not depend on how images are batched; a sampled
         caption depends on `seed` and on the index of its image. Raises `UserError` if the prompt is too long.
         """
+        return [self.text_of(row) for row in self.caption_tokens(images, prompt, **settings)]
+
+    def caption_tokens(
+        self, images: Sequence, prompt: str = "", *, indices: Sequence[int] | None = None, **settings
+    ) -> list[list[int]]:
+        """The tokens of each `caption`, without its end: fewer than `max_new_tokens` where it ended by itself.
+
+        `indices` number the images for sampling, in place of 0, 1, 2, ….
+        """
         config, rows = self._generation(settings, prompt), []
+        indices = range(len(images)) if indices is None else indices
         with evaluating(self), autocast(self, "32"):
             size = self._num_at_once(images[:1], prompt, config)
             for start in range(0, len(images), size):
                 chunk = images[start : start + size]
-                keys = sequence_keys(config.seed, start, start + len(chunk))
+                keys = sequence_keys(config.seed, indices[start : start + size])
                 prefix = self.prefix(self.features(self.processor(chunk)), prompt)
                 rows += generate(self.decoder, prefix, config, stop_id=self.stop_id, keys=keys)
         mx.clear_cache()  # its arrays have other shapes than those of training
-        return [self._text(row) for row in rows]
+        return rows
 
     def _num_at_once(self, images: Sequence, prompt: str, config: GenerationConfig) -> int:
         """How many images to caption together, by the cache that one of them needs."""
@@ -110,11 +120,11 @@ class CaptioningModule(Module):
             prefix = self.prefix(self.features(self.processor([image])), prompt)
             for token in stream(self.decoder, prefix, config, stop_id=self.stop_id):
                 tokens.append(token)
-                text = self._text(tokens)
+                text = self.text_of(tokens)
                 if not text.endswith("\ufffd"):  # a character of several tokens is incomplete
                     yield text[len(yielded) :]
                     yielded = text
-        yield self._text(tokens)[len(yielded) :]
+        yield self.text_of(tokens)[len(yielded) :]
 
     def _generation(self, settings: dict, prompt: str) -> GenerationConfig:
         config = GenerationConfig(**settings)
@@ -122,5 +132,6 @@ class CaptioningModule(Module):
             return config
         return attrs.evolve(config, max_new_tokens=self.max_new_tokens)
 
-    def _text(self, tokens: list[int]) -> str:
+    def text_of(self, tokens: list[int]) -> str:
+        """The caption that these tokens are."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()

@@ -3,7 +3,7 @@
 B sequences, K beams, L positions, D features, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import attrs
@@ -60,9 +60,9 @@ class GenerationConfig:
             raise UserError("top_k and top_p apply to sampling only: set temperature above 0, to 1.0 for example")
 
 
-def sequence_keys(seed: int, start: int, stop: int) -> mx.array:
-    """Random keys (stop - start, 2) of the sequences `start` to `stop`: each is a function of (seed, index)."""
-    return mx.array([[seed, number] for number in range(start, stop)], dtype=mx.uint32)
+def sequence_keys(seed: int, indices: Sequence[int]) -> mx.array:
+    """Random keys (B, 2) of the sequences with these indices: each is a function of (seed, index)."""
+    return mx.array([[seed, index] for index in indices], dtype=mx.uint32)
 
 
 def generate(
@@ -116,7 +116,7 @@ def _require_length(config: GenerationConfig) -> None:
 
 def _columns(network, prefix, config, stop_id, keys) -> Iterator[np.ndarray]:
     """Yield the next token of every row, (B,), until all have stopped; ignore tokens of a row after its stop."""
-    keys = sequence_keys(config.seed, 0, len(prefix)) if keys is None else keys
+    keys = sequence_keys(config.seed, range(len(prefix))) if keys is None else keys
     cache, generated = network.make_cache(num_positions(prefix, config)), None
     running = np.ones(len(prefix), dtype=bool)
     logits = network.logits(prefix, cache)

@@ -1,7 +1,7 @@
 """The Hugging Face Hub: download and upload models. This is the only file that imports `huggingface_hub`."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mlxmm.errors import UserError
@@ -41,7 +41,7 @@ def _found(path_or_id: str | Path, revision: str | None, fetch: Callable[[str, s
     try:
         return fetch(name, revision)
     except Exception as error:  # the client and the network raise a dozen kinds
-        raise UserError(f"{path_or_id} is neither a folder nor to be had from the Hub: {_line(error)}") from error
+        raise UserError(f"{path_or_id} is neither a folder nor to be had from the Hub: {one_line(error)}") from error
 
 
 def _snapshot(name: str, revision: str | None) -> Path:
@@ -81,7 +81,7 @@ def check_upload(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UserError(f"{repo_id!r} is not a repository name, user/name: {_line(error)}") from None
+        raise UserError(f"{repo_id!r} is not a repository name, user/name: {one_line(error)}") from None
     if repo_id.count("/") != 1:
         raise UserError(f"{repo_id!r} is not a repository name: it needs a user, user/name")
     if get_token() is None:
@@ -105,7 +105,61 @@ def upload(folder: Path, repo_id: str, *, public: bool = False) -> str:
         return api.create_commit(repo_id, added, commit_message="A captioner that mlxmm trained").commit_url
     except Exception as error:
         again = f"hf upload {repo_id} {folder} . {'' if public else '--private'}".strip()
-        raise UserError(f"not uploaded to {repo_id}: {_line(error)}; to try again: {again}") from error
+        raise UserError(f"not uploaded to {repo_id}: {one_line(error)}; to try again: {again}") from error
+
+
+def dataset_head(repo_id: str) -> str | None:
+    """The newest commit of the data set `repo_id`; None if there is no such repository, or the token cannot see it."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return HfApi().repo_info(repo_id, repo_type="dataset").sha
+    except RepositoryNotFoundError:
+        return None
+
+
+def create_dataset(repo_id: str, *, public: bool) -> None:
+    """Create the repository of a data set; one that exists keeps its visibility."""
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(repo_id, repo_type="dataset", private=not public, exist_ok=True)
+
+
+def dataset_files(repo_id: str, commit: str) -> list[str]:
+    """The paths of all files of a data set at a commit."""
+    from huggingface_hub import HfApi
+
+    return HfApi().list_repo_files(repo_id, repo_type="dataset", revision=commit)
+
+
+def download_dataset_file(repo_id: str, path: str, commit: str, folder: Path) -> Path:
+    """Download a file of a data set at a commit into `folder`."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(repo_id, path, repo_type="dataset", revision=commit, local_dir=folder))
+
+
+def commit_dataset(repo_id: str, files: Mapping[str, Path | bytes], message: str, *, parent: str) -> tuple[str, str]:
+    """Add `files`, by their paths there, to a data set in one commit upon the commit `parent`; return it and its URL.
+
+    The Hub refuses it with 412 if `parent` is not the newest commit.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    added = [CommitOperationAdd(path, str(file) if isinstance(file, Path) else file) for path, file in files.items()]
+    info = HfApi().create_commit(
+        repo_id, added, commit_message=message, repo_type="dataset", revision="main", parent_commit=parent
+    )
+    return info.oid, info.commit_url
+
+
+def token_rights() -> tuple[str, list[str]]:
+    """The role of the token ("read", "write", "fineGrained") and the names that it belongs to: user, organizations."""
+    from huggingface_hub import HfApi
+
+    found = HfApi().whoami()
+    return found["auth"]["accessToken"]["role"], [found["name"], *(one["name"] for one in found.get("orgs", ()))]
 
 
 def endpoint() -> str:
@@ -143,7 +197,7 @@ def require_answer(timeout: float) -> None:
     try:
         get_session().head(endpoint(), timeout=timeout)
     except Exception as error:  # the client has a dozen kinds
-        raise UserError(f"{endpoint()} does not answer: {_line(error)}") from None
+        raise UserError(f"{endpoint()} does not answer: {one_line(error)}") from None
 
 
 def card_metadata(**data) -> str:
@@ -153,7 +207,30 @@ def card_metadata(**data) -> str:
     return f"---\n{ModelCardData(**data)}\n---"
 
 
-def _line(error: Exception) -> str:
+def dataset_metadata(**data) -> str:
+    """The YAML block that a data set's card begins with, of fields of `huggingface_hub.DatasetCardData`."""
+    from huggingface_hub import DatasetCardData
+
+    return f"---\n{DatasetCardData(**data)}\n---"
+
+
+def card_configs(folder: Path) -> list[dict]:
+    """The configurations in the card of a data set's folder; empty if there is no card, or none in it."""
+    path = folder / "README.md"
+    return split_card(path.read_text())[0].get("configs") or [] if path.is_file() else []
+
+
+def split_card(text: str) -> tuple[dict, str]:
+    """The metadata of a card and what follows them; a text without metadata has none."""
+    from huggingface_hub import DatasetCard
+
+    if not text.startswith("---"):
+        return {}, text
+    card = DatasetCard(text, ignore_metadata_errors=True)
+    return card.data.to_dict(), card.text
+
+
+def one_line(error: Exception) -> str:
     """The message of `error` on one line, without the request ID."""
     lines = [re.sub(r"\(Request ID: .*?\)", "", line).strip() for line in str(error).splitlines()]
     return " ".join(line for line in lines if line) or type(error).__name__

@@ -20,7 +20,7 @@ from mlxmm.storage.atomic import remove_leftovers, write_json
 
 RUNS = Path("runs")
 LOGS = ("metrics.jsonl", "events.out.tfevents.*")
-RESULTS = ("samples.png", "captions.jsonl", "model", "summary.json")  # what the closing lines point to
+RESULTS = ("samples.png", "captions.jsonl", "model", "dataset", "summary.json")  # what the closing lines point to
 
 
 @attrs.frozen(kw_only=True)

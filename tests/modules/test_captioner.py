@@ -156,7 +156,7 @@ def prefix_of(module) -> mx.array:
 def test_a_batch_is_captioned_as_its_pictures_one_by_one(kind, way):
     module = lively(kind)
     prefix, config = prefix_of(module), GenerationConfig(max_new_tokens=8, **way)
-    keys = sequence_keys(config.seed, 0, 4)
+    keys = sequence_keys(config.seed, range(4))
     together = generate(module.decoder, prefix, config, stop_id=module.stop_id, keys=keys)
     for i in range(4):
         alone = generate(module.decoder, prefix[i : i + 1], config, stop_id=module.stop_id, keys=keys[i : i + 1])

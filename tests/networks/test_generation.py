@@ -90,7 +90,7 @@ ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @ways
 def test_a_batch_equals_its_rows_one_by_one(network, prefix, way):
     config = GenerationConfig(max_new_tokens=9, **way)
-    keys = sequence_keys(config.seed, 0, 5)
+    keys = sequence_keys(config.seed, range(5))
     together = generate(network, prefix, config, stop_id=STOP)
     alone = [generate(network, prefix[i : i + 1], config, stop_id=STOP, keys=keys[i : i + 1])[0] for i in range(5)]
     assert together == alone

@@ -140,7 +140,7 @@ def test_a_clip_whose_context_the_prompt_fills_is_refused(finished, cache, tmp_p
     (tower,) = cache.glob("tower-*")
     flags = ["--module", finished[0] / "checkpoints/last", "--clip", tower, "--data.shapes.num-test", 8]
     done = run("evaluate_captions", *flags, "--run-dir", tmp_path / "judged", cache=cache)
-    assert done.returncode == 2 and "references do not fit after 'A photo depicts '" in done.stderr
+    assert done.returncode == 2 and "texts do not fit after 'A photo depicts '" in done.stderr
     assert not (tmp_path / "judged").exists()
 
 

@@ -167,7 +167,7 @@ def open_rows(source: str, columns: Columns, *, revision: str | None, seed: int)
     """
     with reading_errors(source):
         tables = open_tables(source, columns, revision=revision)
-    parts = _split(tables, columns.split, seed)
+    parts = split_tables(tables, columns.split, seed)
     rows = {split: CaptionRows(table, indices, columns) for split, (table, indices) in parts.items()}
     check_splits(source, [split for split in rows if len(rows[split])], tables)
     return rows
@@ -183,7 +183,7 @@ def unlisted_pictures(folder: Path, rows: dict[str, CaptionRows]) -> list[Path]:
     return sorted(path for path in pictures if path.resolve() not in listed)
 
 
-def _split(tables: dict, split_column: str | None, seed: int) -> dict[str, tuple]:
+def split_tables(tables: dict, split_column: str | None, seed: int) -> dict[str, tuple]:
     """(table, indices) of each of our splits: by a column, by the source's own splits, or at random."""
     if split_column is None and len(tables) > 1:
         return {

@@ -9,7 +9,7 @@ import attrs
 
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import SUFFIXES
-from mlxmm.storage.hub import is_hub_id, split_revision
+from mlxmm.storage.hub import card_configs, is_hub_id, split_revision
 
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
 PACKED = (".parquet", ".zip", ".tar", ".gz")  # other files of a folder that may hold images
@@ -21,7 +21,7 @@ class Columns:
     """The names of a source's columns."""
 
     image: str
-    caption: str
+    caption: str | None  # None: captions are not read
     split: str | None
 
 
@@ -42,8 +42,8 @@ def open_tables(source: str, columns: Columns, *, streaming: bool = False, **opt
         if column is not None and column not in names:
             hint = f"; {FOLDER}" if Path(source).is_dir() else ""
             raise UserError(f"{source} has no column {column!r}; it has {', '.join(names)}{hint}")
-    kind = next(iter(tables.values())).features[columns.caption]
-    if not _holds_captions(kind):
+    kind = None if columns.caption is None else next(iter(tables.values())).features[columns.caption]
+    if kind is not None and not _holds_captions(kind):
         raise UserError(
             f"column {columns.caption!r} of {source} must hold a caption or a list of captions; it holds {kind}"
         )
@@ -67,6 +67,8 @@ def _load(source: str, *, revision: str | None, **options) -> dict:
     import datasets
 
     if Path(source).is_dir():
+        if files_by_split := _files_of_card(Path(source)):
+            return datasets.load_dataset("parquet", data_files=files_by_split, **options)
         files = {path.name for path in Path(source).rglob("*.parquet")} - {"metadata.parquet"}  # an image folder's own
         kind = "parquet" if files else "imagefolder"
         return datasets.load_dataset(kind, data_dir=source, **options)
@@ -76,6 +78,21 @@ def _load(source: str, *, revision: str | None, **options) -> dict:
         raise UserError(f"{source} is not there: neither a parquet file, a glob, a folder nor a Hub id")
     name, revision = split_revision(source, revision)
     return datasets.load_dataset(name, revision=revision, **options)
+
+
+def _files_of_card(folder: Path) -> dict[str, list[str]]:
+    """The parquet files of each split of the default configuration, as the folder's card names them; or nothing.
+
+    `datasets` reads cards itself, but finds what it cached of a folder by the folder's name, whatever is in it.
+    """
+    configs = card_configs(folder)
+    marked = [config for config in configs if config.get("default") or config.get("config_name") == "default"]
+    files = (marked or configs)[0].get("data_files") if configs else None
+    if not isinstance(files, list) or not all(isinstance(entry, dict) for entry in files):
+        return {}
+    found = {str(entry["split"]): sorted(map(str, folder.glob(str(entry["path"])))) for entry in files}
+    is_parquet = all(path.endswith(".parquet") for paths in found.values() for path in paths)
+    return found if is_parquet and all(found.values()) else {}
 
 
 @contextlib.contextmanager
@@ -120,3 +137,21 @@ def with_bytes(image: dict | None) -> dict | None:
 
     with xopen(image["path"], "rb") as file:
         return image | {"bytes": file.read()}
+
+
+def write_parquet(path: Path, rows: list[dict], columns: dict[str, str | list[str]]) -> None:
+    """Write `rows` to a parquet file. The types of `columns` are those of Arrow, or "image"; lists in brackets."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    features = datasets.Features({name: _feature(kind) for name, kind in columns.items()})
+    values = {name: [row[name] for row in rows] for name in columns}
+    datasets.Dataset.from_dict(values, features=features).to_parquet(path)
+
+
+def _feature(kind: str | list[str]):
+    import datasets
+
+    if isinstance(kind, list):
+        return [_feature(kind[0])]
+    return datasets.Image() if kind == "image" else datasets.Value(kind)

@@ -1,0 +1,86 @@
+"""What a captioning job is: who writes captions, of which pictures, by which prompts."""
+
+import attrs
+from attrs.validators import ge, gt, le
+
+from mlxmm.captioners.caption_writer import CaptionWriter, Sampling
+from mlxmm.captioners.grammar_writer import GrammarWriter
+from mlxmm.captioners.mlx_vlm_writer import MlxVlmConfig, MlxVlmWriter
+from mlxmm.captioners.own_writer import OwnWriter
+from mlxmm.captioners.records import Provenance
+from mlxmm.config import option, section
+from mlxmm.data.caption_source import CaptionDataConfig
+from mlxmm.data.sources.shapes import ShapesGrammar
+from mlxmm.errors import UserError
+from mlxmm.modules.loading import KINDS
+from mlxmm.storage.hub import settings_folder
+from mlxmm.storage.pretrained import read_config
+
+from .named_parts import check_parts
+
+GRAMMAR = "shapes"
+
+
+@attrs.frozen(kw_only=True)
+class CaptionerConfig:
+    """Who writes."""
+
+    model: str | None = option(
+        None,
+        "captioner: a checkpoint, folder or Hub id of ours, or of a vision-language model that mlx-vlm reads, as "
+        "Qwen/Qwen2.5-VL-3B-Instruct; `shapes`: the grammar of drawn pictures",
+        first=True,
+    )
+    batch_size: int = option(0, "most pictures that are captioned together; 0: 64, and 8 with mlx-vlm", ge(0))
+    max_pixels: int = option(602_112, "larger pictures are made smaller for mlx-vlm", ge(28 * 28))
+    timeout_seconds: float = option(600.0, "a batch of mlx-vlm, or loading it, that takes longer has failed", gt(0))
+    lies: float = option(0.0, "fraction of pictures that `shapes` writes a wrong caption for", ge(0), le(1))
+
+
+@attrs.frozen(kw_only=True, slots=False)  # recipes derive their Config from this and another
+class JobConfig:
+    """What all shards of a job have in common."""
+
+    data: CaptionDataConfig = section(CaptionDataConfig(), without=("batch_size", "random_crop", "caption_column"))
+    captioner: CaptionerConfig = section(CaptionerConfig())
+    sampling: Sampling = section(Sampling())
+    split: str = option("train", "split whose pictures get captions: train, val, test, or all", first=True)
+    prompts: tuple[str, ...] = option(("describe",), "ids of what is asked of each picture", first=True)
+    own_prompts: tuple[str, ...] = option((), "more prompts, each written id=text")
+
+
+def provenance(writer: CaptionWriter, sampling: Sampling) -> Provenance:
+    """What a data set says of the captions of `writer`."""
+    return Provenance(
+        captioner=writer.name,
+        captioner_revision=writer.revision,
+        quantization=getattr(writer, "quantization", None),
+        sampling=sampling,
+    )
+
+
+def check_captioner(config: CaptionerConfig) -> None:
+    """Raise `UserError`, before any picture is read, if the captioner cannot be what was named."""
+    if config.model is None:
+        raise UserError("--captioner.model is missing: name a captioner")
+    if config.model != GRAMMAR and is_ours(config.model):
+        check_parts(captioner=config.model)
+
+
+def is_ours(model: str) -> bool:
+    """Whether `model` is a captioner of ours, and not one for mlx-vlm. Raises `UserError` if it is not there."""
+    return read_config(settings_folder(model)).get("model_type") in KINDS
+
+
+def open_captioner(config: CaptionerConfig, data: CaptionDataConfig, seed: int, split: str) -> CaptionWriter:
+    """The writer that `config` names."""
+    if config.model != GRAMMAR and not is_ours(config.model):
+        sizes = {"batch_size": config.batch_size or 8, "max_pixels": config.max_pixels}
+        return MlxVlmWriter(MlxVlmConfig(model=config.model, timeout_seconds=config.timeout_seconds, **sizes))
+    batch_size = config.batch_size or 64
+    if config.model != GRAMMAR:
+        return OwnWriter.from_pretrained(config.model, batch_size)
+    if data.source != GRAMMAR:
+        raise UserError(f"--captioner.model shapes knows the pictures that it draws, not those of {data.source}")
+    rows = ShapesGrammar(data.shapes, seed).rows(seed)[split]
+    return GrammarWriter(rows, lies=config.lies, seed=seed, batch_size=batch_size)

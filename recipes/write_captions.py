@@ -1,0 +1,84 @@
+"""Write captions of pictures, into a journal that survives whatever happens.
+
+    python -m recipes.write_captions --captioner.model runs/align_qwen3/mine/checkpoints/best \\
+        --data.source FOLDER --split all
+    python -m recipes.write_captions --run-dir runs/write_captions/mine --resume last
+
+Stop it at any moment: with `--resume last` it goes on, and asks for no caption twice beyond the batch in hand. `--shard
+3/16` writes every sixteenth picture, so that many machines share the work; `recipes.merge_captions` joins the shards.
+"""
+
+import attrs
+
+from mlxmm.captioners.caption_writer import CaptionWriter
+from mlxmm.captioners.job import Progress, Shard, hashes_of, journal_name, requests, write_captions
+from mlxmm.captioners.journal import Journal
+from mlxmm.captioners.prompts import find_prompts
+from mlxmm.cli import run_recipe
+from mlxmm.config import Preset, option
+from mlxmm.data.pictures import open_pictures
+from mlxmm.progress_bar import progress_bar
+from mlxmm.storage.runs import Run, TrainingRunConfig, open_run
+
+from .parts.captioners import JobConfig, check_captioner, open_captioner, provenance
+from .parts.publishing import Captions, DatasetConfig, check_dataset, make_dataset
+
+
+@attrs.frozen(kw_only=True)
+class Config(TrainingRunConfig, JobConfig, DatasetConfig):
+    """Pictures, who writes, what is asked, and what becomes of it."""
+
+    shard: str | None = option(
+        None, "write the captions of this share of the pictures, as 3/16; none: Slurm's task, or all", first=True
+    )
+
+
+def main(config: Config) -> None:
+    prompts = find_prompts(config.prompts, config.own_prompts)
+    shard = Shard.own() if config.shard is None else Shard.parse(config.shard)
+    config = attrs.evolve(config, shard=str(shard))  # written down, for a resumed run and for merge_captions
+    with open_run(config, "write_captions") as run:
+        check_captioner(config.captioner)
+        check_dataset(config, config.split)
+        pictures = open_pictures(config.data, config.seed, config.split)
+        writer = open_captioner(config.captioner, config.data, config.seed, config.split)
+        try:
+            captions = write(config, run, pictures, prompts, shard, writer)
+        finally:
+            writer.close()
+        if shard == Shard():  # shards become a data set when they are merged
+            make_dataset(config, config, config.seed, captions, run)
+
+
+def write(config: Config, run: Run, pictures, prompts: dict, shard: Shard, writer: CaptionWriter) -> Captions:
+    """Write what is missing, and report what the journal holds at the end."""
+    path = run.folder / journal_name(shard)
+    journal = Journal(path, writer=writer.name, revision=writer.revision, sampling=config.sampling)
+    try:
+        hashes = hashes_of(pictures, shard)
+        wanted = requests(hashes, prompts, journal.written())
+        run.print(f"{len(hashes)} pictures, {len(hashes) * len(prompts)} captions, {len(wanted)} of them to be written")
+        progress = write_captions(pictures, wanted, prompts, writer, journal, config.sampling, shown(len(wanted)))
+        entries = list(journal.entries())
+    finally:
+        journal.close()
+    num_failed = sum(bool(entry.reason) for entry in entries)
+    run.report({"pictures": len(hashes), "captions": len(entries) - num_failed, "failed": num_failed})
+    run.report(progress.rates())
+    run.save()
+    return Captions(entries, pictures, hashes, provenance(writer, config.sampling))
+
+
+def shown(total: int):
+    """A bar of the captions that are written, with rates and the time that is left."""
+    bar = progress_bar("captions", total, "caption")
+
+    def update(progress: Progress) -> None:
+        bar.set_postfix({name: f"{value:.1f}" for name, value in progress.rates().items()}, refresh=False)
+        bar.update(progress.num_captions + progress.num_failed - bar.n)
+
+    return update
+
+
+if __name__ == "__main__":
+    run_recipe("write_captions", main, {"default": Preset("", Config())})

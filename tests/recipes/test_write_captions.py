@@ -1,0 +1,194 @@
+"""write_captions: killed at any moment and resumed, its table is that of a job never disturbed."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mlxmm.captioners.job import Shard
+from mlxmm.data.caption_source import CaptionDataConfig, open_source
+
+ROOT = Path(__file__).parents[2]
+SHAPES = ["--captioner.model", "shapes", "--data.shapes.num-train", "400", "--captioner.batch-size", "4"]
+
+
+def command(*flags):
+    return [sys.executable, "-m", "recipes.write_captions", *map(str, flags)]
+
+
+def run(*flags):
+    return subprocess.run(command(*flags), cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def table(path) -> list[tuple]:
+    """All captions in the order of their keys, without the time of writing."""
+    with sqlite3.connect(path) as connection:
+        rows = connection.execute("SELECT * FROM captions ORDER BY image, prompt").fetchall()
+    return [row[:-1] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("write") / "whole"
+    done = run(*SHAPES, "--prompts", "short", "alt", "--run-dir", folder)
+    assert done.returncode == 0, done.stderr
+    return table(folder / "captions-1-of-1.sqlite")
+
+
+def test_a_job_killed_at_random_moments_ends_as_one_never_disturbed(whole, tmp_path):
+    folder, rng, written = tmp_path / "killed", random.Random(0), [0]
+    flags = [*SHAPES, "--prompts", "short", "alt", "--run-dir", folder]
+    for _ in range(4):
+        child = subprocess.Popen(command(*flags), cwd=ROOT, stdout=subprocess.DEVNULL)
+        journal = folder / "captions-1-of-1.sqlite"
+        while not journal.exists() and child.poll() is None:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.6))
+        child.kill()
+        assert child.wait() in (-signal.SIGKILL, 0)
+        flags = ["--run-dir", folder, "--resume", "last"]
+        written.append(len(table(journal)) if journal.exists() else 0)
+    assert written == sorted(written)  # nothing that was written is lost
+    done = run(*flags)
+    assert done.returncode == 0, done.stderr
+    assert table(journal) == whole and len(whole) == 2 * len({row[0] for row in whole})
+    missing = int(done.stdout.split(" of them to be written")[0].split()[-1])
+    assert missing == len(whole) - written[-1]  # only what is missing is asked for
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folders = [tmp_path_factory.mktemp("shards") / str(number) for number in (1, 2)]
+    for number, folder in enumerate(folders, 1):
+        done = run(*SHAPES, "--prompts", "short", "alt", "--shard", f"{number}/2", "--run-dir", folder)
+        assert done.returncode == 0, done.stderr
+    return folders
+
+
+def merge(*flags):
+    program = [sys.executable, "-m", "recipes.merge_captions", *map(str, flags)]
+    return subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_two_shards_merged_are_the_whole(whole, shards, tmp_path):
+    done = merge(*shards, "--run-dir", tmp_path / "merged")
+    assert done.returncode == 0, done.stderr
+    assert table(tmp_path / "merged" / "captions-1-of-1.sqlite") == whole
+    summary = json.loads((tmp_path / "merged" / "summary.json").read_text())
+    assert summary["captions"] == len(whole)
+    assert all(table(folder / f"captions-{number}-of-2.sqlite") for number, folder in enumerate(shards, 1))
+
+
+def test_shards_that_are_missing_doubled_unfinished_or_of_another_job_are_refused(shards, tmp_path):
+    first, second = shards
+    other, unfinished = tmp_path / "other", tmp_path / "unfinished"
+    shutil.copytree(second, other)
+    values = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(values | {"prompts": ["short"]}))
+    shutil.copytree(second, unfinished)
+    with sqlite3.connect(unfinished / "captions-2-of-2.sqlite") as connection:
+        connection.execute("DELETE FROM captions WHERE prompt = 'alt'")
+    cases = {
+        (first,): "the shards 1/2 to 2/2 are wanted",
+        (first, first): "each once; these are 1/2, 1/2",
+        (first, other): "different settings",
+        (first, unfinished): "captions are missing",
+        (first, tmp_path): "config.json cannot be read",
+        (): "name the folders",
+    }
+    for number, (folders, line) in enumerate(cases.items()):
+        done = merge(*folders, "--run-dir", tmp_path / f"merged-{number}")
+        assert done.returncode == 2 and line in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "shard"),
+    [
+        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}, "3/4"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "2/2"),
+        ({"SLURM_NTASKS": "1"}, "1/1"),
+        ({}, "1/1"),
+    ],
+)
+def test_a_task_of_slurm_writes_its_shard(variables, shard, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert str(Shard.own()) == shard
+
+
+def test_equal_pictures_are_captioned_once_and_a_broken_one_is_noted_with_its_reason(tmp_path):
+    source = tmp_path / "pictures"
+    source.mkdir()
+    for name in ("one", "same"):
+        Image.new("RGB", (32, 32), "red").save(source / f"{name}.png")
+    (source / "broken.png").write_bytes(b"not a picture")
+    from small_modules import small_aligner
+
+    from mlxmm.networks.language_model import with_dtype
+
+    module = small_aligner()
+    module.vision_config = {"model_type": "clip_vision_model", **vars_of(module.vision.config)}
+    module.lm_config = with_dtype(module.lm_config, module.language_model)
+    module.save_pretrained(tmp_path / "captioner")
+    flags = ["--captioner.model", tmp_path / "captioner", "--data.source", source, "--split", "all"]
+    done = run(*flags, "--prompts", "none", "--run-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["pictures"], summary["captions"], summary["failed"]) == (2, 1, 1)
+    [reason] = [row[8] for row in table(tmp_path / "run" / "captions-1-of-1.sqlite") if row[8]]
+    assert "cannot be decoded" in reason
+
+
+def test_captions_become_a_data_set_that_is_a_source_and_what_is_dropped_lies_beside_it(tmp_path):
+    folder = tmp_path / "run"
+    flags = [*SHAPES, "--captioner.lies", "0.3", "--include-images", "--filters.max-same-caption", "1"]
+    done = run(*flags, "--data.shapes.num-val", "16", "--run-dir", folder)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["dataset/captions"] + summary["dataset/dropped"] == summary["captions"] == 400
+    assert summary["filters/same_caption"] == summary["dataset/dropped"] > 0
+    source = open_source(CaptionDataConfig(source=str(folder / "dataset" / "default")), 0)
+    rows = [rows[place] for rows in source.rows.values() for place in range(len(rows))]
+    assert len(rows) == summary["dataset/pictures"] and all(row["image"].size == (32, 32) for row in rows)
+    by_picture = {row[0]: row[5] for row in table(folder / "captions-1-of-1.sqlite")}
+    assert {text for row in rows for text in row["captions"]} <= set(by_picture.values())
+    again = run("--run-dir", folder, "--resume", "last")
+    assert again.returncode == 0 and "0 of them to be written" in again.stdout
+
+
+def vars_of(config):
+    import attrs
+
+    return attrs.asdict(config)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ([], "--captioner.model is missing"),
+        (["--captioner.model", "shapes", "--prompts", "nope"], "there is no prompt 'nope'"),
+        (["--captioner.model", "shapes", "--shard", "4/3"], "--shard 4/3"),
+        (["--captioner.model", "shapes", "--split", "holiday"], "--split holiday"),
+        (["--captioner.model", "/nowhere"], "/nowhere is not there"),
+        (["--captioner.model", "shapes", "--config-name", "data"], "cannot be called 'data'"),
+        (["--captioner.model", "shapes", "--filters.clip", "/nowhere"], "/nowhere is not there"),
+        (["--captioner.model", "shapes", "--push-to", "nowhere"], "'nowhere' is not a repository name"),
+        (["--captioner.model", "shapes", "--split", "all", "--filters.min-hash-distance", "4"], "name another --split"),
+        (["--captioner.model", "shapes", "--data.source", "/nowhere.parquet"], "/nowhere.parquet"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, line, tmp_path):
+    done = run(*flags, "--run-dir", tmp_path / "run")
+    assert done.returncode == 2 and line in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not (tmp_path / "run").exists()
