@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in page.read_text()] + [ROOT / "README.md"]
+PAGES = [
+    page for page in [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"] if "```python" in page.read_text()
+]
 
 
 def code_of(page: str, language: str = "python") -> str:
