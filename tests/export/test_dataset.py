@@ -160,7 +160,7 @@ def test_without_pictures_each_is_found_in_its_source_wherever_it_stands(tmp_pat
 
 
 def test_the_card_says_where_captions_come_from_and_what_was_dropped(tmp_path):
-    facts = CardFacts(counts={"refusal": 1, "min_words": 1}, licence="cc-by-4.0")
+    facts = CardFacts(counts={"captions": 5, "kept": 4, "refusal": 1, "min_words": 1}, licence="cc-by-4.0")
     pictures = records(Pictures(2), source="alice/pictures@main")
     write_dataset(tmp_path / "set", pictures, facts, include_images=True)
     card = (tmp_path / "set/README.md").read_text()
@@ -174,6 +174,8 @@ def test_the_card_says_where_captions_come_from_and_what_was_dropped(tmp_path):
     ]
     assert "| source | alice/pictures@main, split train, revision main: 2 pictures |" in card
     assert "Qwen/Qwen2.5-VL-3B-Instruct, revision abc, quantization none, prompt short, max_tokens 64, seed 0" in card
+    assert "| captions | 4 |\n| captions dropped | 1 |\n| captions stripped of boilerplate | 0 |\n" in card
+    assert "| captions it dropped |\n| --- | --- |\n| refusal | 1 |\n" in card and "| kept |" not in card
     assert "| refusal | 1 |" in card and "| min_words | 1 |" in card and "The pictures are included." in card
     assert "| caption 0 \\| of 0 | short | Qwen/Qwen2.5-VL-3B-Instruct |" in card
 
