@@ -49,6 +49,9 @@ class CaptionDataConfig(BatchConfig):
         first=True,
     )
     revision: str | None = option(None, "commit, tag or branch of a data set on the Hub, if its id names none")
+    config_name: str | None = option(
+        None, "configuration of a data set on the Hub, or of a folder with a card; none: its default"
+    )
     image_column: str = option("image", "column that holds the picture")
     caption_column: str = option("caption", "column that holds a caption or a list of captions")
     split_column: str | None = option(None, "column that says train, val or test; none: the source's own splits")
@@ -148,9 +151,10 @@ def open_source(config: CaptionDataConfig, seed: int) -> CaptionSource:
 def _open_splits(config: CaptionDataConfig, seed: int) -> tuple[dict[str, Rows], list[Path]]:
     """The rows of each split, and the pictures of a folder that its metadata do not name."""
     columns = Columns(image=config.image_column, caption=config.caption_column, split=config.split_column)
+    which = {"revision": config.revision, "config_name": config.config_name}
     if config.streaming:
-        return open_stream(config.source, columns, revision=config.revision, num_held_out=config.held_out), []
-    rows = open_rows(config.source, columns, revision=config.revision, seed=seed)
+        return open_stream(config.source, columns, num_held_out=config.held_out, **which), []
+    rows = open_rows(config.source, columns, seed=seed, **which)
     return rows, unlisted_pictures(Path(config.source), rows)
 
 

@@ -113,7 +113,7 @@ def open_pictures(config: CaptionDataConfig, seed: int, split: str) -> Pictures:
         raise UserError("pictures of a stream have no places: leave out --data.streaming")
     columns = Columns(image=config.image_column, caption=None, split=config.split_column)
     with reading_errors(config.source):
-        tables = open_tables(config.source, columns, revision=config.revision)
+        tables = open_tables(config.source, columns, revision=config.revision, config_name=config.config_name)
     if split == ALL:
         table = _only(tables, config.source)
         return TablePictures(table, np.arange(len(table)), columns.image)

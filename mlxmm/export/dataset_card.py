@@ -10,6 +10,7 @@ from mlxmm.storage.dataset_push import CONFIG_SECTION
 from mlxmm.storage.hub import dataset_metadata, is_hub_id, split_revision
 
 NUM_SAMPLES = 8
+TOTALS = ("captions", "kept", "stripped")  # counts of `apply_filters` that are of no filter
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B")
 CARD = """\
 {metadata}
@@ -27,6 +28,8 @@ prompt and sampling. Captions that a filter dropped are kept in a configuration 
 {provenance}
 
 ### Filters
+
+A caption may be dropped by several filters.
 
 | filter | captions it dropped |
 | --- | --- |
@@ -61,7 +64,7 @@ class CardFacts:
     title: str = "Synthetic captions"
     language: tuple[str, ...] = ("en",)  # ISO 639-1
     licence: str | None = None  # identifier on the Hub, as cc-by-4.0; None: not known
-    counts: Mapping[str, int] = attrs.field(factory=dict)  # by filter, how many captions it dropped
+    counts: Mapping[str, int] = attrs.field(factory=dict)  # of `apply_filters`: how many captions each dropped
 
 
 @attrs.define
@@ -71,6 +74,7 @@ class Tally:
     num_pictures: int = 0
     num_captions: int = 0
     num_dropped: int = 0
+    num_stripped: int = 0
     sources: Counter = attrs.field(factory=Counter)  # facts of pictures, and of captions below
     writers: Counter = attrs.field(factory=Counter)
     samples: list[tuple[str, str, str, str]] = attrs.field(factory=list)
@@ -80,6 +84,7 @@ class Tally:
         kept = [caption.values() for caption in picture.captions if not caption.flags]
         self.num_dropped += len(picture.captions) - len(kept)
         self.num_captions += len(kept)
+        self.num_stripped += sum(bool(one["stripped"]) for one in kept)
         if not kept:
             return
         self.num_pictures += 1
@@ -111,7 +116,7 @@ def dataset_card(tally: Tally, facts: CardFacts, splits: Mapping[str, list[str]]
         config=config,
         pictures=INCLUDED if include_images else JOIN.format(config=config, split=split),
         provenance=_rows(_provenance(tally)),
-        counts=_rows(facts.counts.items() if facts.counts else [("all", tally.num_dropped)]),
+        counts=_rows((name, count) for name, count in facts.counts.items() if name not in TOTALS),
         samples=_rows(tally.samples),
     )
 
@@ -150,6 +155,7 @@ def size_category(num_rows: int) -> str:
 def _provenance(tally: Tally) -> list[tuple]:
     rows: list[tuple] = [("pictures", tally.num_pictures), ("captions", tally.num_captions)]
     rows.append(("captions dropped", tally.num_dropped))
+    rows.append(("captions stripped of boilerplate", tally.num_stripped))
     for (source, split, revision), count in sorted(tally.sources.items(), key=str):
         rows.append(("source", f"{source}, split {split}, revision {revision or 'not known'}: {count} pictures"))
     for (captioner, revision, quantization, prompt, sampling), count in sorted(tally.writers.items(), key=str):

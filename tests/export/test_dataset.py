@@ -160,7 +160,7 @@ def test_without_pictures_each_is_found_in_its_source_wherever_it_stands(tmp_pat
 
 
 def test_the_card_says_where_captions_come_from_and_what_was_dropped(tmp_path):
-    facts = CardFacts(counts={"refusal": 1, "min_words": 1}, licence="cc-by-4.0")
+    facts = CardFacts(counts={"captions": 5, "kept": 4, "refusal": 1, "min_words": 1}, licence="cc-by-4.0")
     pictures = records(Pictures(2), source="alice/pictures@main")
     write_dataset(tmp_path / "set", pictures, facts, include_images=True)
     card = (tmp_path / "set/README.md").read_text()
@@ -174,6 +174,8 @@ def test_the_card_says_where_captions_come_from_and_what_was_dropped(tmp_path):
     ]
     assert "| source | alice/pictures@main, split train, revision main: 2 pictures |" in card
     assert "Qwen/Qwen2.5-VL-3B-Instruct, revision abc, quantization none, prompt short, max_tokens 64, seed 0" in card
+    assert "| captions | 4 |\n| captions dropped | 1 |\n| captions stripped of boilerplate | 0 |\n" in card
+    assert "| captions it dropped |\n| --- | --- |\n| refusal | 1 |\n" in card and "| kept |" not in card
     assert "| refusal | 1 |" in card and "| min_words | 1 |" in card and "The pictures are included." in card
     assert "| caption 0 \\| of 0 | short | Qwen/Qwen2.5-VL-3B-Instruct |" in card
 
@@ -245,3 +247,20 @@ def test_a_card_that_names_no_files_changes_nothing(tmp_path, configs):
     (tmp_path / "set/default/train-00000-of-00001.parquet").rename(tmp_path / "other/train.parquet")
     (tmp_path / "other/README.md").write_text(f"---\n{configs}---\n" if configs else "no metadata")
     assert len(open_source(CaptionDataConfig(source=str(tmp_path / "other")), seed=0).rows["train"]) == 18
+
+
+def test_a_folder_with_several_configurations_gives_the_one_that_is_named(tmp_path):
+    from mlxmm.storage.dataset_push import merge_cards
+
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder, name, seed in ((old, "default", 0), (new, "refresh-2", 1)):
+        write_dataset(folder, records(Pictures(20, seed)), CardFacts(), include_images=True, config_name=name)
+    (new / "refresh-2").rename(old / "refresh-2")
+    (old / "README.md").write_text(merge_cards((old / "README.md").read_text(), (new / "README.md").read_text()))
+    for name, seed in ((None, 0), ("default", 0), ("refresh-2", 1)):
+        rows = open_source(CaptionDataConfig(source=str(old), config_name=name), seed=0).rows["test"]
+        assert rows[0]["image"].tobytes() in [image.tobytes() for image in Pictures(20, seed)]
+    with pytest.raises(UserError, match="has no configuration 'x'; it has default, dropped, refresh-2, refresh-2-dro"):
+        open_source(CaptionDataConfig(source=str(old), config_name="x"), seed=0)
+    with pytest.raises(UserError, match="parquet has no configuration 'x': it has no card that names parquet files"):
+        open_source(CaptionDataConfig(source=f"{old}/default/*.parquet", config_name="x"), seed=0)

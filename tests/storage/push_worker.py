@@ -16,8 +16,8 @@ from mlxmm.storage import dataset_push
 dataset_push.WAITS = (0.01,) * 5  # seconds
 
 
-def captions(source: str) -> dict:
-    rows = open_source(CaptionDataConfig(source=source), seed=0).rows
+def captions(**settings) -> dict:
+    rows = open_source(CaptionDataConfig(**settings), seed=0).rows
     return {split: [[row["image"].size, row["captions"]] for row in part] for split, part in rows.items()}
 
 

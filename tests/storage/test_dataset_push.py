@@ -93,7 +93,7 @@ def push(hub, tmp_path_factory):
         print(json.dumps(job), file=worker.stdin, flush=True)
         return json.loads(worker.stdout.readline())
 
-    ask.read = lambda source: answer({"read": {"source": source}, "token": "hf_write"})
+    ask.read = lambda source, **settings: answer({"read": {"source": source} | settings, "token": "hf_write"})
     yield ask
     worker.stdin.close()
     assert worker.wait(timeout=20) == 0
@@ -247,10 +247,13 @@ def captioned(folder, word, name="default"):
 def test_what_was_pushed_is_a_source_like_any_other(hub, push, tmp_path):
     assert "url" in push(captioned(tmp_path / "one", "old"), "alice/read")
     assert "url" in push(captioned(tmp_path / "two", "new", "refresh-2"), "alice/read", "refresh-2")
-    rows = push.read("alice/read")
-    assert {split: len(part) for split, part in rows.items()} == {"train": 36, "val": 2, "test": 2}
-    found = sorted(row for part in rows.values() for row in part)
-    assert found == [[[8, 9 + i], [f"old {i}"]] for i in range(40)]
+    for settings, word in (({}, "old"), ({"config_name": "refresh-2"}, "new")):
+        rows = push.read("alice/read", **settings)
+        assert {split: len(part) for split, part in rows.items()} == {"train": 36, "val": 2, "test": 2}
+        found = sorted(row for part in rows.values() for row in part)
+        assert found == [[[8, 9 + i], [f"{word} {i}"]] for i in range(40)]
+    error = push.read("alice/read", config_name="refresh-9")["error"]
+    assert error.startswith("alice/read cannot be read: ") and "refresh-9" in error
 
 
 def test_a_refresh_of_somebody_else_at_the_same_moment_is_kept(hub, push, tmp_path):

@@ -159,14 +159,16 @@ def _identity(image: dict | None) -> bytes:
     return f"{image['path']}:{stat.st_size}:{stat.st_mtime_ns}\n".encode()
 
 
-def open_rows(source: str, columns: Columns, *, revision: str | None, seed: int) -> dict[str, CaptionRows]:
+def open_rows(
+    source: str, columns: Columns, *, revision: str | None, seed: int, config_name: str | None = None
+) -> dict[str, CaptionRows]:
     """The rows of `source`, by split: "train", "val", "test".
 
     `source` is a parquet file or glob, a folder of images with metadata.jsonl or .csv, or a data set on the Hub.
     Raises `UserError` if it, a column or a split does not exist.
     """
     with reading_errors(source):
-        tables = open_tables(source, columns, revision=revision)
+        tables = open_tables(source, columns, revision=revision, config_name=config_name)
     parts = split_tables(tables, columns.split, seed)
     rows = {split: CaptionRows(table, indices, columns) for split, (table, indices) in parts.items()}
     check_splits(source, [split for split in rows if len(rows[split])], tables)

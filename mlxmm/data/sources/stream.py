@@ -73,13 +73,15 @@ class UnusableRow(Exception):
     """A row that training skips; the message says why."""
 
 
-def open_stream(source: str, columns: Columns, *, revision: str | None, num_held_out: int) -> dict:
+def open_stream(
+    source: str, columns: Columns, *, revision: str | None, num_held_out: int, config_name: str | None = None
+) -> dict:
     """`StreamRows` of `source` for "train"; for "val" and "test" their first `num_held_out` rows, in memory.
 
     Raises `UserError` as `open_rows` does, and if `source` has neither splits nor a split column.
     """
     with reading_errors(source):
-        tables = open_tables(source, columns, revision=revision, streaming=True)
+        tables = open_tables(source, columns, revision=revision, config_name=config_name, streaming=True)
         if columns.split is None and len(tables) == 1:
             raise UserError(f"a stream cannot be split at random: {source} needs --data.split-column, or own splits")
         most = {"train": 1, "val": num_held_out, "test": num_held_out}

@@ -63,31 +63,44 @@ def _has_files(folder: Path, suffixes: Sequence[str]) -> bool:
     return any(path.suffix.lower() in suffixes for path in folder.rglob("*"))
 
 
-def _load(source: str, *, revision: str | None, **options) -> dict:
+def _load(source: str, *, revision: str | None, config_name: str | None = None, **options) -> dict:
     import datasets
 
     if Path(source).is_dir():
-        if files_by_split := _files_of_card(Path(source)):
+        if files_by_split := _files_of_card(Path(source), config_name):
             return datasets.load_dataset("parquet", data_files=files_by_split, **options)
+        _check_no_config(source, config_name)
         files = {path.name for path in Path(source).rglob("*.parquet")} - {"metadata.parquet"}  # an image folder's own
         kind = "parquet" if files else "imagefolder"
         return datasets.load_dataset(kind, data_dir=source, **options)
     if files := sorted(glob.glob(source)):
+        _check_no_config(source, config_name)
         return datasets.load_dataset("parquet", data_files=files, **options)
     if source.endswith(".parquet") or not is_hub_id(source):
         raise UserError(f"{source} is not there: neither a parquet file, a glob, a folder nor a Hub id")
     name, revision = split_revision(source, revision)
-    return datasets.load_dataset(name, revision=revision, **options)
+    return datasets.load_dataset(name, name=config_name, revision=revision, **options)
 
 
-def _files_of_card(folder: Path) -> dict[str, list[str]]:
-    """The parquet files of each split of the default configuration, as the folder's card names them; or nothing.
+def _check_no_config(source: str, config_name: str | None) -> None:
+    if config_name is not None:
+        raise UserError(f"{source} has no configuration {config_name!r}: it has no card that names parquet files")
+
+
+def _files_of_card(folder: Path, config_name: str | None) -> dict[str, list[str]]:
+    """The parquet files of each split of a configuration (or of the default one), as the folder's card names them.
+
+    Empty if there is no card, or if it names other files. Raises `UserError` if there is no such configuration.
 
     `datasets` reads cards itself, but finds what it cached of a folder by the folder's name, whatever is in it.
     """
     configs = card_configs(folder)
-    marked = [config for config in configs if config.get("default") or config.get("config_name") == "default"]
-    files = (marked or configs)[0].get("data_files") if configs else None
+    names = [config.get("config_name") for config in configs]
+    if configs and config_name is not None and config_name not in names:
+        raise UserError(f"{folder} has no configuration {config_name!r}; it has {', '.join(map(str, names))}")
+    is_wanted = lambda config: config.get("config_name") == (config_name or "default")
+    is_default = lambda config: config_name is None and config.get("default")
+    files = next((c.get("data_files") for c in configs if is_wanted(c) or is_default(c)), None)
     if not isinstance(files, list) or not all(isinstance(entry, dict) for entry in files):
         return {}
     found = {str(entry["split"]): sorted(map(str, folder.glob(str(entry["path"])))) for entry in files}
