@@ -60,6 +60,11 @@ def num_local_mpi_ranks() -> int:
     return int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1))
 
 
+def openai_api_key() -> str | None:
+    """The key for OpenAI-compatible servers that ask for one: OPENAI_API_KEY. It is never printed or written."""
+    return os.environ.get("OPENAI_API_KEY") or None
+
+
 def quiet_transformers() -> None:
     """Keep transformers from remarking that torch is missing. It reads TRANSFORMERS_VERBOSITY when it is imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
