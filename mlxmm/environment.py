@@ -97,6 +97,11 @@ def slurm_share() -> tuple[int, int] | None:
     return share if share[1] > 1 else None
 
 
+def openai_api_key() -> str | None:
+    """The key for OpenAI-compatible servers that ask for one: OPENAI_API_KEY. It is never printed or written."""
+    return os.environ.get("OPENAI_API_KEY") or None
+
+
 def quiet_transformers() -> None:
     """Keep transformers from remarking that torch is missing. It reads TRANSFORMERS_VERBOSITY when it is imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -47,6 +47,7 @@ DOORS = {  # each outside package is imported by one file, or by one folder
     "tensorboardX": "mlxmm/training/loggers.py",
     "huggingface_hub": "mlxmm/storage/hub.py",
     "mlx_vlm": "mlxmm/captioners/mlx_vlm_child.py",
+    "openai": "mlxmm/captioners/chat_server.py",
     "mlx_lm": "mlxmm/networks/language_model.py",
     "transformers": "mlxmm/preprocessing/tokenizers.py",
     "sklearn": "mlxmm/evaluation/linear_probe.py",

@@ -71,11 +71,17 @@ def save_tiny_qwen_vl(folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    _save_weights(folder, config)
+    _save_weights(folder, config, [_can_be_written(tokenizer, token) for token in range(len(tokenizer))])
     return folder
 
 
-def _save_weights(folder: Path, config: dict) -> None:
+def _can_be_written(tokenizer, token: int) -> bool:
+    """Whether a token is letters, or ends the caption: of other bytes, readers make different text."""
+    text = tokenizer.decode([token])
+    return text == "<|im_end|>" or (text.isascii() and text.isprintable() and text not in tokenizer.all_special_tokens)
+
+
+def _save_weights(folder: Path, config: dict, written: list[bool]) -> None:
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_vlm.models.qwen2_5_vl import Model, ModelConfig, TextConfig
@@ -83,10 +89,12 @@ def _save_weights(folder: Path, config: dict) -> None:
 
     settings = ModelConfig.from_dict(config)
     settings.text_config, settings.vision_config = TextConfig.from_dict(config), Vision.from_dict(VISION)
-    mx.random.seed(3)
+    mx.random.seed(5)
     # Weights this large give each picture a caption of its own.
     weights = {
         name: mx.random.normal(array.shape) * (0.6 if array.ndim > 1 else 0.0) + (1.0 if array.ndim == 1 else 0.0)
         for name, array in tree_flatten(Model(settings).parameters())
     }
+    # The embeddings are also the output layer: a token of zeros is never the most likely one.
+    weights["language_model.model.embed_tokens.weight"] *= mx.array(written)[:, None]
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
