@@ -29,7 +29,7 @@ Images = Callable[[str], Image.Image]  # the picture with this SHA-256
 class FilterConfig:
     """What captions must pass; without settings, all that hold a word do."""
 
-    clip: str | None = option(None, "CLIP of the filters by CLIPScore: a folder or a Hub id", first=True)
+    clip: str | None = option(None, "CLIP of the filters by CLIPScore: a folder or a Hub id")
     clip_prompt: str = option(
         CLIP_SCORE_PROMPT,
         "text before each caption, for CLIP: CLIPScore's; none for a CLIP of such captions alone",

@@ -104,9 +104,10 @@ def write_captions(
     A picture that cannot be decoded, or that the writer fails on, is noted in the journal with its reason. Raises
     `UserError` where the writer gives up: what was written stays.
     """
-    progress = Progress()
-    for start in range(0, len(wanted), writer.batch_size):
-        batch = wanted[start : start + writer.batch_size]
+    progress, start = Progress(), 0
+    while start < len(wanted):
+        batch = wanted[start : start + writer.batch_size]  # which a writer makes smaller when memory runs out
+        start += len(batch)
         images, readable = _decoded(pictures, batch, journal, progress)
         if readable:
             _write(writer, images, readable, prompts, journal, sampling, progress)

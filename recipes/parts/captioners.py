@@ -8,6 +8,7 @@ from mlxmm.captioners.grammar_writer import GrammarWriter
 from mlxmm.captioners.mlx_vlm_writer import MlxVlmConfig, MlxVlmWriter
 from mlxmm.captioners.own_writer import OwnWriter
 from mlxmm.captioners.records import Provenance
+from mlxmm.captioners.server_writer import ServerConfig, ServerWriter
 from mlxmm.config import option, section
 from mlxmm.data.caption_source import CaptionDataConfig
 from mlxmm.data.sources.shapes import ShapesGrammar
@@ -31,9 +32,15 @@ class CaptionerConfig:
         "Qwen/Qwen2.5-VL-3B-Instruct; `shapes`: the grammar of drawn pictures",
         first=True,
     )
+    url: tuple[str, ...] = option(
+        (), "OpenAI-compatible servers that write instead, as http://localhost:1234/v1; `model` is theirs", first=True
+    )
+    concurrency: int = option(4, "requests at once to each server", ge(1))
     batch_size: int = option(0, "most pictures that are captioned together; 0: 64, and 8 with mlx-vlm", ge(0))
-    max_pixels: int = option(602_112, "larger pictures are made smaller for mlx-vlm", ge(28 * 28))
-    timeout_seconds: float = option(600.0, "a batch of mlx-vlm, or loading it, that takes longer has failed", gt(0))
+    max_pixels: int = option(602_112, "larger pictures are made smaller, for mlx-vlm and servers", ge(28 * 28))
+    timeout_seconds: float = option(
+        600.0, "a batch of mlx-vlm, loading it, or a request to a server, that takes longer has failed", gt(0)
+    )
     lies: float = option(0.0, "fraction of pictures that `shapes` writes a wrong caption for", ge(0), le(1))
 
 
@@ -63,7 +70,7 @@ def check_captioner(config: CaptionerConfig) -> None:
     """Raise `UserError`, before any picture is read, if the captioner cannot be what was named."""
     if config.model is None:
         raise UserError("--captioner.model is missing: name a captioner")
-    if config.model != GRAMMAR and is_ours(config.model):
+    if not config.url and config.model != GRAMMAR and is_ours(config.model):
         check_parts(captioner=config.model)
 
 
@@ -74,6 +81,9 @@ def is_ours(model: str) -> bool:
 
 def open_captioner(config: CaptionerConfig, data: CaptionDataConfig, seed: int, split: str) -> CaptionWriter:
     """The writer that `config` names."""
+    if config.url:
+        shared = {"max_pixels": config.max_pixels, "timeout_seconds": config.timeout_seconds}
+        return ServerWriter(ServerConfig(urls=config.url, model=config.model, concurrency=config.concurrency, **shared))
     if config.model != GRAMMAR and not is_ours(config.model):
         sizes = {"batch_size": config.batch_size or 8, "max_pixels": config.max_pixels}
         return MlxVlmWriter(MlxVlmConfig(model=config.model, timeout_seconds=config.timeout_seconds, **sizes))
