@@ -14,13 +14,16 @@ READY := .venv/ready$(BACKEND:%=-%)
 # Threads of a BLAS that wait for each other on a busy machine cost more than they give in small tests.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test lint chaos bench real prove resolve clean
+.PHONY: demo test test-slow lint chaos bench real prove resolve clean
 
 demo: $(READY)
 	$(BIN)/python -m recipes.align_qwen3
 
 test: $(READY)
 	$(TEST_ENV) $(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow
 
 chaos: $(READY)
 	$(BIN)/python tools/chaos.py --kills 5

@@ -19,6 +19,7 @@ from tools.prove_training import GIB, verdicts
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_all_that_is_tried_here_holds(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MLXMM_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "tools.prove", "--quick"]

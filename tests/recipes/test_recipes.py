@@ -92,6 +92,7 @@ def test_a_run_cut_short_and_resumed_ends_as_the_whole_one(finished, cache, tmp_
     assert json.loads((folder / "checkpoints/last/state.json").read_text())["global_step"] == 8
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_captions_keeps_its_summary_and_resumed_ends_as_the_whole_one(tmp_path):
     cache = tmp_path / "cache"
     flags = [*TINY, "--data.shapes.num-test", 300, "--run-dir"]
