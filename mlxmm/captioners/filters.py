@@ -155,11 +155,13 @@ class _Judged:
                 self.flags[place]["clip_score"] = f"CLIPScore {value:.3f}, below {config.min_clip_score}"
 
     def judge_pictures(self, images: Images, evaluation_images: Iterable, least: int) -> None:
-        names = sorted({caption.image for caption in self.captions})
+        names = sorted({caption.image for caption, text in zip(self.captions, self.texts) if words(text)})
         hashes = duplicates.perceptual_hashes(map(images, names))
         distances = duplicates.nearest_distances(hashes, duplicates.perceptual_hashes(evaluation_images))
         found = dict(zip(names, distances.tolist()))
         for caption, flags, scores in zip(self.captions, self.flags, self.scores):
+            if caption.image not in found:  # without a caption: perhaps no picture that can be decoded
+                continue
             scores["hash_distance"] = found[caption.image]
             if found[caption.image] < least:
                 flags["evaluation_picture"] = f"{found[caption.image]} bits from an evaluation picture"

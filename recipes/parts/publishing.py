@@ -1,12 +1,13 @@
 """From a journal of captions to a data set, filtered, in the folder of a run and on the Hub."""
 
+import contextlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 from PIL import Image
 
-from mlxmm.captioners.filters import FilterConfig, apply_filters
+from mlxmm.captioners.filters import FilterConfig, apply_filters, check_filters
 from mlxmm.captioners.journal import Entry
 from mlxmm.captioners.prompts import first_sentence
 from mlxmm.captioners.records import Provenance, candidates, caption_records
@@ -18,14 +19,13 @@ from mlxmm.errors import UserError
 from mlxmm.export.dataset import PictureRecord, check_config_name, write_dataset
 from mlxmm.export.dataset_card import CardFacts
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
+from mlxmm.preprocessing.images import UndecodableImage
 from mlxmm.storage.dataset_push import push_dataset
 from mlxmm.storage.hub import check_upload
 from mlxmm.storage.runs import Run
 
 from .captioners import JobConfig
 from .named_parts import check_parts
-
-TOTALS = ("captions", "kept", "stripped")  # among the counts of `apply_filters`, which are otherwise by filter
 
 
 @attrs.frozen(kw_only=True, slots=False)  # recipes derive their Config from this and another
@@ -46,6 +46,7 @@ def check_dataset(config: DatasetConfig, split: str) -> None:
     """Raise `UserError`, before anything is written, where the settings cannot be met."""
     if config.filters.min_hash_distance is not None and split == ALL:
         raise UserError("--filters.min-hash-distance compares with val and test: name another --split")
+    check_filters(config.filters)
     check_config_name(config.config_name)
     check_parts(clip=config.filters.clip)
     if config.push_to and collectives.rank() == 0:
@@ -68,9 +69,8 @@ def make_dataset(config: DatasetConfig, job: JobConfig, seed: int, captions: Cap
     records = caption_records(captions.entries, verdicts, captions.provenance)
     folder = run.folder / "dataset"
     shutil.rmtree(folder, ignore_errors=True)  # of this run, before it was resumed
-    dropped = {name: number for name, number in counts.items() if name not in TOTALS}
-    facts = CardFacts(language=(config.language,), licence=config.licence, counts=dropped)
-    rows = (_picture(job, captions, sha256, own) for sha256, own in records.items())
+    facts = CardFacts(language=(config.language,), licence=config.licence, counts=counts)
+    rows = (_picture(config, job, captions, sha256, own) for sha256, own in records.items())
     named = {"include_images": config.include_images, "config_name": config.config_name}
     sizes = write_dataset(folder, rows, facts, **named)
     run.report({f"dataset/{name}": number for name, number in sizes.items()})
@@ -98,10 +98,13 @@ def _held_out(data: CaptionDataConfig, seed: int, filters: FilterConfig) -> Iter
     if filters.min_hash_distance is None:
         return
     for split in ("val", "test"):
-        yield from open_pictures(data, seed, split)
+        pictures = open_pictures(data, seed, split)
+        for place in range(len(pictures)):
+            with contextlib.suppress(UndecodableImage):
+                yield pictures[place]
 
 
-def _picture(job: JobConfig, captions: Captions, sha256: str, own: Sequence) -> PictureRecord:
+def _picture(config: DatasetConfig, job: JobConfig, captions: Captions, sha256: str, own: Sequence) -> PictureRecord:
     place, is_read = captions.places[sha256], any(not caption.flags for caption in own)
     width, height = captions.pictures[place].size if is_read else (0, 0)
     return PictureRecord(
@@ -113,5 +116,5 @@ def _picture(job: JobConfig, captions: Captions, sha256: str, own: Sequence) -> 
         source_revision=job.data.revision,
         row_id=captions.pictures.name(place),
         captions=own,
-        image=captions.pictures.file(place),
+        image=captions.pictures.file(place) if config.include_images else None,
     )

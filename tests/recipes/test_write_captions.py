@@ -14,8 +14,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mlxmm.captioners.job import Shard
+from mlxmm.captioners.caption_writer import Sampling
+from mlxmm.captioners.filters import FilterConfig
+from mlxmm.captioners.job import Shard, hashes_of
+from mlxmm.captioners.journal import Entry
+from mlxmm.captioners.records import Provenance
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
+from mlxmm.data.pictures import open_pictures
+from mlxmm.storage.runs import Run
+from recipes.parts.captioners import JobConfig
+from recipes.parts.publishing import Captions, DatasetConfig, make_dataset
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ["--captioner.model", "shapes", "--data.shapes.num-train", "400", "--captioner.batch-size", "4"]
@@ -192,3 +200,37 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, line, tmp_path):
     done = run(*flags, "--run-dir", tmp_path / "run")
     assert done.returncode == 2 and line in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_filter_that_compares_pictures_passes_over_those_that_cannot_be_decoded(tmp_path):
+    pytest.importorskip("imagehash")
+    source = tmp_path / "pictures"
+    for number in range(60):
+        folder = source / ("train" if number < 40 else "test" if number < 50 else "validation")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((32, 32), number + 20).convert("RGB").save(folder / f"{number}.png")
+    for split in ("train", "test"):
+        (source / split / "broken.png").write_bytes(b"not a picture")
+    config = DatasetConfig(filters=FilterConfig(min_hash_distance=1), include_images=True)
+    job = JobConfig(data=CaptionDataConfig(source=str(source)), split="train")
+    pictures = open_pictures(job.data, 0, "train")
+    places = hashes_of(pictures, Shard())
+    names = {place: name for name, place in places.items()}
+    broken = next(names[place] for place in range(len(pictures)) if "broken" in pictures.name(place))
+    entries = [
+        Entry(
+            image=name,
+            prompt="none",
+            text="" if name == broken else f"picture {place}",
+            num_tokens=2,
+            finish_reason="stop",
+            width=0,
+            height=0,
+            seconds=0.0,
+        )
+        for place, name in names.items()
+    ]
+    by = Provenance(captioner="shapes", captioner_revision="1", sampling=Sampling())
+    folder = Run(tmp_path)
+    make_dataset(config, job, 0, Captions(entries, pictures, places, by), folder)
+    assert folder.metrics["dataset/pictures"] == 40 and folder.metrics["filters/empty"] == 1
