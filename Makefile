@@ -20,7 +20,7 @@ demo: $(READY)
 	$(BIN)/python -m recipes.align_qwen3
 
 test: $(READY)
-	$(TEST_ENV) $(BIN)/python -m pytest
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: $(READY)
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow

@@ -5,6 +5,7 @@ import platform
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import attrs
@@ -72,6 +73,7 @@ def device() -> list[Row]:
         memory,
         *sizes,
         _product(),
+        _quantized_product(),
     ]
 
 
@@ -93,13 +95,32 @@ def _unused_gpu() -> str | None:
 
 def _product() -> Row:
     """A product of two matrices of ones (8, 8) on the device."""
-    try:
-        right = mx.all(mx.ones((8, 8)) @ mx.ones((8, 8)) == 8).item()
-    except RuntimeError as error:
-        right = " ".join(str(error).split())
-    if right is True:
+    if (failure := _failure(lambda: mx.all(mx.ones((8, 8)) @ mx.ones((8, 8)) == 8))) is None:
         return Row("product on it", "right")
-    return Row("product on it", "fails", f"reinstall MLX and its driver: a small product fails ({right})", broken=True)
+    advice = f"reinstall MLX and its driver: a small product fails ({failure})"
+    return Row("product on it", "fails", advice, broken=True)
+
+
+def _quantized_product() -> Row:
+    """A product with a quantized matrix of ones (64, 64), whose kernel CUDA compiles from NVIDIA's headers."""
+
+    def product():
+        weight = mx.quantize(mx.ones((64, 64)), group_size=64, bits=4)
+        return mx.allclose(mx.quantized_matmul(mx.ones((64, 64)), *weight, group_size=64, bits=4), mx.array(64.0))
+
+    if (failure := _failure(product)) is None:
+        return Row("quantized product on it", "right")
+    extra = next(iter(installed_backends()), "mlx").removeprefix("mlx-").replace("cuda-", "cuda")
+    advice = f'pip install --upgrade "mlxmm[{extra}]": quantized models cannot be computed ({failure})'
+    return Row("quantized product on it", "fails", advice)
+
+
+def _failure(compute: Callable[[], mx.array]) -> str | None:
+    """Why `compute` does not give true; None where it does."""
+    try:
+        return None if compute().item() else "it is wrong"
+    except RuntimeError as error:
+        return " ".join(str(error).split())
 
 
 def computing() -> list[Row]:

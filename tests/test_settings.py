@@ -42,7 +42,8 @@ def flags(name: str):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_help_shows_at_most_60_flags_on_two_screens_and_about_ten_first(name):
+def test_help_shows_at_most_60_flags_on_two_screens_and_about_ten_first(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     text = help_text(name, presets(name)["default"].config, presets(name), everything=False)
     shown = re.findall(r"^  (?:--(?!preset)[\w.-]+|[A-Z]+\b)", text, re.MULTILINE)
     first = re.search(r"most used:\n(.*?)(\n\n|\Z)", text, re.DOTALL)[1]

@@ -375,9 +375,15 @@ def test_a_projector_that_cannot_be_exported_is_refused_before_training(pushed, 
 
 def transformers_of(folder: Path):
     """What transformers makes of a folder: model and processor."""
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration
 
-    return LlavaForConditionalGeneration.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    return LlavaForConditionalGeneration.from_pretrained(folder).eval(), _processor(folder)
+
+
+def _processor(folder: Path):
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder, backend="pil")  # torchvision, where it is there, resizes otherwise
 
 
 def theirs(folder: Path, images: list, prompt: str) -> tuple[np.ndarray, list[str]]:

@@ -69,7 +69,7 @@ def test_a_plan_is_near_the_peak_and_not_below_it(half, precision, checkpointing
     mx.reset_peak_memory()
     trainer.fit(module, train_dataloaders=[module.collate(batch())] * 2)
     peak = mx.get_peak_memory() - others
-    assert peak <= plan.total <= 2.2 * peak
+    assert peak <= plan.total - plan.kept <= 2.2 * peak  # what is kept is not in use
 
 
 def test_weights_moments_and_features_are_counted_exactly(make_trainer):
