@@ -86,6 +86,11 @@ def num_local_mpi_ranks() -> int:
     return int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1))
 
 
+def mpi_share() -> tuple[int, int]:
+    """This process's number, from 0, and how many Open MPI's mpirun has started: OMPI_COMM_WORLD_RANK and _SIZE."""
+    return int(os.environ.get("OMPI_COMM_WORLD_RANK", 0)), int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1))
+
+
 def slurm_share() -> tuple[int, int] | None:
     """This task's number, from 0, and how many there are: of a job array (SLURM_ARRAY_TASK_ID, _MIN, _COUNT), or of the
     tasks of `srun` (SLURM_PROCID, SLURM_NTASKS); None outside of Slurm, and for a single task."""

@@ -17,6 +17,7 @@ from mlxmm.captioners.prompts import find_prompts
 from mlxmm.cli import run_recipe
 from mlxmm.config import Preset, option
 from mlxmm.data.pictures import open_pictures
+from mlxmm.errors import UserError
 from mlxmm.progress_bar import progress_bar
 from mlxmm.storage.runs import Run, TrainingRunConfig, open_run
 
@@ -29,14 +30,13 @@ class Config(TrainingRunConfig, JobConfig, DatasetConfig):
     """Pictures, who writes, what is asked, and what becomes of it."""
 
     shard: str | None = option(
-        None, "write the captions of this share of the pictures, as 3/16; none: Slurm's task, or all", first=True
+        None, "share of the pictures, as 3/16; none: that of this rank or Slurm task, or all of them", first=True
     )
 
 
 def main(config: Config) -> None:
     prompts = find_prompts(config.prompts, config.own_prompts)
-    shard = Shard.own() if config.shard is None else Shard.parse(config.shard)
-    config = attrs.evolve(config, shard=str(shard))  # written down, for a resumed run and for merge_captions
+    config, shard = with_shard(config)
     with open_run(config, "write_captions") as run:
         check_captioner(config.captioner)
         check_dataset(config, config.split)
@@ -48,6 +48,21 @@ def main(config: Config) -> None:
             writer.close()
         if shard == Shard():  # shards become a data set when they are merged
             make_dataset(config, config, config.seed, captions, run)
+
+
+def with_shard(config: Config) -> tuple[Config, Shard]:
+    """The config of this process, whose folder says its shard to a resumed run and to merge_captions.
+
+    Ranks and tasks are given one `--run-dir`, below which each has a folder of its own.
+    """
+    own = Shard.own()
+    if config.shard is not None:
+        return config, Shard.parse(config.shard)
+    if own.count > 1:
+        if config.run_dir is None:
+            raise UserError("--run-dir is missing: the shards of ranks or tasks lie below one folder")
+        config = attrs.evolve(config, run_dir=config.run_dir / f"shard-{own.number}-of-{own.count}")
+    return attrs.evolve(config, shard=str(own)), own
 
 
 def write(config: Config, run: Run, pictures, prompts: dict, shard: Shard, writer: CaptionWriter) -> Captions:

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import attrs
 
-from mlxmm import environment
 from mlxmm.captioners.caption_writer import CaptionFailure, CaptionWriter, Sampling, WriterFailed
 from mlxmm.captioners.journal import Journal
 from mlxmm.data.pictures import Pictures
+from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import UndecodableImage
 
@@ -33,9 +33,9 @@ class Shard:
 
     @classmethod
     def own(cls) -> "Shard":
-        """That of this task of a Slurm job; the whole outside of Slurm."""
-        share = environment.slurm_share()
-        return cls() if share is None else cls(share[0] + 1, share[1])
+        """That of this rank of `mlx.launch` or `mpirun`, or task of Slurm, which works alone; else the whole."""
+        number, count = collectives.work_alone()
+        return cls(number + 1, count)
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"

@@ -28,13 +28,39 @@ GROUP_BYTES = 32 * 1024**2  # size of one all_sum, as in mlx.nn.average_gradient
 START_SECONDS = 60  # limit for MLX's own connections, once all processes have started
 
 _watchdog: watchdog.Watchdog | None = None
+_is_alone = False
+
+
+class Alone:
+    """A group of one process, which MLX knows nothing of."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+
+def work_alone() -> tuple[int, int]:
+    """Make this process a group of one, whoever was launched with it, for work that needs no other process.
+
+    Returns its number, from 0, and how many there are: ranks of `mlx.launch` or `mpirun`, or tasks of Slurm. Before
+    anything else of this file is called.
+    """
+    global _is_alone
+    launched, _is_alone = launch.read_launch(), True
+    if launched is not None:
+        return launched.rank, launched.size
+    return environment.slurm_share() or environment.mpi_share()
 
 
 @functools.cache
-def _group() -> mx.distributed.Group:
+def _group() -> mx.distributed.Group | Alone:
     global _watchdog
     launched = launch.read_launch()
     _share_cores()
+    if _is_alone:
+        return Alone()
     if launched is None:
         return mx.distributed.init()
     if not mx.distributed.is_available(launched.backend):

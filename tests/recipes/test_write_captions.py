@@ -124,15 +124,22 @@ def test_shards_that_are_missing_doubled_unfinished_or_of_another_job_are_refuse
         ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}, "3/4"),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "2/2"),
         ({"SLURM_NTASKS": "1"}, "1/1"),
+        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3"}, "3/3"),
+        ({"MLX_RANK": "1", "NCCL_HOST_IP": "10.0.0.1", "NCCL_PORT": "9", "MLX_WORLD_SIZE": "4"}, "2/4"),
         ({}, "1/1"),
     ],
 )
-def test_a_task_of_slurm_writes_its_shard(variables, shard, monkeypatch):
-    for name in [name for name in os.environ if name.startswith("SLURM_")]:
-        monkeypatch.delenv(name)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert str(Shard.own()) == shard
+def test_a_rank_or_a_task_of_slurm_writes_its_shard_alone(variables, shard):
+    """In a process of its own, which is a group of one from there on."""
+    of_this_machine = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    code = (
+        "from mlxmm.captioners.job import Shard; print(Shard.own()); from mlxmm.distributed import collectives as c; "
+        "c.barrier(); print(c.rank(), c.world_size())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=of_this_machine | variables, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == [shard, "0 1"], done.stderr
 
 
 def test_equal_pictures_are_captioned_once_and_a_broken_one_is_noted_with_its_reason(tmp_path):
@@ -234,3 +241,30 @@ def test_a_filter_that_compares_pictures_passes_over_those_that_cannot_be_decode
     folder = Run(tmp_path)
     make_dataset(config, job, 0, Captions(entries, pictures, places, by), folder)
     assert folder.metrics["dataset/pictures"] == 40 and folder.metrics["filters/empty"] == 1
+
+
+def test_ranks_write_their_shards_alone_and_a_killed_one_goes_on(tmp_path):
+    """One rank that is lost takes no other with it: they wait for nothing."""
+    flags = [*SHAPES, "--data.shapes.num-train", "40", "--run-dir", tmp_path / "shards"]
+    whole = run(*SHAPES, "--data.shapes.num-train", "40", "--run-dir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    first, lost = (as_rank(number, *flags) for number in (0, 1))
+    lost.kill()
+    assert first.wait(60) == 0 and lost.wait(60) == -signal.SIGKILL
+    again = as_rank(1, *flags, *(["--resume", "last"] if (tmp_path / "shards/shard-2-of-2").exists() else []))
+    assert again.wait(60) == 0
+    done = merge(*sorted((tmp_path / "shards").iterdir()), "--run-dir", tmp_path / "merged")
+    assert done.returncode == 0, done.stderr
+    assert table(tmp_path / "merged/captions-1-of-1.sqlite") == table(tmp_path / "whole/captions-1-of-1.sqlite")
+
+
+def as_rank(number, *flags):
+    """As `mpirun -n 2` starts it, but without anything to meet at."""
+    variables = {"OMPI_COMM_WORLD_RANK": str(number), "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    return subprocess.Popen(command(*flags), cwd=ROOT, env=os.environ | variables, stdout=subprocess.DEVNULL)
+
+
+def test_ranks_need_a_common_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    done = run(*SHAPES)
+    assert done.returncode == 2 and done.stderr.startswith("error: --run-dir is missing")
