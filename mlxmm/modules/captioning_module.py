@@ -3,7 +3,7 @@
 B images, P patches, E features of the vision tower, T caption tokens with their end, L positions, D features.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 import mlx.core as mx
@@ -115,16 +115,21 @@ class CaptioningModule(Module):
 
     def stream_caption(self, image, prompt: str = "", **settings) -> Iterator[str]:
         """Yield the caption of one PIL image piece by piece, each as soon as its token is generated."""
-        config, tokens, yielded = self._generation(settings, prompt), [], ""
+        return (piece for [piece] in self.stream_captions([image], prompt, **settings) if piece)
+
+    def stream_captions(
+        self, images: Sequence, prompt: str = "", *, keys: mx.array | None = None, **settings
+    ) -> Iterator[list[str | None]]:
+        """Yield the captions of PIL images together, a piece of each after every token; None where one has ended.
+
+        A piece is "" while a character of several tokens is incomplete. `keys` are those of `generate`.
+        """
+        config, said = self._generation(settings, prompt), [Said(self.text_of) for _ in images]
         with evaluating(self), autocast(self, "32"):
-            prefix = self.prefix(self.features(self.processor([image])), prompt)
-            for token in stream(self.decoder, prefix, config, stop_id=self.stop_id):
-                tokens.append(token)
-                text = self.text_of(tokens)
-                if not text.endswith("\ufffd"):  # a character of several tokens is incomplete
-                    yield text[len(yielded) :]
-                    yielded = text
-        yield self.text_of(tokens)[len(yielded) :]
+            prefix = self.prefix(self.features(self.processor(images)), prompt)
+            for column in stream(self.decoder, prefix, config, stop_id=self.stop_id, keys=keys):
+                yield [caption.next_piece(token) for caption, token in zip(said, column)]
+        yield [caption.next_piece(None) for caption in said]
 
     def _generation(self, settings: dict, prompt: str) -> GenerationConfig:
         config = GenerationConfig(**settings)
@@ -135,3 +140,25 @@ class CaptioningModule(Module):
     def text_of(self, tokens: list[int]) -> str:
         """The caption that these tokens are."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+@attrs.define
+class Said:
+    """A caption that is being generated: its tokens, and how much of its text was yielded."""
+
+    text_of: Callable[[list[int]], str]
+    tokens: list[int] = attrs.field(factory=list)
+    length: int = 0
+    has_ended: bool = False
+
+    def next_piece(self, token: int | None) -> str | None:
+        """The text that came with `token`; with None, that of an incomplete character, once."""
+        if self.has_ended:
+            return None
+        self.has_ended = token is None
+        self.tokens += [] if token is None else [token]
+        text = self.text_of(self.tokens)
+        if text.endswith("\ufffd") and not self.has_ended:  # a character of several tokens
+            return ""
+        start, self.length = self.length, len(text)
+        return text[start:] or (None if self.has_ended else "")

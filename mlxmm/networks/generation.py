@@ -83,14 +83,16 @@ def generate(
 
 def stream(
     network: DecoderInterface, prefix: mx.array, config: GenerationConfig, *, stop_id: int, keys: mx.array | None = None
-) -> Iterator[int]:
-    """Yield the tokens that `generate` returns for a `prefix` (1, L, D), each as soon as it is chosen."""
+) -> Iterator[list[int | None]]:
+    """Yield the tokens that `generate` returns, as soon as they are chosen: the next one of each row, or None for a row
+    that has ended."""
     if config.num_beams > 1:
         raise UserError("beam search knows its first token only when it ends: set num_beams=1 to stream")
     _require_length(config)
+    ended = np.zeros(len(prefix), dtype=bool)
     for column in _columns(network, prefix, config, stop_id, keys):
-        if column[0] != stop_id:
-            yield int(column[0])
+        ended |= column == stop_id
+        yield [None if has_ended else int(token) for token, has_ended in zip(column, ended)]
 
 
 def num_positions(prefix: mx.array, config: GenerationConfig) -> int:
