@@ -14,7 +14,7 @@ READY := .venv/ready$(BACKEND:%=-%)
 # Threads of a BLAS that wait for each other on a busy machine cost more than they give in small tests.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-slow lint chaos bench real prove resolve clean
+.PHONY: demo test test-slow test-browser lint chaos bench real prove resolve clean
 
 demo: $(READY)
 	$(BIN)/python -m recipes.align_qwen3
@@ -24,6 +24,11 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow
+
+# Needs Chromium: `apt install chromium`, or name one by CHROMIUM=/path/to/it.
+test-browser: $(READY)
+	$(BIN)/python -m pip install --quiet "playwright>=1.50"
+	$(TEST_ENV) $(BIN)/python -m pytest -m browser
 
 chaos: $(READY)
 	$(BIN)/python tools/chaos.py --kills 5

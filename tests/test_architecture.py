@@ -16,7 +16,7 @@ LAYERS = [
     ("tools",),
     ("recipes", "mlxmm/__main__"),
     ("recipes/parts",),
-    ("callbacks", "mlxmm/captioners"),
+    ("callbacks", "mlxmm/captioners", "mlxmm/serving"),
     ("mlxmm",),  # __init__.py alone: the public names
     ("mlxmm/evaluation",),
     ("mlxmm/modules",),
@@ -48,6 +48,8 @@ DOORS = {  # each outside package is imported by one file, or by one folder
     "huggingface_hub": "mlxmm/storage/hub.py",
     "mlx_vlm": "mlxmm/captioners/mlx_vlm_child.py",
     "openai": "mlxmm/captioners/chat_server.py",
+    "starlette": "mlxmm/serving/app.py",
+    "uvicorn": "mlxmm/serving/app.py",
     "mlx_lm": "mlxmm/networks/language_model.py",
     "transformers": "mlxmm/preprocessing/tokenizers.py",
     "sklearn": "mlxmm/evaluation/linear_probe.py",

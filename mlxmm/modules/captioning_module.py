@@ -115,21 +115,27 @@ class CaptioningModule(Module):
 
     def stream_caption(self, image, prompt: str = "", **settings) -> Iterator[str]:
         """Yield the caption of one PIL image piece by piece, each as soon as its token is generated."""
-        return (piece for [piece] in self.stream_captions([image], prompt, **settings) if piece)
+        for [caption] in self.stream_captions([image], prompt, **settings):
+            if piece := caption.take():
+                yield piece
 
     def stream_captions(
         self, images: Sequence, prompt: str = "", *, keys: mx.array | None = None, **settings
-    ) -> Iterator[list[str | None]]:
-        """Yield the captions of PIL images together, a piece of each after every token; None where one has ended.
+    ) -> Iterator[list["StreamedCaption"]]:
+        """Caption PIL images together, and yield their captions, the same objects, after every token and at the end.
 
-        A piece is "" while a character of several tokens is incomplete. `keys` are those of `generate`.
+        `keys` are those of `generate`.
         """
-        config, said = self._generation(settings, prompt), [Said(self.text_of) for _ in images]
+        config, captions = self._generation(settings, prompt), [StreamedCaption(self.text_of) for _ in images]
         with evaluating(self), autocast(self, "32"):
             prefix = self.prefix(self.features(self.processor(images)), prompt)
             for column in stream(self.decoder, prefix, config, stop_id=self.stop_id, keys=keys):
-                yield [caption.next_piece(token) for caption, token in zip(said, column)]
-        yield [caption.next_piece(None) for caption in said]
+                for caption, token in zip(captions, column):
+                    caption.add(token)
+                yield captions
+        for caption in captions:
+            caption.finish_reason = caption.finish_reason or "length"
+        yield captions
 
     def _generation(self, settings: dict, prompt: str) -> GenerationConfig:
         config = GenerationConfig(**settings)
@@ -143,22 +149,25 @@ class CaptioningModule(Module):
 
 
 @attrs.define
-class Said:
-    """A caption that is being generated: its tokens, and how much of its text was yielded."""
+class StreamedCaption:
+    """A caption while it is generated."""
 
     text_of: Callable[[list[int]], str]
     tokens: list[int] = attrs.field(factory=list)
-    length: int = 0
-    has_ended: bool = False
+    finish_reason: str | None = None  # "stop" where it ended by itself, "length" where it was cut off
+    _num_taken: int = 0  # letters
 
-    def next_piece(self, token: int | None) -> str | None:
-        """The text that came with `token`; with None, that of an incomplete character, once."""
-        if self.has_ended:
-            return None
-        self.has_ended = token is None
-        self.tokens += [] if token is None else [token]
+    def add(self, token: int | None) -> None:
+        """Add the next token; None is the end."""
+        if token is None:
+            self.finish_reason = "stop"
+        else:
+            self.tokens.append(token)
+
+    def take(self) -> str:
+        """The text that is new since the last call, without a letter of which tokens are still missing."""
         text = self.text_of(self.tokens)
-        if text.endswith("\ufffd") and not self.has_ended:  # a character of several tokens
+        if text.endswith("\ufffd") and self.finish_reason is None:
             return ""
-        start, self.length = self.length, len(text)
-        return text[start:] or (None if self.has_ended else "")
+        start, self._num_taken = self._num_taken, len(text)
+        return text[start:]

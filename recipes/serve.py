@@ -1,0 +1,87 @@
+"""Serve a model on this machine: a page to try it, and OpenAI's chat completions for other programs.
+
+    python -m recipes.serve runs/align_qwen3/mine
+    python -m recipes.serve runs/train_clip/mine/model --port 8080
+
+The page takes a picture: it shows a caption, how well the classes fit that you type, and which parts of the picture say
+so. Programs send pictures to http://127.0.0.1:PORT/v1 as data URLs. Nothing outside this machine can reach it.
+"""
+
+from pathlib import Path
+
+import attrs
+from attrs.validators import ge, le
+from PIL import Image
+
+from mlxmm.cli import run_recipe
+from mlxmm.config import Preset, from_json, option, positional
+from mlxmm.data.caption_source import CaptionDataConfig, open_source
+from mlxmm.errors import UserError
+from mlxmm.modules.contrastive_clip import ContrastiveCLIP
+from mlxmm.modules.loading import KINDS, load_captioner
+from mlxmm.storage.hub import local_folder
+from mlxmm.storage.pretrained import read_config, read_json
+
+NUM_EXAMPLES = 12
+PARTS = ("checkpoints/best", "checkpoints/last", "model")  # of a run's folder, the first that is there
+
+
+@attrs.frozen(kw_only=True)
+class Config:
+    """What to serve, and where."""
+
+    model: str | None = positional(None, "folder of a run, checkpoint, folder or Hub id of a captioner or a CLIP")
+    port: int = option(8765, "port on 127.0.0.1; 0: a free one", ge(0), le(65_535))
+    api_key: str | None = option(None, "key that every request must have; none: this machine's users may all ask")
+    use_text: bool = option(False, "the text of a request is the prompt, in place of the one of training")
+
+
+def main(config: Config) -> None:
+    if config.model is None:
+        raise UserError("name what to serve: the folder of a run, a checkpoint or a Hub id")
+    try:
+        from mlxmm.serving.app import HOST, Served, bind, serve
+    except ModuleNotFoundError as error:
+        raise UserError(f'pip install "mlxmm[serve]": {error.name} is missing') from None
+    bound = bind(config.port)
+    served = Served(
+        model=load(find_model(config.model)),
+        name="/".join(Path(config.model).parts[-2:]),
+        examples=examples(Path(config.model)),
+        api_key=config.api_key,
+        uses_text=config.use_text,
+    )
+    address = f"http://{HOST}:{bound.getsockname()[1]}"
+    print(f"page: {address}\nfor OpenAI's clients: {address}/v1, model {served.name}\nCtrl-C ends it", flush=True)
+    try:
+        serve(served, bound)
+    except KeyboardInterrupt:
+        print("stopped")
+
+
+def find_model(path_or_id: str) -> Path:
+    """The folder of the model: of a run, that of its best checkpoint or its model. Raises `UserError`."""
+    inside = [Path(path_or_id) / part for part in PARTS if (Path(path_or_id) / part).exists()]
+    return inside[0] if inside else local_folder(path_or_id)
+
+
+def load(folder: Path):
+    """The captioner or CLIP in a folder. Raises `UserError`."""
+    if read_config(folder).get("model_type") in KINDS:
+        return load_captioner(folder)
+    return ContrastiveCLIP.from_pretrained(folder)
+
+
+def examples(run: Path) -> list[tuple[Image.Image, str]]:
+    """The first test pictures of a run, each with its caption; none where its data cannot be opened."""
+    try:
+        values = read_json(run / "config.json")
+        source = open_source(from_json(CaptionDataConfig, values["data"]), values["seed"])
+        rows = source.rows["test"]
+    except (UserError, KeyError):
+        return []
+    return [(rows[i]["image"], rows[i]["captions"][0]) for i in range(min(len(rows), NUM_EXAMPLES))]
+
+
+if __name__ == "__main__":
+    run_recipe("serve", main, {"default": Preset("", Config())})
