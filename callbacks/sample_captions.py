@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mlxmm.evaluation.contact_sheet import Section, contact_sheet
 from mlxmm.training.callback import Callback
 
 
 class SampleCaptions(Callback):
-    """After each validation, logs the images of a few rows, and their expected and generated captions as text.
+    """After each validation, logs a few rows as one image, each with what was expected and what was generated, and as
+    a table.
 
     Every rank captions them, since the layers of strategy fsdp are gathered by all; rank 0 writes. The random key of
     an update is a function of the step, so what is sampled here cannot change training.
@@ -22,7 +24,7 @@ class SampleCaptions(Callback):
         captions = module.caption([row["image"] for row in rows])
         lines = [f"| {i} | {row['captions'][0]} | {text} |" for i, (row, text) in enumerate(zip(rows, captions))]
         table = "\n".join(["| | expected | generated |", "| --- | --- | --- |", *lines])
-        pixels = np.stack([module.processor.pixels(row["image"]) for row in rows])
+        sheet = np.asarray(contact_sheet([Section("validation", rows, captions)]))
         for logger in trainer.loggers:
-            logger.log_images("samples", pixels, trainer.global_step)
+            logger.log_images("samples", sheet[None], trainer.global_step)
             logger.log_text("samples", table, trainer.global_step)

@@ -16,13 +16,13 @@ from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionSource
 from mlxmm.evaluation.caption_metrics import bleu, exact_match
 from mlxmm.evaluation.captions import Images, shuffled
-from mlxmm.evaluation.contact_sheet import contact_sheet
+from mlxmm.evaluation.contact_sheet import contact_sheet, failures_first
 from mlxmm.modules.captioning_module import CaptioningModule
 from mlxmm.preprocessing.tokenizers import token_length
 from mlxmm.storage.atomic import atomic_file
 from mlxmm.storage.runs import Run
 
-SHEET_ROWS = 24
+SHEET_ROWS = 12  # of each test split
 MAX_NEW_TOKENS = 128  # where --module.max-new-tokens is 0: one caption of the data may fill a page
 
 
@@ -64,21 +64,22 @@ def fit(config, captioner: CaptioningModule, source: CaptionSource, run: Run, na
 
 
 def evaluate(config, captioner: CaptioningModule, source: CaptionSource, run: Run) -> None:
-    """Caption every test split, report how right the captions are, and draw `samples.png`.
+    """Caption every test split, report how right the captions are, and draw `samples.png`, failures first.
 
     The control ("_shuffled") holds each caption against another picture's references.
     """
+    sheet = []
     for split in source.test_splits:
         rows = source.rows[split]
         images = Images(rows, most=config.max_test)
         captions = captioner.caption(images)
         references = [rows.without_image(i)["captions"] for i in range(len(images))]
         run.report({f"test/exact_match{split.removeprefix('test')}": exact_match(captions, references)})
+        sheet.append(failures_first(split, rows, captions, most=SHEET_ROWS))
         if split == "test":
             others = shuffled(captions)
             run.report({"test/exact_match_shuffled": exact_match(others, references)})
             run.report({"test/bleu": bleu(captions, references), "test/bleu_shuffled": bleu(others, references)})
-            with atomic_file(run.folder / "samples.png") as path:
-                first = [rows[i] for i in range(min(len(images), SHEET_ROWS))]
-                contact_sheet(first, captions[:SHEET_ROWS]).save(path)
+    with atomic_file(run.folder / "samples.png") as path:
+        contact_sheet(sheet).save(path)
     run.report({"data/skipped": len(source.skipped), "data/skipped_rows": list(source.skipped)})
