@@ -2,7 +2,7 @@
 
 from mlxmm import backends, environment
 
-environment.quiet_transformers()  # before anything imports it
+environment.quiet_libraries()  # before anything imports it
 backends.require_backend()
 
 from mlxmm.compute import linux_blas

@@ -1,6 +1,7 @@
 """Environment variables: all that mlxmm reads are read here, when they are needed. docs/environment.md lists them."""
 
 import os
+import sys
 from pathlib import Path
 
 from mlxmm.errors import UserError
@@ -107,6 +108,9 @@ def openai_api_key() -> str | None:
     return os.environ.get("OPENAI_API_KEY") or None
 
 
-def quiet_transformers() -> None:
-    """Keep transformers from remarking that torch is missing. It reads TRANSFORMERS_VERBOSITY when it is imported."""
+def quiet_libraries() -> None:
+    """Keep transformers from remarking that torch is missing, and the Hub's client from drawing bars where there is no
+    terminal. They read TRANSFORMERS_VERBOSITY and HF_HUB_DISABLE_PROGRESS_BARS when they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not (sys.stderr and sys.stderr.isatty()):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
