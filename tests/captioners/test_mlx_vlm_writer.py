@@ -29,7 +29,7 @@ SMALL_MEMORY = f"""if True:
     sys.path.insert(0, {str(ROOT)!r})
     from mlxmm.captioners import mlx_vlm_child
     write = mlx_vlm_child.write_captions
-    mlx_vlm_child.write_captions = lambda *args: os.abort() if len(args[2]) > 4 else write(*args)
+    mlx_vlm_child.write_captions = lambda *args: os.abort() if len(args[1]) > 4 else write(*args)
     mlx_vlm_child.main()
 """
 
