@@ -28,6 +28,7 @@ test-slow: $(READY)
 chaos: $(READY)
 	$(BIN)/python tools/chaos.py --kills 5
 	$(BIN)/python tools/chaos.py --kills 5 --while-saving
+	$(BIN)/python tools/chaos.py --kills 9 --refresh
 	$(BIN)/python tools/chaos.py --kills 50 --tiny
 
 bench: $(READY)
