@@ -60,6 +60,7 @@ def test_each_version_is_written_once_and_every_n_epochs(tmp_path):
     assert seen[:2] == [set(texts(ROWS))] * 2
     assert seen[2:] == [{"version 1"}, {"version 1"}, {"version 2"}, {"version 2"}]
     assert writer.num_calls == 2 * 5  # 40 pictures, 8 at a time
+    assert make_rows(4) is make_rows(5) is not make_rows(3)  # features that are cached for them stay
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 0.5])
