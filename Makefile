@@ -33,6 +33,7 @@ test-browser: $(READY)
 chaos: $(READY)
 	$(BIN)/python tools/chaos.py --kills 5
 	$(BIN)/python tools/chaos.py --kills 5 --while-saving
+	$(BIN)/python tools/chaos.py --kills 9 --refresh
 	$(BIN)/python tools/chaos.py --kills 50 --tiny
 
 bench: $(READY)

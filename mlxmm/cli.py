@@ -121,8 +121,13 @@ def flags_of(config, path: tuple[str, ...] = (), rare: bool = False) -> Iterator
         else:
             yield Flag((*path, field.name), field, value, here)
     for field, value, here in sections:
-        without = {(*path, field.name, name) for name in field.metadata.get("without", ())}
-        yield from (flag for flag in flags_of(value, (*path, field.name), here) if flag.path not in without)
+        without, shown = (
+            {(*path, field.name, *name.split(".")) for name in field.metadata.get(kind, ())}
+            for kind in ("without", "shown")
+        )
+        for flag in flags_of(value, (*path, field.name), here):
+            if flag.path not in without:
+                yield attrs.evolve(flag, rare=False) if flag.path in shown else flag
 
 
 def _registry(default):

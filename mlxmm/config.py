@@ -27,9 +27,12 @@ def positional(default, help: str, *checks):
     return attrs.field(default=default, validator=list(checks), metadata=metadata)
 
 
-def section(default, *, without: tuple[str, ...] = (), rare: bool = False):
-    """A field that holds settings of its own. Those named in `without` are set by the program: they are no flags."""
-    return attrs.field(default=default, metadata={"without": without, "rare": rare})
+def section(default, *, without: tuple[str, ...] = (), rare: bool = False, shown: tuple[str, ...] = ()):
+    """A field that holds settings of its own. Those named in `without` are set by the program: they are no flags.
+
+    `--help` shows of a `rare` section only those named in `shown`; "a.b" is the setting b of its section a.
+    """
+    return attrs.field(default=default, metadata={"without": without, "rare": rare, "shown": shown})
 
 
 def internal(default):

@@ -32,6 +32,7 @@ from .parts.alignment import FLICKR30K_PRESETS, AlignmentConfig, plan_alignment,
 from .parts.captioning import evaluate, fit, longest_caption, report_truncation
 from .parts.language_model import LanguageModelConfig, language_model_or_train
 from .parts.named_parts import check_parts
+from .parts.refresh_config import RefreshConfig, check_refresh, check_refresh_parts, refresh_section
 from .parts.tower import TowerConfig, tower_or_train
 
 
@@ -39,6 +40,7 @@ from .parts.tower import TowerConfig, tower_or_train
 class Config(TrainingRunConfig, AlignmentConfig):
     """What is aligned, how it is evaluated, and where it goes."""
 
+    refresh: RefreshConfig = refresh_section()
     max_test: int = option(1_000, "most pictures of each test split to caption", ge(1))
     push_to: str | None = option(None, "Hub repository, user/name, to upload the captioner to; created if missing")
     public: bool = option(False, "make the repository that --push-to creates public")
@@ -69,8 +71,10 @@ def main(config: Config) -> None:
         check_upload(config.push_to)  # hours before it is needed
     if config.data.streaming and config.module.lm is None:
         raise UserError("a language model is not trained on a stream: name one with --module.lm")
+    check_refresh(config.refresh, config.data, config.trainer, captions=True, cached=config.cached_features)
     with open_run(config, "align_qwen3") as run:
         check_parts(tower=config.module.vision, language_model=config.module.lm, clip=config.tower.pretrained)
+        check_refresh_parts(config.refresh)
         source = open_source(config.data, config.seed)
         aligner = build(config, source, run)
         if config.push_to:

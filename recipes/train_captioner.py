@@ -24,6 +24,7 @@ from mlxmm.storage.runs import Run, TrainingRunConfig, open_run
 
 from .parts.captioning import evaluate, fit, longest_caption, report_truncation
 from .parts.named_parts import check_parts
+from .parts.refresh_config import RefreshConfig, check_refresh, check_refresh_parts, refresh_section
 from .parts.tower import TowerConfig, tower_or_train
 
 
@@ -36,6 +37,7 @@ class Config(TrainingRunConfig):
     trainer: TrainerConfig = section(
         TrainerConfig(max_steps=1_400, val_check_interval=350), without=("seed", "default_root_dir")
     )
+    refresh: RefreshConfig = refresh_section()
     tokenizer: str | None = option(None, "folder or Hub id of a tokenizer; none: one is trained on the captions")
     vocab_size: int = option(2_000, "most tokens of a tokenizer that is trained", ge(1))
     checkpoint_every: int = option(200, "updates between checkpoints", ge(1))
@@ -57,8 +59,10 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
+    check_refresh(config.refresh, config.data, config.trainer, captions=True, cached=config.cached_features)
     with open_run(config, "train_captioner") as run:
         check_parts(tower=config.module.vision, tokenizer=config.tokenizer, clip=config.tower.pretrained)
+        check_refresh_parts(config.refresh)
         source = open_source(config.data, config.seed)
         captioner = build(config, source, run)
         fit(config, captioner, source, run, "captioner")

@@ -18,6 +18,7 @@ from mlxmm.optimizers import OptimizerConfig
 from mlxmm.storage.runs import TrainingRunConfig, open_run
 
 from .parts.named_parts import check_parts
+from .parts.refresh_config import RefreshConfig, check_refresh, check_refresh_parts, refresh_section
 from .parts.tower import TowerConfig, train
 
 
@@ -27,6 +28,7 @@ class Config(TrainingRunConfig, TowerConfig):
 
     data: CaptionDataConfig = section(CaptionDataConfig())
     trainer: TrainerConfig = section(TrainerConfig(max_steps=1_000), without=("seed", "default_root_dir"))
+    refresh: RefreshConfig = refresh_section()
 
 
 def paper_preset(
@@ -84,10 +86,12 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
+    check_refresh(config.refresh, config.data, config.trainer, captions=False)
     with open_run(config, "train_clip") as run:
         check_parts(clip=config.pretrained)
+        check_refresh_parts(config.refresh)
         source = open_source(config.data, config.seed)
-        clip, metrics = train(config, source, run, config.seed)
+        clip, metrics = train(config, source, run, config.seed, config.refresh)
         run.report(metrics)
         if run.is_global_zero:
             clip.save_pretrained(run.folder / "model")

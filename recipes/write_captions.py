@@ -10,7 +10,7 @@ Stop it at any moment: with `--resume last` it goes on, and asks for no caption 
 
 import attrs
 
-from mlxmm.captioners.caption_writer import CaptionWriter
+from mlxmm.captioners.caption_writer import CaptionWriter, WriterFailed
 from mlxmm.captioners.job import Progress, Shard, hashes_of, journal_name, requests, write_captions
 from mlxmm.captioners.journal import Journal
 from mlxmm.captioners.prompts import find_prompts
@@ -75,6 +75,8 @@ def write(config: Config, run: Run, pictures, prompts: dict, shard: Shard, write
         run.print(f"{len(hashes)} pictures, {len(hashes) * len(prompts)} captions, {len(wanted)} of them to be written")
         progress = write_captions(pictures, wanted, prompts, writer, journal, config.sampling, shown(len(wanted)))
         entries = list(journal.entries())
+    except WriterFailed as error:
+        raise UserError(f"{writer.name} writes no more captions: {error}; --resume last goes on from here") from None
     finally:
         journal.close()
     num_failed = sum(bool(entry.reason) for entry in entries)

@@ -2,6 +2,9 @@
 
     python tools/chaos.py --kills 5                   one run of align_qwen3, killed again and again
     python tools/chaos.py --kills 5 --while-saving    the same, each time while a checkpoint is half written
+    python tools/chaos.py --kills 9 --refresh         one run of train_captioner that rewrites its captions before each
+                                                      epoch: killed in turn while it trains, while it writes captions,
+                                                      and while it takes them
     python tools/chaos.py --tiny --kills 50           so many small runs, each killed once and resumed
 
 Prints a line for each kill, and exits with 1 unless weights, metrics and what else is left are the same: to the bit on
@@ -32,6 +35,16 @@ ALIGN = """
     --unfreeze-step 50 --checkpoint-every 5
 """.split()
 ALIGN_MOMENTS = 3.0, 7.0  # seconds after a start at which it may be killed: the run takes several times as long
+REFRESH = """
+    --preset tiny
+    --batch-size 32 --data.shapes.num-train 320 --data.shapes.num-val 64 --data.shapes.num-test 32
+    --max-steps 300 --trainer.val-check-interval 30 --trainer.log-every-n-steps 5 --checkpoint-every 7
+    --refresh.captioner.model itself --refresh.captioner.batch-size 32
+""".split()
+REFRESH_MOMENTS = 0.2, 2.0  # seconds after it began training
+# What is in the run's folder at a moment within a refresh.
+WHILE_SAVING, WHILE_WRITING = "checkpoints/.tmp-*step=*", "refresh/version-*/*.sqlite-wal"
+WHILE_SWAPPING = "refresh/version-*/.tmp-*complete.json", "refresh/.tmp-*schedule.json"
 TINY_UPDATES = 600
 TOLERANCE = 0.05  # relative, and absolute near 0
 
@@ -41,6 +54,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--while-saving", action="store_true")
+    parser.add_argument("--refresh", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--deterministic", action="store_true", help="train with --trainer.deterministic")
     parser.add_argument("--fit", type=Path, help=argparse.SUPPRESS)  # one tiny run, in a process of its own
@@ -49,8 +63,11 @@ def main() -> None:
         return fit_tiny(arguments.fit, arguments.deterministic)
     random.seed(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
-        many = many_small_runs if arguments.tiny else one_run_many_kills
-        same = many(Path(folder), arguments.kills, arguments.while_saving, arguments.deterministic)
+        if arguments.refresh:
+            same = one_run_of_refreshes(Path(folder), arguments.kills, arguments.deterministic)
+        else:
+            many = many_small_runs if arguments.tiny else one_run_many_kills
+            same = many(Path(folder), arguments.kills, arguments.while_saving, arguments.deterministic)
     sys.exit(0 if same else 1)
 
 
@@ -63,16 +80,60 @@ def one_run_many_kills(folder: Path, kills: int, while_saving: bool, determinist
     # A cache of its own: the killed run trains its tower and language model again, and is killed there too.
     for i in range(kills):
         process = launch_align(folder / "killed", folder / "other", *flags, resume=True)
-        kill(process, folder / "killed", i, random.uniform(*ALIGN_MOMENTS), while_saving)
+        kill(process, folder / "killed", i, random.uniform(*ALIGN_MOMENTS), WHILE_SAVING if while_saving else None)
     assert launch_align(folder / "killed", folder / "other", *flags, resume=True).wait() == 0
     return compare(folder / "whole", folder / "killed", repeats_to_the_bit(mx.default_device(), deterministic))
 
 
 def launch_align(run: Path, cache: Path, *flags: str, resume: bool = False) -> subprocess.Popen:
-    command = [sys.executable, "-m", "recipes.align_qwen3", *ALIGN, *flags, "--run-dir", str(run)]
+    return launch("align_qwen3", run, cache, *ALIGN, *flags, resume=resume)
+
+
+def launch(recipe: str, run: Path, cache: Path, *flags: str, resume: bool) -> subprocess.Popen:
+    command = [sys.executable, "-m", f"recipes.{recipe}", *flags, "--run-dir", str(run)]
     command += ["--resume", "last"] if resume and run.exists() else []
     environment = os.environ | {"MLXMM_CACHE": str(cache / "cache")}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+
+# ---- one run that rewrites its captions
+
+
+def one_run_of_refreshes(folder: Path, kills: int, deterministic: bool) -> bool:
+    """The module in training writes, so that captions do not depend on time, and metrics can be compared."""
+    flags = [*REFRESH, *(["--trainer.deterministic"] if deterministic else [])]
+    start = lambda run, resume: launch("train_captioner", folder / run, folder, *flags, resume=resume)
+    assert start("whole", False).wait() == 0, "the run that is never killed fails by itself"
+    moments = {
+        "training": None,
+        "writing": WHILE_WRITING,
+        "completing": WHILE_SWAPPING[0],
+        "swapping": WHILE_SWAPPING[1],
+    }
+    log = folder / "killed/metrics.jsonl"  # which a resumed run cuts to where its checkpoint was
+    for i in range(kills):
+        name, pattern = list(moments.items())[i % len(moments)]
+        began, process = time.time(), start("killed", True)
+        wait_for_change(log, began, process)
+        print(f"{name}: ", end="")
+        kill(process, folder / "killed", i, random.uniform(*REFRESH_MOMENTS), pattern)
+    assert start("killed", True).wait() == 0, "the resumed run fails"
+    exact = repeats_to_the_bit(mx.default_device(), deterministic)
+    return compare(folder / "whole", folder / "killed", exact) and same_captions(folder / "whole", folder / "killed")
+
+
+def wait_for_change(path: Path, since: float, process: subprocess.Popen) -> None:
+    """Return once a file has changed since that time, or the process has ended."""
+    while process.poll() is None and not (path.exists() and path.stat().st_mtime > since):
+        time.sleep(0.0005)
+
+
+def same_captions(whole: Path, killed: Path) -> bool:
+    """Whether both runs wrote the same versions, and trained the same epochs on them."""
+    files = lambda run: {path.relative_to(run): path.read_bytes() for path in (run / "refresh").rglob("*.json")}
+    same = files(whole) == files(killed)
+    print(f"{len(files(whole)) - 1} refreshes: {'the same' if same else 'DIFFERENT'}")
+    return same
 
 
 # ---- many small runs, each killed once
@@ -88,7 +149,8 @@ def many_small_runs(folder: Path, kills: int, while_saving: bool, deterministic:
     exact, same = repeats_to_the_bit(mx.default_device(), deterministic), []
     for i in range(kills):
         run = folder / str(i)
-        kill(launch_tiny(run, *flags), run, i, random.uniform(0, 0.7 * seconds), while_saving)
+        moment = random.uniform(0, 0.7 * seconds), WHILE_SAVING if while_saving else None
+        kill(launch_tiny(run, *flags), run, i, *moment)
         assert launch_tiny(run, *flags).wait() == 0, "the resumed run fails"
         same.append(compare(folder / "whole", run, exact))
     print(f"{sum(same)} of {kills} endings the same {how_exact(exact)}")
@@ -147,12 +209,12 @@ def fit_tiny(run: Path, deterministic: bool) -> None:
 # ---- killing and comparing
 
 
-def kill(process: subprocess.Popen, run: Path, i: int, after: float, while_saving: bool) -> None:
-    """Send SIGKILL `after` so many seconds; with `while_saving` at the next half-written checkpoint from then on."""
+def kill(process: subprocess.Popen, run: Path, i: int, after: float, pattern: str | None) -> None:
+    """Send SIGKILL `after` so many seconds; with a `pattern`, once a file of such a name is in the run's folder."""
     deadline, checkpoints = time.perf_counter() + after, run / "checkpoints"
     while process.poll() is None:
         late = time.perf_counter() > deadline
-        if late and (not while_saving or list(checkpoints.glob(".tmp-*step=*"))):
+        if late and (pattern is None or next(run.glob(pattern), None)):
             break
         time.sleep(0.0005)
     process.send_signal(signal.SIGKILL)

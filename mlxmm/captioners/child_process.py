@@ -7,14 +7,26 @@ says that it is ready. Its standard error goes to a file without a name, and its
 import contextlib
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
+import mlxmm
 from mlxmm.captioners.messages import read_message, write_message
 
 GRACE = 5.0  # seconds for the child to end by itself, once its standard input is closed
 MAX_REPORTED = 300  # characters of its last line
+
+
+def child_command(module: str, folder: Path) -> list[str]:
+    """The program that calls `main` of a module of this folder, with `folder` as its argument.
+
+    With -P, and our own packages first, so that no file of the working directory is taken for a package.
+    """
+    code = f"import sys; sys.path.insert(0, sys.argv.pop(1)); from mlxmm.captioners.{module} import main; main()"
+    return [sys.executable, "-P", "-c", code, str(Path(mlxmm.__file__).parents[1]), str(folder)]
 
 
 class ChildFailed(Exception):

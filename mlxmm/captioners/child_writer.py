@@ -24,7 +24,7 @@ class _Request:
 
 
 class ChildWriter:
-    """A `CaptionWriter` that asks `child`, which answers as `mlx_vlm_child.py` does. Raises `ChildFailed`."""
+    """A `CaptionWriter` that asks `child`, which answers as `child_server.py` does. Raises `ChildFailed`."""
 
     def __init__(self, child: ChildProcess, *, name: str, revision: str, batch_size: int, max_pixels: int):
         self.child, self.name, self.revision = child, name, revision
@@ -35,6 +35,7 @@ class ChildWriter:
         except BaseException:
             self.child.close()
             raise
+        self._closed = False
 
     def write(
         self, images: Sequence[Image.Image], prompts: Sequence[str], sampling: Sampling
@@ -50,8 +51,16 @@ class ChildWriter:
         return written
 
     def close(self) -> None:
-        """End the child process."""
+        """End the child process. A thread that waits for it gets `WriterFailed`."""
+        self._closed = True
         self.child.close()
+
+    def batch_seed(self, sampling: Sampling, part: "Sequence[_Request]", blobs: Sequence[bytes]) -> int:
+        """Of the contents of a batch, so that neither what was written before nor a restart changes its captions."""
+        digest = hashlib.sha256(sampling.seed.to_bytes(4, "big"))
+        for request, blob in zip(part, blobs):
+            digest.update(f"{request.image.size} {request.prompt}".encode() + blob)
+        return int.from_bytes(digest.digest()[:4], "big")
 
     def _write_part(self, part: list[_Request], sampling: Sampling) -> list[WrittenCaption | CaptionFailure]:
         """Captions of `part`, in halves if the child fails; the second failure of a single image is its own.
@@ -84,6 +93,8 @@ class ChildWriter:
         return captions
 
     def _start(self) -> None:
+        if self._closed:
+            raise WriterFailed(f"{self.name} was closed")
         try:
             self.child.start()
         except ChildFailed as failure:
@@ -95,25 +106,14 @@ class ChildWriter:
         header = {
             "sizes": [image.size for image in images],
             "prompts": [request.prompt for request in part],
-            "sampling": attrs.asdict(sampling) | {"seed": _batch_seed(sampling.seed, part, blobs)},
+            "sampling": attrs.asdict(sampling) | {"seed": self.batch_seed(sampling, part, blobs)},
         }
         captions = self.child.ask(header, blobs)["captions"]
-        return [
-            _written(image, text, num_tokens, sampling)
-            for image, (text, num_tokens) in zip(images, captions, strict=True)
-        ]
+        return [_written(image, sampling, *caption) for image, caption in zip(images, captions, strict=True)]
 
 
-def _written(image: Image.Image, text: str, num_tokens: int, sampling: Sampling) -> WrittenCaption:
+def _written(image: Image.Image, sampling: Sampling, text: str, num_tokens: int, reason: str = "") -> WrittenCaption:
     """mlx-vlm does not say why a caption ends: one that does so by itself has fewer tokens than it may."""
-    reason = "length" if num_tokens >= sampling.max_tokens else "stop"
+    reason = reason or ("length" if num_tokens >= sampling.max_tokens else "stop")
     width, height = image.size
     return WrittenCaption(text=text.strip(), num_tokens=num_tokens, finish_reason=reason, width=width, height=height)
-
-
-def _batch_seed(seed: int, part: list[_Request], blobs: list[bytes]) -> int:
-    """Of the contents of a batch, so that neither what was written before nor a restart changes its captions."""
-    digest = hashlib.sha256(seed.to_bytes(4, "big"))
-    for request, blob in zip(part, blobs):
-        digest.update(f"{request.image.size} {request.prompt}".encode() + blob)
-    return int.from_bytes(digest.digest()[:4], "big")

@@ -148,7 +148,7 @@ class _Judged:
         places = [place for place, text in enumerate(self.texts) if words(text)]
         names = [self.captions[place].image for place in places]
         texts = [self.texts[place] for place in places]
-        values = _clip_scores(clip, images, names, texts, config.clip_prompt) if places else ()
+        values = clip_scores(clip, images, names, texts, config.clip_prompt) if places else ()
         for place, value in zip(places, values):
             self.scores[place]["clip_score"] = float(value)
             if config.min_clip_score is not None and value < config.min_clip_score:
@@ -264,7 +264,7 @@ def _text_flags(caption: Candidate, text: str, scores: dict[str, float], config:
     return {name: reason for name, reason in found.items() if reason}
 
 
-def _clip_scores(clip: ContrastiveCLIP, images: Images, names: list[str], texts: list[str], prompt: str) -> np.ndarray:
+def clip_scores(clip: ContrastiveCLIP, images: Images, names: list[str], texts: list[str], prompt: str) -> np.ndarray:
     """CLIPScore of each text with the picture of its name (N,). Raises `UserError` if CLIP would cut off most texts."""
     require_room(clip, texts, prompt)
     place_of = {name: place for place, name in enumerate(sorted(set(names)))}

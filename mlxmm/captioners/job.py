@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import attrs
 
-from mlxmm.captioners.caption_writer import CaptionFailure, CaptionWriter, Sampling, WriterFailed
+from mlxmm.captioners.caption_writer import CaptionFailure, CaptionWriter, Sampling
 from mlxmm.captioners.journal import Journal
 from mlxmm.data.pictures import Pictures
 from mlxmm.distributed import collectives
@@ -102,7 +102,7 @@ def write_captions(
     """Write the captions of `wanted` into the journal. Stopped at any moment, at most the batch in hand is lost.
 
     A picture that cannot be decoded, or that the writer fails on, is noted in the journal with its reason. Raises
-    `UserError` where the writer gives up: what was written stays.
+    `WriterFailed` where the writer gives up: what was written stays.
     """
     progress, start = Progress(), 0
     while start < len(wanted):
@@ -128,10 +128,7 @@ def _decoded(pictures: Pictures, batch: Sequence[Request], journal: Journal, pro
 
 
 def _write(writer, images, batch, prompts, journal, sampling, progress: Progress) -> None:
-    try:
-        results = writer.write(images, [prompts[request.prompt] for request in batch], sampling)
-    except WriterFailed as error:
-        raise UserError(f"{writer.name} writes no more captions: {error}; --resume last goes on from here") from None
+    results = writer.write(images, [prompts[request.prompt] for request in batch], sampling)
     pairs = list(zip(batch, results, strict=True))
     failed = [(request, one) for request, one in pairs if isinstance(one, CaptionFailure)]
     written = [(request.sha256, request.prompt, one) for request, one in pairs if not isinstance(one, CaptionFailure)]

@@ -3,44 +3,14 @@
 This is the only file that imports mlx-vlm. Call `main` in a process of its own, with the model's folder as argument.
 """
 
-import os
-import queue
-import sys
-import threading
-from typing import BinaryIO
-
 from PIL import Image
 
-from mlxmm.captioners.messages import read_message, write_message
+from mlxmm.captioners.child_server import serve
 
 
 def main() -> None:
-    """Answer messages until standard input is closed: by the parent, or because the parent has died."""
-    requests, answers = sys.stdin.buffer, _take_stdout()
-    received: queue.Queue = queue.Queue()
-    threading.Thread(target=_receive, args=(requests, received), daemon=True).start()
-    try:
-        model, processor = load(sys.argv[1])
-    except Exception as error:  # mlx-vlm and transformers raise a dozen kinds
-        write_message(answers, {"error": _line(error)})
-        return
-    write_message(answers, {"ready": True})
-    while True:
-        write_message(answers, _answer(model, processor, *received.get()))
-
-
-def _take_stdout() -> BinaryIO:
-    """Standard output for messages alone: what libraries print goes to standard error."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    return answers
-
-
-def _receive(requests: BinaryIO, received: queue.Queue) -> None:
-    """In a thread, so that the process ends at once with its parent, also in the middle of a batch."""
-    while (message := read_message(requests)) is not None:
-        received.put(message)
-    os._exit(0)
+    """Answer the parent until it closes standard input."""
+    serve(load, write_captions)
 
 
 def load(folder: str):
@@ -52,19 +22,11 @@ def load(folder: str):
     return model, processor
 
 
-def _answer(model, processor, request: dict, blobs: list[bytes]) -> dict:
-    """{"captions": [(text, number of tokens)]}, or {"error": one line}."""
-    images = [Image.frombytes("RGB", tuple(size), blob) for size, blob in zip(request["sizes"], blobs)]
-    try:
-        return {"captions": write_captions(model, processor, images, request["prompts"], request["sampling"])}
-    except Exception as error:
-        return {"error": _line(error)}
-
-
-def write_captions(model, processor, images: list[Image.Image], prompts: list[str], sampling: dict):
-    """(text, number of tokens) of each image, by the prompt of the same place."""
+def write_captions(loaded: tuple, images: list[Image.Image], prompts: list[str], sampling: dict):
+    """(text, number of tokens) of each image, by the prompt of the same place. `loaded` is what `load` gave."""
     import mlx.core as mx
 
+    model, processor = loaded
     mx.random.seed(sampling["seed"])
     captions: list = [None] * len(images)
     for size in dict.fromkeys(image.size for image in images):  # a batch has one size, so that nothing is padded
@@ -113,7 +75,3 @@ class CountingDetokenizer:
 
     def __getattr__(self, name: str):
         return getattr(self._detokenizer, name)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -2,22 +2,18 @@
 
 import hashlib
 import importlib.util
-import sys
 from pathlib import Path
 
 import attrs
 from attrs.validators import ge, gt
 
-import mlxmm
-from mlxmm.captioners.child_process import ChildFailed, ChildProcess
+from mlxmm.captioners.child_process import ChildFailed, ChildProcess, child_command
 from mlxmm.captioners.child_writer import ChildWriter
 from mlxmm.config import option
 from mlxmm.errors import UserError
 from mlxmm.storage.atomic import sha256
 from mlxmm.storage.hub import is_hub_id, local_folder, split_revision
 from mlxmm.storage.pretrained import read_config, weight_files
-
-CHILD = "import sys; sys.path.insert(0, sys.argv.pop(1)); from mlxmm.captioners.mlx_vlm_child import main; main()"
 
 
 @attrs.frozen(kw_only=True)
@@ -47,15 +43,10 @@ class MlxVlmWriter(ChildWriter):
         name, revision = _name_and_revision(config.model, folder)
         sizes = {"batch_size": config.batch_size, "max_pixels": config.max_pixels}
         try:
-            super().__init__(_child(folder, config.timeout_seconds), name=name, revision=revision, **sizes)
+            child = ChildProcess(child_command("mlx_vlm_child", folder), config.timeout_seconds)
+            super().__init__(child, name=name, revision=revision, **sizes)
         except ChildFailed as failure:
             raise UserError(f"{config.model} cannot be loaded by mlx-vlm: {failure}") from None
-
-
-def _child(folder: Path, timeout: float) -> ChildProcess:
-    """With -P, and our own folder first, so that no file of the working directory is taken for a package."""
-    root = Path(mlxmm.__file__).parents[1]
-    return ChildProcess([sys.executable, "-P", "-c", CHILD, str(root), str(folder)], timeout)
 
 
 def _require_vision(folder: Path, model: str) -> dict:

@@ -29,7 +29,7 @@ class OwnWriter:
     def from_pretrained(cls, path_or_id: str, batch_size: int = 64) -> "OwnWriter":
         """Of a checkpoint, folder or Hub id; the revision is the checksum of its weights. Raises `UserError`."""
         folder = local_folder(path_or_id)
-        return cls(load_captioner(folder), name=str(path_or_id), revision=_checksum(folder), batch_size=batch_size)
+        return cls(load_captioner(folder), name=str(path_or_id), revision=checksum(folder), batch_size=batch_size)
 
     def write(self, images: Sequence[Image.Image], prompts: Sequence[str], sampling: Sampling) -> list[WrittenCaption]:
         """A caption for each image; those with one prompt are written together."""
@@ -57,6 +57,19 @@ class OwnWriter:
         ]
 
 
-def _checksum(folder: Path) -> str:
+class TrainingWriter(OwnWriter):
+    """The captioner that is being trained; its revision is how many updates it has had."""
+
+    def __init__(self, captioner: CaptioningModule, batch_size: int = 64):
+        self.captioner, self.name, self.batch_size = captioner, "itself", batch_size
+
+    @property
+    def revision(self) -> str:
+        """As "step=1200"."""
+        return f"step={self.captioner.trainer.global_step}"
+
+
+def checksum(folder: Path) -> str:
+    """Which version of a captioner is in `folder`: a checksum of its weights."""
     files = [folder / WEIGHTS, *sorted(folder.glob("model*.safetensors"))]
     return next(sha256(path) for path in files if path.exists())[:16]

@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 
 import attrs
 from attrs.validators import ge, gt
 from PIL import Image
 
-from mlxmm.captioners.caption_writer import CaptionFailure, Sampling, WrittenCaption
+from mlxmm.captioners.caption_writer import CaptionFailure, Sampling, WriterFailed, WrittenCaption
 from mlxmm.captioners.chat_server import ChatServer, RequestFailed
 from mlxmm.captioners.limit_pixels import limit_pixels
 from mlxmm.captioners.server_pool import PoolLimits, ServerPool, backoff
@@ -45,7 +45,7 @@ class ServerWriter:
     def __init__(self, config: ServerConfig):
         if not config.urls or not config.model:
             raise UserError("captions by a server need its address and its model: urls, as http://localhost:1234/v1")
-        self.config, self.name, self.quantization = config, config.model, ""
+        self.config, self.name, self.quantization, self._closed = config, config.model, "", False
         servers = [ChatServer(url, config.model, config.timeout_seconds) for url in config.urls]
         self.revision = _revision(servers)
         self.num_requests = len(servers) * config.concurrency  # at once
@@ -64,18 +64,19 @@ class ServerWriter:
     ) -> list[WrittenCaption | CaptionFailure]:
         """For each image a caption by the prompt of the same place, or why there is none. Raises `WriterFailed`."""
         pairs = list(zip(images, prompts, strict=True))
-        with ThreadPoolExecutor(self.num_requests) as executor:
-            return list(executor.map(lambda pair: self._write_one(pair[0], pair[1], sampling), pairs))
+        with ThreadPool(self.num_requests) as pool:  # of daemon threads: no request keeps a process from ending
+            return pool.map(lambda pair: self._write_one(pair[0], pair[1], sampling), pairs, chunksize=1)
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections. A thread that writes gets `WriterFailed`, once its requests in flight have ended."""
+        self._closed = True
         for place in self._pool.places:
             place.server.close()
 
     def _write_one(self, image: Image.Image, prompt: str, sampling: Sampling) -> WrittenCaption | CaptionFailure:
         image = limit_pixels(image.convert("RGB"), self.config.max_pixels)
         attempts = 0  # that the image may be to blame for
-        while True:
+        while not self._closed:
             place, on_trial = self._pool.acquire()
             failure = None
             try:
@@ -88,6 +89,7 @@ class ServerWriter:
             if not failure.again or attempts > self.config.max_retries:
                 return CaptionFailure(str(failure))
             time.sleep(backoff(max(1, attempts), self.config.backoff_seconds))
+        raise WriterFailed(f"{self.name} was closed")
 
 
 def _revision(servers: Sequence[ChatServer]) -> str:

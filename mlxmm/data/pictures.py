@@ -123,6 +123,15 @@ def open_pictures(config: CaptionDataConfig, seed: int, split: str) -> Pictures:
     return TablePictures(table, indices, columns.image)
 
 
+def unlabelled_pictures(source: str, image_column: str) -> Pictures:
+    """All pictures of a source; of one that has splits, those of training. Raises `UserError` as `open_pictures`."""
+    columns = Columns(image=image_column, caption=None, split=None)
+    with reading_errors(source):
+        tables = open_tables(source, columns, revision=None, config_name=None)
+    table = next(iter(tables.values())) if len(tables) == 1 else _named(tables, "train", source)
+    return TablePictures(table, np.arange(len(table)), columns.image)
+
+
 def _named(splits: dict, split: str, source: str):
     if split not in splits:
         raise UserError(f"--split {split}: {source} has {', '.join(splits)}")

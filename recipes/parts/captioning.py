@@ -9,7 +9,6 @@ from mlxmm.callbacks import (
     ModelCheckpoint,
     ModelSummary,
     SampleCaptions,
-    SyntheticRefresh,
     TQDMProgressBar,
 )
 from mlxmm.data.caption_data import CaptionData
@@ -21,6 +20,8 @@ from mlxmm.modules.captioning_module import CaptioningModule
 from mlxmm.preprocessing.tokenizers import token_length
 from mlxmm.storage.atomic import atomic_file
 from mlxmm.storage.runs import Run
+
+from .refresh import refreshing
 
 SHEET_ROWS = 12  # of each test split
 MAX_NEW_TOKENS = 128  # where --module.max-new-tokens is 0: one caption of the data may fill a page
@@ -43,22 +44,22 @@ def report_truncation(captioner: CaptioningModule, source: CaptionSource, run: R
 def fit(config, captioner: CaptioningModule, source: CaptionSource, run: Run, name: str, *callbacks: Callback) -> None:
     """Train a captioner with the callbacks that all have, and report the metrics of the run's end."""
     data = CaptionData(source, transform=captioner.transform, collate=captioner.collate)
-    refresh = [SyntheticRefresh(source.fresh_rows)] if source.is_synthetic else []
     features = [CachedFeatures()] if config.cached_features else []
-    trainer = Trainer(
-        attrs.evolve(config.trainer, seed=config.seed, default_root_dir=run.folder),
-        callbacks=[
-            *refresh,
-            *callbacks,
-            *features,
-            ModelSummary(),
-            LearningRateMonitor(),
-            TQDMProgressBar(name),
-            SampleCaptions(source.rows["val"]),
-            ModelCheckpoint(every_n_train_steps=config.checkpoint_every, monitor="val/loss"),
-        ],
-    )
-    trainer.fit(captioner, data, ckpt_path=run.ckpt_path)
+    with refreshing(config.refresh, source, run, captioner) as refresh:
+        trainer = Trainer(
+            attrs.evolve(config.trainer, seed=config.seed, default_root_dir=run.folder),
+            callbacks=[
+                *refresh,
+                *callbacks,
+                *features,
+                ModelSummary(),
+                LearningRateMonitor(),
+                TQDMProgressBar(name),
+                SampleCaptions(source.rows["val"]),
+                ModelCheckpoint(every_n_train_steps=config.checkpoint_every, monitor="val/loss"),
+            ],
+        )
+        trainer.fit(captioner, data, ckpt_path=run.ckpt_path)
     run.report(trainer.callback_metrics)
     run.save()  # captioning takes long, and may fail
 

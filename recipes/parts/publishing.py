@@ -2,12 +2,13 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import attrs
 from PIL import Image
 
-from mlxmm.captioners.filters import FilterConfig, apply_filters, check_filters
+from mlxmm.captioners.filters import FilterConfig, Verdict, apply_filters, check_filters
 from mlxmm.captioners.journal import Entry
 from mlxmm.captioners.prompts import first_sentence
 from mlxmm.captioners.records import Provenance, candidates, caption_records
@@ -63,16 +64,22 @@ class Captions:
     provenance: Provenance
 
 
+@attrs.frozen
+class Origin:
+    """Where the pictures come from, as a data set says it."""
+
+    source: str
+    split: str
+    revision: str | None = None
+
+
 def make_dataset(config: DatasetConfig, job: JobConfig, seed: int, captions: Captions, run: Run) -> None:
     """Write `dataset/` into the run's folder; report what it holds and what filters dropped; push it if asked."""
-    verdicts, counts = _judge(config, job, seed, captions)
-    records = caption_records(captions.entries, verdicts, captions.provenance)
+    clip = None if config.filters.clip is None else ContrastiveCLIP.from_pretrained(config.filters.clip)
+    verdicts, counts = judge(config, captions, clip, _held_out(job.data, seed, config.filters))
     folder = run.folder / "dataset"
-    shutil.rmtree(folder, ignore_errors=True)  # of this run, before it was resumed
-    facts = CardFacts(language=(config.language,), licence=config.licence, counts=counts)
-    rows = (_picture(config, job, captions, sha256, own) for sha256, own in records.items())
-    named = {"include_images": config.include_images, "config_name": config.config_name}
-    sizes = write_dataset(folder, rows, facts, **named)
+    origin = Origin(job.data.source, "train" if job.split == ALL else job.split, job.data.revision)
+    sizes = write_folder(config, captions, origin, verdicts, counts, folder)
     run.report({f"dataset/{name}": number for name, number in sizes.items()})
     run.report({f"filters/{name}": number for name, number in counts.items()})
     run.save()
@@ -80,17 +87,30 @@ def make_dataset(config: DatasetConfig, job: JobConfig, seed: int, captions: Cap
         run.print(f"pushed: {push_dataset(folder, config.push_to, config.config_name, public=config.public)}")
 
 
-def _judge(config: DatasetConfig, job: JobConfig, seed: int, captions: Captions):
+def judge(
+    config: DatasetConfig, captions: Captions, clip: ContrastiveCLIP | None, held_out: Iterable[Image.Image]
+) -> tuple[list[Verdict], dict[str, int]]:
+    """What the filters make of each caption, and counts; `held_out` are the pictures of the evaluation splits."""
     texts = first_sentence if config.first_sentence else str.strip
     shown = [attrs.evolve(entry, text=texts(entry.text)) for entry in captions.entries]
-    clip = None if config.filters.clip is None else ContrastiveCLIP.from_pretrained(config.filters.clip)
-    return apply_filters(
-        candidates(shown),
-        config.filters,
-        images=lambda sha256: captions.pictures[captions.places[sha256]],
-        clip=clip,
-        evaluation_images=_held_out(job.data, seed, config.filters),
-    )
+    images = lambda sha256: captions.pictures[captions.places[sha256]]
+    return apply_filters(candidates(shown), config.filters, images=images, clip=clip, evaluation_images=held_out)
+
+
+def write_folder(
+    config: DatasetConfig,
+    captions: Captions,
+    origin: Origin,
+    verdicts: Sequence[Verdict],
+    counts: Mapping[str, int],
+    folder: Path,
+) -> dict[str, int]:
+    """Write the data set into `folder`, in place of what is there; return how many pictures and captions it has."""
+    records = caption_records(captions.entries, verdicts, captions.provenance)
+    shutil.rmtree(folder, ignore_errors=True)  # of this run, before it was resumed
+    facts = CardFacts(language=(config.language,), licence=config.licence, counts=counts)
+    rows = (_picture(config, origin, captions, sha256, own) for sha256, own in records.items())
+    return write_dataset(folder, rows, facts, include_images=config.include_images, config_name=config.config_name)
 
 
 def _held_out(data: CaptionDataConfig, seed: int, filters: FilterConfig) -> Iterator[Image.Image]:
@@ -104,16 +124,16 @@ def _held_out(data: CaptionDataConfig, seed: int, filters: FilterConfig) -> Iter
                 yield pictures[place]
 
 
-def _picture(config: DatasetConfig, job: JobConfig, captions: Captions, sha256: str, own: Sequence) -> PictureRecord:
+def _picture(config: DatasetConfig, origin: Origin, captions: Captions, sha256: str, own: Sequence) -> PictureRecord:
     place, is_read = captions.places[sha256], any(not caption.flags for caption in own)
     width, height = captions.pictures[place].size if is_read else (0, 0)
     return PictureRecord(
         sha256=sha256,
         width=width,
         height=height,
-        source=job.data.source,
-        source_split="train" if job.split == ALL else job.split,
-        source_revision=job.data.revision,
+        source=origin.source,
+        source_split=origin.split,
+        source_revision=origin.revision,
         row_id=captions.pictures.name(place),
         captions=own,
         image=captions.pictures.file(place) if config.include_images else None,

@@ -5,7 +5,7 @@ import mlx.core as mx
 from attrs.validators import ge
 
 from mlxmm import Trainer, TrainerConfig
-from mlxmm.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, SyntheticRefresh, TQDMProgressBar
+from mlxmm.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, TQDMProgressBar
 from mlxmm.config import option, section, to_json
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionSource
@@ -17,6 +17,9 @@ from mlxmm.storage.atomic import write_json
 from mlxmm.storage.cache import cached
 from mlxmm.storage.pretrained import read_json
 from mlxmm.storage.runs import Run
+
+from .refresh import refreshing
+from .refresh_config import RefreshConfig
 
 # For pictures on a light ground: about zero where the ground is.
 LIGHT_MEAN, UNIT_STD = (0.88, 0.88, 0.88), (1.0, 1.0, 1.0)
@@ -52,23 +55,25 @@ def tower_or_train(config, source: CaptionSource, run: Run) -> tuple[str, dict]:
     return str(folder), {name: metrics[name] for name in ("zero_shot/accuracy",) if name in metrics}
 
 
-def train(config: TowerConfig, source: CaptionSource, run: Run, seed: int) -> tuple[ContrastiveCLIP, dict]:
+def train(
+    config: TowerConfig, source: CaptionSource, run: Run, seed: int, refresh: RefreshConfig | None = None
+) -> tuple[ContrastiveCLIP, dict]:
     """Train a CLIP on `source`; returns it with the metrics of the run's end."""
     clip = build(config, source, seed)
     data = CaptionData(source, transform=clip.transform)
-    refresh = [SyntheticRefresh(source.fresh_rows)] if source.is_synthetic else []
-    trainer = Trainer(
-        attrs.evolve(config.trainer, seed=seed, default_root_dir=run.folder),
-        callbacks=[
-            *refresh,
-            ModelSummary(),
-            LearningRateMonitor(),
-            TQDMProgressBar("tower"),
-            # The loss may rise with the temperature while more and more pictures find their captions.
-            ModelCheckpoint(every_n_train_steps=200, monitor="val/accuracy", mode="max"),
-        ],
-    )
-    trainer.fit(clip, data, ckpt_path=run.ckpt_path)
+    with refreshing(refresh or RefreshConfig(), source, run, clip) as callbacks:
+        trainer = Trainer(
+            attrs.evolve(config.trainer, seed=seed, default_root_dir=run.folder),
+            callbacks=[
+                *callbacks,
+                ModelSummary(),
+                LearningRateMonitor(),
+                TQDMProgressBar("tower"),
+                # The loss may rise with the temperature while more and more pictures find their captions.
+                ModelCheckpoint(every_n_train_steps=200, monitor="val/accuracy", mode="max"),
+            ],
+        )
+        trainer.fit(clip, data, ckpt_path=run.ckpt_path)
     metrics = dict(trainer.callback_metrics)
     if source.is_synthetic and run.is_global_zero:
         metrics |= evaluate_shapes(clip, source, seed) | retrieval_metrics(clip, source.rows["test"])

@@ -116,7 +116,7 @@ def test_a_child_that_fails_whatever_the_image_is_the_writers_failure_and_not_th
     with pytest.raises(WriterFailed, match="reds failed 5 times in a row: ended by SIGABRT"):
         write(writer, range(8))
     with pytest.raises(WriterFailed, match="could not be loaded again: ended with exit code 3"):
-        writer.close()
+        writer.child.close()
         writer.child.command = [sys.executable, "-c", "raise SystemExit(3)"]
         write(writer, [1])
 

@@ -29,7 +29,7 @@ SMALL_MEMORY = f"""if True:
     sys.path.insert(0, {str(ROOT)!r})
     from mlxmm.captioners import mlx_vlm_child
     write = mlx_vlm_child.write_captions
-    mlx_vlm_child.write_captions = lambda *args: os.abort() if len(args[2]) > 4 else write(*args)
+    mlx_vlm_child.write_captions = lambda *args: os.abort() if len(args[1]) > 4 else write(*args)
     mlx_vlm_child.main()
 """
 
@@ -78,7 +78,7 @@ def test_a_child_without_memory_for_the_batch_or_killed_in_its_middle_costs_no_c
     images, prompts = pictures(24)
     expected = make_writer().write(images, prompts, GREEDY)
     writer = make_writer(batch_size=16)
-    writer.close()
+    writer.child.close()
     writer.child.command[writer.child.command.index("-c") + 1 :] = [SMALL_MEMORY, writer.child.command[-1]]
     assert writer.write(images, prompts, GREEDY) == expected and writer.batch_size == 4
     writer = make_writer(batch_size=24)
