@@ -112,7 +112,7 @@ def test_new_rows_get_features_of_their_own_whichever_callback_comes_first(tmp_p
     data = CaptionData(source, transform=transform)
     callbacks = [SyntheticRefresh(source.fresh_rows), CachedFeatures(tmp_path, splits=("train",))]
     callbacks = callbacks if refresh_first else callbacks[::-1]
-    Trainer(max_epochs=3, logger=False, callbacks=callbacks, enable_model_summary=False).fit(
+    Trainer(max_epochs=3, logger=False, callbacks=callbacks, enable_checkpointing=False).fit(
         module, train_dataloaders=None, datamodule=NoValidation(data)
     )
     assert {name for name, _ in reached} == {f"train-{epoch}-{i}" for epoch in range(3) for i in range(64)}

@@ -111,7 +111,7 @@ def test_a_checkpoint_is_hashed_once_from_the_flags_to_the_first_update(tmp_path
     monkeypatch.setattr(checkpoint, "sha256", lambda path: hashed.append(path.name) or sha256(path))
     config = parse_config("test", PRESETS, ["--resume", "last", "--run-dir", str(folder)])
     with open_run(config, "test") as run:
-        trainer = Trainer(max_steps=5, logger=False, enable_model_summary=False)
+        trainer = Trainer(max_steps=5, logger=False, enable_model_summary=False, enable_checkpointing=False)
         trainer.fit(TinyRegression(), train_dataloaders=DistinctBatches(), ckpt_path=run.ckpt_path)
     assert sorted(hashed) == ["optimizer.safetensors", "weights.safetensors"]
 
