@@ -2,11 +2,12 @@
 
 import re
 import shutil
+from itertools import count
 from pathlib import Path
 
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
-from mlxmm.storage.runs import RUNS
+from mlxmm.storage.runs import RUNS, make_first
 from mlxmm.training.model_checkpoint import ModelCheckpoint
 
 
@@ -55,17 +56,8 @@ def _folder(trainer) -> Path | None:
 
 def make_version(name: str) -> Path:
     """Make the folder of the next run of the module called `name`. No two processes get the same one."""
-    taken = map(_version, (RUNS / name).glob("version_*"))
-    version = max(taken, default=-1) + 1
-    while True:
-        folder = RUNS / name / f"version_{version}"
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            version += 1
-        except OSError as error:
-            raise UserError(f"{folder} cannot be made: {error.strerror}; name another default_root_dir") from None
+    newest = max(map(_version, (RUNS / name).glob("version_*")), default=-1)
+    return make_first(RUNS / name / f"version_{version}" for version in count(newest + 1))
 
 
 def _version(folder: Path) -> int:
