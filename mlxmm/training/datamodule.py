@@ -84,6 +84,14 @@ def as_datamodule(datamodule: DataModule | None, **loaders) -> DataModule:
     return datamodule
 
 
+def train_loader(datamodule: DataModule):
+    """The training loader. Raises `UserError` where there is none."""
+    loader = datamodule.train_dataloader()
+    if loader is None:
+        raise UserError("there is no training data: give a datamodule or train_dataloaders")
+    return loader
+
+
 def is_spent_once(loader) -> bool:
     """Whether `loader` is an iterator, which cannot begin again: a generator, a `zip`."""
     return not hasattr(loader, "epoch") and hasattr(loader, "__next__")

@@ -27,7 +27,7 @@ from mlxmm.training import batches, lightning_words, run_folder, run_state
 from mlxmm.training.anomaly import assert_finite, watched_outputs
 from mlxmm.training.callback import Callback, arrange_callbacks, hook_table, note_first_state, restart_callbacks
 from mlxmm.training.checks import as_callbacks, check_optimizer, check_stage, check_trainable
-from mlxmm.training.datamodule import DataModule, as_datamodule, why_empty
+from mlxmm.training.datamodule import DataModule, as_datamodule, train_loader, why_empty
 from mlxmm.training.default_callbacks import with_defaults
 from mlxmm.training.eval_loop import Evaluator
 from mlxmm.training.loggers import Logger, make_loggers
@@ -252,7 +252,7 @@ class Trainer(TrainerProperties):
         """The micro-batches of each update left in this epoch, and whether it is the epoch's last."""
         limit = self.config.overfit_batches or self.config.limit_train_batches
         number = 0 if self.config.overfit_batches else self.current_epoch
-        loader = self._train_loader()
+        loader = train_loader(self.datamodule)
         self.schedule.measure_epoch(loader)
         rest = batches.epoch(loader, number, self.batch_idx, limit)
         groups = batches.updates(rest, self.accumulate_grad_batches)
@@ -271,7 +271,7 @@ class Trainer(TrainerProperties):
 
     def _validate(self) -> dict[str, float]:
         if self.config.overfit_batches:
-            return self._evaluator.measure("validation", self._train_loader(), self.config.overfit_batches)
+            return self._evaluator.measure("validation", train_loader(self.datamodule), self.config.overfit_batches)
         loader, limit = self.datamodule.val_dataloader(), self.config.limit_val_batches
         return self._evaluator.measure("validation", loader, limit)
 
@@ -399,9 +399,3 @@ class Trainer(TrainerProperties):
             logger.finalize(status)
         if self.config.profiler and self.is_global_zero:
             print(self.profiler.table())
-
-    def _train_loader(self):
-        loader = self.datamodule.train_dataloader()
-        if loader is None:
-            raise UserError("there is no training data: give a datamodule or train_dataloaders")
-        return loader
