@@ -1,9 +1,16 @@
-"""Callbacks, one per file: `from mlxmm.callbacks import ModelCheckpoint`."""
+"""Callbacks, one per file: `from mlxmm.callbacks import ModelCheckpoint`.
+
+Those that every Trainer has, a summary, a bar and checkpoints, are in `mlxmm/training/`.
+"""
 
 from mlxmm import checkout
 
 if __name__ == "callbacks":  # in a checkout
     checkout.share_modules("callbacks")
+
+from mlxmm.training.model_checkpoint import ModelCheckpoint
+from mlxmm.training.model_summary import ModelSummary
+from mlxmm.training.tqdm_progress_bar import TQDMProgressBar
 
 from .batch_size_finder import BatchSizeFinder
 from .cached_features import CachedFeatures
@@ -17,15 +24,12 @@ from .learning_rate_finder import LearningRateFinder
 from .learning_rate_monitor import LearningRateMonitor
 from .linear_probe import LinearProbe
 from .loss_spike_guard import LossSpikeError, LossSpikeGuard
-from .model_checkpoint import ModelCheckpoint
-from .model_summary import ModelSummary
 from .on_exception_checkpoint import OnExceptionCheckpoint
 from .retrieval_evaluation import RetrievalEvaluation
 from .sample_captions import SampleCaptions
 from .synthetic_refresh import SyntheticRefresh
 from .throughput_monitor import ThroughputMonitor
 from .timer import Timer
-from .tqdm_progress_bar import TQDMProgressBar
 from .zero_shot_evaluation import ZeroShotEvaluation
 
 __all__ = [

@@ -16,13 +16,17 @@ STAGES = ("train", "validate", "test", "predict")
 
 @attrs.define
 class Timer(Callback):
-    """Ends the run after `duration` (DD:HH:MM:SS) of training, the time before a resume included.
+    """Ends the run after `duration` (DD:HH:MM:SS, or a timedelta) of training, the time before a resume included.
 
     The time is checked after every update, or with `interval="epoch"` after every epoch. Validation during training
     counts as training and as validation.
     """
 
-    duration: str | None = attrs.field(default=None, validator=optional(trainer_config.is_duration))
+    duration: str | None = attrs.field(
+        default=None,
+        converter=attrs.converters.optional(trainer_config.duration_text),
+        validator=optional(trainer_config.is_duration),
+    )
     interval: str = attrs.field(default="step", validator=in_(("step", "epoch")), kw_only=True)
     _elapsed: dict[str, float] = attrs.field(factory=lambda: dict.fromkeys(STAGES, 0.0), init=False)
     _started: dict[str, float] = attrs.field(factory=dict, init=False)  # start times of the stages that are running

@@ -1,6 +1,6 @@
 """mlxmm: multimodal training on MLX."""
 
-from mlxmm import backends, environment
+from mlxmm import backends, environment, version
 
 environment.quiet_libraries()  # before anything imports it
 backends.require_backend()
@@ -10,6 +10,7 @@ from mlxmm.evaluation.zero_shot import ZeroShotClassifier
 from mlxmm.modules.caption_decoder import CaptionDecoder
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.modules.qwen3_aligner import Qwen3Aligner
+from mlxmm.training import lightning_words
 from mlxmm.training.callback import Callback
 from mlxmm.training.datamodule import DataModule
 from mlxmm.training.loggers import JSONLLogger, TensorBoardLogger
@@ -35,3 +36,10 @@ __all__ = [
 
 if environment.uses_linux_blas():
     linux_blas.enable()
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, read when it is asked for; for other names, what to import instead."""
+    if name == "__version__":
+        return version.installed_version()
+    raise lightning_words.missing("mlxmm", name, lightning_words.PACKAGE, __all__)

@@ -71,20 +71,21 @@ def _converter():
 
     converter = cattrs.Converter(forbid_extra_keys=True)
     for kind in (int, str, bool):
-        converter.register_structure_hook(kind, _exactly)
-    converter.register_structure_hook(float, lambda value, _: float(_exactly(value, int | float)))
-    converter.register_structure_hook(Path, lambda value, _: Path(_exactly(value, str)))
+        converter.register_structure_hook(kind, exactly)
+    converter.register_structure_hook(float, lambda value, _: float(exactly(value, int | float)))
+    converter.register_structure_hook(Path, lambda value, _: Path(exactly(value, str)))
     converter.register_unstructure_hook(Path, str)
     converter.register_unstructure_hook(tuple, list)
     configure_union_passthrough(int | float | str | bool | None, converter)
     return converter
 
 
-def _exactly(value, kind):
-    """`value` if JSON gave this type: a string is no number, and a truth value no integer."""
+def exactly(value, kind):
+    """`value` if it is of this type: a string is no number, and a truth value no integer. Raises `TypeError`."""
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise TypeError(f"{value!r} is not of type {' or '.join(k.__name__ for k in kinds)}")
+        names = ["None" if k is type(None) else k.__name__ for k in kinds]
+        raise TypeError(f"{value!r} is not of type {' or '.join(names)}")
     return value
 
 

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from mlxmm import Module, Trainer
+from mlxmm.callbacks import ModelCheckpoint, TQDMProgressBar
 from mlxmm.optimizers import OptimizerConfig
+from mlxmm.training.checks import as_callbacks
 
 
 class TinyRegression(Module):
@@ -64,6 +66,10 @@ def own_cache(tmp_path_factory):
 @pytest.fixture
 def make_trainer(tmp_path):
     def make(**settings):
-        return Trainer(**({"logger": False, "default_root_dir": tmp_path, "enable_model_summary": False} | settings))
+        given = as_callbacks(settings.get("callbacks"))
+        defaults = {"logger": False, "default_root_dir": tmp_path, "enable_model_summary": False}
+        defaults["enable_progress_bar"] = any(isinstance(callback, TQDMProgressBar) for callback in given)
+        defaults["enable_checkpointing"] = any(isinstance(callback, ModelCheckpoint) for callback in given)
+        return Trainer(**defaults | settings)
 
     return make

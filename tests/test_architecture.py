@@ -35,7 +35,7 @@ LAYERS = [
     ("mlxmm/distributed",),
     ("mlxmm/compute",),
     ("mlxmm/config", "mlxmm/environment", "mlxmm/backends"),
-    ("mlxmm/errors", "mlxmm/checkout", "mlxmm/progress_bar"),
+    ("mlxmm/errors", "mlxmm/checkout", "mlxmm/progress_bar", "mlxmm/version"),
 ]
 LAYER_OF = {room: -place for place, rooms in enumerate(LAYERS) for room in rooms}
 WITHIN = {("mlxmm/data", "mlxmm/data/sources")}  # rooms of one layer of which the first may import the second

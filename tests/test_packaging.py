@@ -68,9 +68,9 @@ def test_a_wheel_works_in_a_folder_with_callbacks_and_recipes_of_the_users_own(i
     shown = python("-m", "mlxmm", "align-qwen3", "--help", cwd=user_folder, path=installed)
     assert shown.returncode == 0 and shown.stdout.startswith("usage: mlxmm align-qwen3 [FLAGS]\n"), shown.stderr
     assert "python -m recipes" not in shown.stdout
-    code = "from mlxmm.callbacks import ModelCheckpoint as M; import mlxmm; print(M.__module__, mlxmm.__file__)"
+    code = "from mlxmm.callbacks import EarlyStopping as M; import mlxmm; print(M.__module__, mlxmm.__file__)"
     imported = python("-c", code, cwd=user_folder, path=installed)
-    assert imported.stdout.split() == ["mlxmm.callbacks.model_checkpoint", str(installed / "mlxmm/__init__.py")]
+    assert imported.stdout.split() == ["mlxmm.callbacks.early_stopping", str(installed / "mlxmm/__init__.py")]
 
 
 def test_a_checkout_works_from_a_folder_with_callbacks_and_recipes_of_the_users_own(user_folder):

@@ -91,7 +91,8 @@ def test_the_readme_names_every_callback_and_no_other():
     assert set(re.findall(r"`(\w+)`", listed)) == set(mlxmm.callbacks.__all__) - errors
 
 
-def test_the_callback_of_the_readme_runs_and_stops_a_run():
+def test_the_callback_of_the_readme_runs_and_stops_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(code_of(README), names)  # the very text
     trainer = names["Trainer"](

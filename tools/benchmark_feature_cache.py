@@ -75,7 +75,8 @@ def second_epoch(source: Path, *callbacks: Callback) -> float:
         transform=module.transform,
     )
     epochs = Epochs()
-    trainer = Trainer(max_epochs=2, logger=False, num_sanity_val_steps=0, callbacks=[epochs, *callbacks])
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False)
+    trainer = Trainer(max_epochs=2, num_sanity_val_steps=0, callbacks=[epochs, *callbacks], **quiet)
     trainer.fit(module, data)
     return epochs.seconds[1]
 

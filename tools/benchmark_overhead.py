@@ -122,6 +122,7 @@ def run_mlxmm(width: int, depth: int, batches: list[dict]) -> Stopwatch:
             max_steps=len(batches),
             default_root_dir=folder,
             log_every_n_steps=LOG_EVERY,
+            enable_model_summary=False,
             callbacks=[ModelCheckpoint(), LearningRateMonitor(), ThroughputMonitor(), TQDMProgressBar(), Laps(watch)],
         )
         trainer.fit(MLP(width, depth), train_dataloaders=batches)

@@ -134,19 +134,14 @@ def measure(make_writer, arguments, folder: Path) -> None:
     module = make_captioner(source)
     data = CaptionData(source, transform=module.transform, collate=module.collate)
     data.replace_rows("train", drawn)
-    Trainer(max_steps=1, logger=False, limit_val_batches=0, enable_model_summary=False).fit(module, data)
+    quiet = {"logger": False, "limit_val_batches": 0, "enable_model_summary": False, "enable_checkpointing": False}
+    Trainer(max_steps=1, **quiet).fit(module, data)
     module.trainer.save_checkpoint(folder / "captioner")
     writer = PausedWriter(make_writer(folder / "captioner"))
     pictures = Endless(row["image"] for row in drawn)
     refresh = CaptionRefresh(folder / "refresh", drawn, writer, {"none": ""}, pictures=pictures)
     turns = Turns(writer, arguments.updates, arguments.turns)
-    trainer = Trainer(
-        max_steps=10**6,
-        logger=False,
-        limit_val_batches=0,
-        enable_model_summary=False,
-        callbacks=[SyntheticRefresh(refresh), turns],
-    )
+    trainer = Trainer(max_steps=10**6, callbacks=[SyntheticRefresh(refresh), turns], **quiet)
     try:
         trainer.fit(module, data)
     finally:

@@ -120,6 +120,7 @@ def main() -> None:
         max_steps=args.updates,
         gradient_checkpointing=args.gradient_checkpointing,
         precision=args.precision,
+        enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
     )

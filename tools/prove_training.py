@@ -105,9 +105,9 @@ def train(config: AlignmentConfig, aligner: Qwen3Aligner) -> tuple[list[float], 
     mx.eval(aligner.parameters())
     mx.reset_peak_memory()
     clock, count = Clock(), config.trainer.accumulate_grad_batches
-    settings = {"max_steps": UPDATES, "enable_model_summary": False, "enable_progress_bar": False}
+    quiet = dict.fromkeys(("enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
     schedule = FreezeSchedule({0: ("projector", unfrozen_part(config, aligner))}, unit="step")
-    trainer = Trainer(attrs.evolve(config.trainer, **settings), callbacks=[schedule, clock], logger=False)
+    trainer = Trainer(config.trainer, max_steps=UPDATES, callbacks=[schedule, clock], logger=False, **quiet)
     batches = [aligner.collate(batch(config, seed)) for seed in range(UPDATES * count)]
     trainer.fit(aligner, train_dataloaders=batches)
     return clock.seconds, mx.get_peak_memory()

@@ -32,13 +32,15 @@ class Compiled:
         if (variant := self._variants.get(shapes)) is not None:
             self._variants.move_to_end(shapes)
             return variant(*args)
-        restore = snapshot(self._state)
+        restore, key = snapshot(self._state), mx.random.state[0]
         # MLX identifies a compiled function by the object it was made from: each variant needs an object of its own.
         variant = mx.compile(functools.partial(self._function), inputs=self._state, outputs=self._state)
         try:
             outputs = variant(*args)  # traces: this is the call that runs `function` as Python
         except BaseException:
             restore()  # MLX leaves its tracers in the state, which nothing can evaluate
+            high, low = key.tolist()  # and in the random key, from which the next module would draw its weights
+            mx.random.seed(high << 32 | low)
             raise
         self._keep(shapes, variant)
         return outputs

@@ -9,13 +9,14 @@ from mlxmm.data.caption_source import CaptionSource
 from mlxmm.data.loader import Loader, StreamLoader
 from mlxmm.data.sources.rows import Rows, is_stream
 from mlxmm.distributed import collectives
+from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import random_square
 from mlxmm.training.datamodule import DataModule
 
 
 class CaptionData(DataModule):
     """Batches of examples: `transform(row, caption)` makes an example of a row and one of its captions,
-    `collate(batch)` completes a batch of them.
+    `collate(batch)` completes a batch of them. Without `transform`, both are those of the module that is fitted.
 
     Training draws one caption a picture and epoch; validation and test take the first.
     """
@@ -24,12 +25,18 @@ class CaptionData(DataModule):
         self,
         source: CaptionSource,
         *,
-        transform: Callable[[dict, str], dict],
+        transform: Callable[[dict, str], dict] | None = None,
         collate: Callable[[dict], dict] | None = None,
     ):
         self.source, self.transform, self.collate = source, transform, collate
+        self._by_module = transform is None
         self.batch_size = source.config.batch_size
         self._rows = dict(source.rows)
+
+    def setup(self, stage):
+        if self._by_module:
+            module = self.trainer.module
+            self.transform, self.collate = require_transform(module), getattr(module, "collate", None)
 
     @property
     def rows(self) -> Mapping[str, Rows]:
@@ -83,3 +90,10 @@ class CaptionData(DataModule):
 
     def _first(self, row: dict, rng: np.random.Generator) -> dict:
         return self.transform(row, row["captions"][0])
+
+
+def require_transform(module) -> Callable[[dict, str], dict]:
+    """The `transform` of a module. Raises `UserError` where it has none."""
+    if not callable(getattr(module, "transform", None)):
+        raise UserError(f"{type(module).__name__} has no transform(row, caption): give CaptionData one")
+    return module.transform

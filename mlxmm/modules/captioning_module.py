@@ -11,6 +11,7 @@ import numpy as np
 
 from mlxmm.compute.precision import autocast
 from mlxmm.networks.generation import DecoderInterface, GenerationConfig, cache_bytes, generate, sequence_keys, stream
+from mlxmm.preprocessing.images import as_images
 from mlxmm.training.module import Module, evaluating
 
 BUCKET = 8  # batches are as long as a multiple of this many tokens
@@ -78,14 +79,15 @@ class CaptioningModule(Module):
         length = -(-longest // BUCKET) * BUCKET
         return batch | {name: batch[name][:, :length] for name in ("tokens", "mask")}
 
-    def caption(self, images: Sequence, prompt: str = "", **settings) -> list[str]:
-        """One caption for each PIL image. `settings` are those of `GenerationConfig`, for example `num_beams=3`.
+    def caption(self, images, prompt: str = "", **settings) -> list[str]:
+        """One caption for each image, which is a PIL image or a path; one alone need not be in a list.
 
+        `settings` are those of `GenerationConfig`, for example `num_beams=3`.
         Captions are as long as in training unless `max_new_tokens` is given. `prompt` replaces the text between image
         and caption that the module was trained with. Captions do not depend on how images are batched; a sampled
         caption depends on `seed` and on the index of its image. Raises `UserError` if the prompt is too long.
         """
-        return [self.text_of(row) for row in self.caption_tokens(images, prompt, **settings)]
+        return [self.text_of(row) for row in self.caption_tokens(as_images(images), prompt, **settings)]
 
     def caption_tokens(
         self, images: Sequence, prompt: str = "", *, indices: Sequence[int] | None = None, **settings
@@ -114,8 +116,8 @@ class CaptioningModule(Module):
         return max(1, min(BATCH // config.num_beams, CACHE_BYTES // cache_bytes(self.decoder, prefix, config)))
 
     def stream_caption(self, image, prompt: str = "", **settings) -> Iterator[str]:
-        """Yield the caption of one PIL image piece by piece, each as soon as its token is generated."""
-        for [caption] in self.stream_captions([image], prompt, **settings):
+        """Yield the caption of one image, or path, piece by piece, each as soon as its token is generated."""
+        for [caption] in self.stream_captions(as_images(image), prompt, **settings):
             if piece := caption.take():
                 yield piece
 

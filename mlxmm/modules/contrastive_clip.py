@@ -22,7 +22,7 @@ from mlxmm.losses import clip_loss, siglip_loss
 from mlxmm.networks import clip, siglip
 from mlxmm.networks.towers import TextConfig, VisionConfig, config_from_hub
 from mlxmm.optimizers import OptimizerConfig
-from mlxmm.preprocessing.images import ImageProcessor
+from mlxmm.preprocessing.images import ImageProcessor, as_images
 from mlxmm.preprocessing.tokenizers import load_tokenizer
 from mlxmm.storage import checkpoint
 from mlxmm.storage.hub import local_folder
@@ -154,12 +154,16 @@ class ContrastiveCLIP(Module):
         """An example: uint8 pixels (H, W, 3) and tokens (L,)."""
         return {"pixels": self.processor.pixels(row["image"]), "tokens": self._tokens([caption])[0]}
 
-    def encode_image(self, images: mx.array) -> mx.array:
-        """(B, H, W, 3) floats to (B, E), unit length."""
+    def encode_image(self, images) -> mx.array:
+        """(B, H, W, 3) floats, or B PIL images or paths, to (B, E), unit length."""
+        if not isinstance(images, mx.array):
+            images = self.preprocess(as_images(images))
         return self.network.encode_image(images)
 
-    def encode_text(self, tokens: mx.array) -> mx.array:
-        """(B, L) tokens to (B, E), unit length."""
+    def encode_text(self, tokens) -> mx.array:
+        """(B, L) tokens, or B texts, to (B, E), unit length."""
+        if not isinstance(tokens, mx.array):
+            tokens = self.tokenize([tokens] if isinstance(tokens, str) else tokens)
         return self.network.encode_text(tokens)
 
     def __call__(self, images: mx.array, tokens: mx.array) -> mx.array:

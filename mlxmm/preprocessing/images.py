@@ -63,6 +63,25 @@ def decode_image(value) -> Image.Image:
         raise UndecodableImage(f"not a picture that can be decoded: {error}") from None
 
 
+def as_images(images) -> Sequence:
+    """Images as a sequence: of one image or path, of several, or of a sequence of another kind, which is not copied.
+
+    Raises `UndecodableImage`, which names the path.
+    """
+    if isinstance(images, Image.Image | str | Path):
+        images = [images]
+    if not isinstance(images, list | tuple):
+        return images
+    return [_read(image) if isinstance(image, str | Path) else image for image in images]
+
+
+def _read(path: str | Path) -> Image.Image:
+    try:
+        return decode_image(Path(path).expanduser())
+    except UndecodableImage as error:
+        raise UndecodableImage(f"{path}: {error}") from None
+
+
 def _opened(value):
     return io.BytesIO(value) if isinstance(value, bytes) else value
 

@@ -54,7 +54,7 @@ def read_state(folder: Path) -> dict:
     """
     try:
         state = json.loads((folder / STATE).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} holds no checkpoint: {STATE} is missing") from None
     except ValueError:
         raise UserError(f"{folder / STATE} is damaged; resume from another checkpoint") from None

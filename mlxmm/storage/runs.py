@@ -6,7 +6,8 @@ runs/<recipe>/<name>/config.json  metrics.jsonl  events.out.tfevents.*  checkpoi
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain, count
 from pathlib import Path
 
 import attrs
@@ -133,15 +134,26 @@ def _open(config: RunConfig, recipe: str) -> tuple[Path, Path | None]:
 
 
 def _make(config: RunConfig, recipe: str) -> Path:
-    folder = config.run_dir or RUNS / recipe / time.strftime("%Y-%m-%d_%H-%M-%S")
-    try:
-        folder.mkdir(parents=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{folder} exists: name another --run-dir, or add --resume last") from None
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}") from None
+    now = RUNS / recipe / time.strftime("%Y-%m-%d_%H-%M-%S")
+    same_second = (now.with_name(f"{now.name}_{number}") for number in count(2))
+    folder = make_first([config.run_dir] if config.run_dir else chain([now], same_second))
     _write_config(config, folder)
     return folder
+
+
+def make_first(folders: Iterable[Path]) -> Path:
+    """Make the first of `folders` that is not there yet: no two processes get the same one. Raises `UserError`."""
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except NotADirectoryError:
+            break
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made: {error.strerror}") from None
+    raise UserError(f"{folder} exists: name another --run-dir, or add --resume last")
 
 
 def _write_config(config: RunConfig, folder: Path) -> None:

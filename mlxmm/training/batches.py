@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from itertools import islice
 
 import mlx.core as mx
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from mlxmm.errors import UserError
 
 
 def count(loader, limit: int | float) -> int | None:
     """How many batches of an epoch are used: `limit`, or that fraction of them. None if the loader has no length."""
-    total = len(loader) if hasattr(loader, "__len__") else None
+    total = _length(loader)
     if isinstance(limit, int):
         return limit if total is None else min(limit, total)
     if total is None and limit < 1:
@@ -27,6 +27,8 @@ def epoch(loader, number: int, start: int = 0, limit: int | float = 1.0) -> Iter
     """
     if hasattr(loader, "epoch"):
         batches = loader.epoch(number, start)
+    elif isinstance(loader, list | tuple):
+        batches = iter(loader[start:])
     else:
         if start:
             warnings.warn(
@@ -37,7 +39,38 @@ def epoch(loader, number: int, start: int = 0, limit: int | float = 1.0) -> Iter
     most = count(loader, limit)
     if most is not None:
         batches = islice(batches, max(0, most - start))
-    return (tree_map(mx.array, batch) for batch in batches)
+    return map(as_arrays, batches)
+
+
+def as_arrays(batch):
+    """`batch` with MLX arrays in place of NumPy's, of numbers and of torch's tensors. Raises `UserError`."""
+    try:
+        return tree_map(mx.array, batch)
+    except (TypeError, ValueError, BufferError, RuntimeError) as error:
+        raise UserError(f"a batch is a tree of arrays and numbers; {_misfit(batch) or error}") from None
+
+
+def _misfit(batch) -> str | None:
+    """The first leaf that cannot be an array, and what to do with it."""
+    for name, leaf in tree_flatten(batch):
+        try:
+            mx.array(leaf)
+        except (TypeError, ValueError, BufferError, RuntimeError):
+            kind = type(leaf)
+            advice = "leave it out of the batch, or make numbers of it"
+            if kind.__module__.split(".")[0] == "torch":
+                advice = "give tensor.detach().float().numpy()"
+            elif hasattr(leaf, "__iter__") and not isinstance(leaf, str):
+                advice = "a stage has one loader, and that gives dicts, lists or tuples"
+            return f"{name or 'it'} holds {'None' if leaf is None else f'a {kind.__name__}'}: {advice}"
+    return None
+
+
+def _length(loader) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # a loader without a length, or torch's over an iterable data set, which has __len__ all the same
+        return None
 
 
 def updates(batches: Iterator, size: int) -> Iterator[tuple[tuple, bool]]:

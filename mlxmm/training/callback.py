@@ -1,9 +1,11 @@
 """Callback: code that runs at named moments of a run. One sentence a moment; docs/hooks.md compares with Lightning."""
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from mlxmm.errors import UserError
+from mlxmm.training import lightning_words
 
 
 class Callback:
@@ -16,6 +18,13 @@ class Callback:
 
     reads_rows = False  # such callbacks come after those that replace rows
     saves_checkpoints = False  # such callbacks come last: what they save includes what the others did
+
+    def __new__(cls, *args, **settings):
+        lightning_words.refuse_arguments(cls.__name__, cls.__init__, settings, lightning_words.CONSTRUCTORS)
+        return super().__new__(cls)
+
+    def __init__(self) -> None:
+        """Takes nothing: `object` would take anything, because of `__new__`."""
 
     def setup(self, trainer, module, stage) -> None:
         """Called first in `fit`, `validate`, `test` or `predict` (the `stage`), before the optimizer exists."""
@@ -146,7 +155,7 @@ def arrange_callbacks(callbacks: Sequence[Callback], of_module: Sequence[Callbac
     """
     kept = [callback for callback in callbacks if not any(isinstance(new, type(callback)) for new in of_module)]
     arranged = sorted([*kept, *of_module], key=lambda callback: (callback.saves_checkpoints, callback.reads_rows))
-    keys = [callback.state_key for callback in arranged if _overrides(callback, "state_dict")]
+    keys = [callback.state_key for callback in arranged if overrides(callback, "state_dict")]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
         raise UserError(f"two callbacks save their state as {', '.join(twice)}: give one another state_key")
     return arranged
@@ -156,11 +165,27 @@ def hook_table(callbacks: Sequence[Callback], trainer, module) -> dict[str, list
     """For each hook, the methods that override it: hooks that nobody overrides cost nothing."""
     calls = {hook: [] for hook in HOOKS}
     for hook, methods in calls.items():
-        methods += [partial(getattr(c, hook), trainer, module) for c in callbacks if _overrides(c, hook)]
+        methods += [partial(getattr(c, hook), trainer, module) for c in callbacks if overrides(c, hook)]
         if own := getattr(module, hook, None):
             methods.append(own)
     return calls
 
 
-def _overrides(callback: Callback, name: str) -> bool:
+def note_first_state(callbacks: Iterable[Callback]) -> None:
+    """Keep the state of callbacks that have not been in a Trainer before."""
+    for callback in callbacks:
+        if overrides(callback, "state_dict") and "_first_state" not in vars(callback):
+            vars(callback).update(_first_state=copy.deepcopy(callback.state_dict()), _has_run=False)
+
+
+def restart_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Give callbacks of an earlier run the state that they had before it: those of the last fold begin anew."""
+    for callback in callbacks:
+        if vars(callback).get("_has_run"):
+            callback.load_state_dict(copy.deepcopy(vars(callback)["_first_state"]))
+        vars(callback)["_has_run"] = "_first_state" in vars(callback)
+
+
+def overrides(callback: Callback, name: str) -> bool:
+    """Whether `callback` has its own method of this name, from its class or set on it alone."""
     return getattr(getattr(callback, name), "__func__", None) is not getattr(Callback, name)

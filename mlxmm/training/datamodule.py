@@ -1,12 +1,23 @@
 """DataModule: where a Trainer's batches come from."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import attrs
+
+from mlxmm.errors import UserError
+
+AGAIN = "give a list, or an object whose __iter__ begins again"
 
 
 class DataModule:
     """Provides the loaders of all stages: Lightning's `LightningDataModule`. A missing loader is None."""
+
+    trainer: Any = None  # the Trainer whose stage it serves; `trainer.module` is the module
+
+    def __getstate__(self) -> dict:
+        """What copies and pickles have: not the trainer, which is not theirs."""
+        return {name: value for name, value in vars(self).items() if name != "trainer"}
 
     def prepare_data(self) -> None:
         """Download and unpack, on one process, before `setup`."""
@@ -30,20 +41,20 @@ class DataModule:
         """Called at every prediction."""
 
 
-@attrs.frozen
-class Loaders:
-    """Loaders that were given to the Trainer one by one, as a DataModule."""
+@attrs.define(slots=False)
+class Loaders(DataModule):
+    """Loaders that were given to the Trainer one by one, as a DataModule. Raises `UserError` for what is no loader."""
 
     train: Iterable | None = None
     val: Iterable | None = None
     test: Iterable | None = None
     predict: Iterable | None = None
 
-    def prepare_data(self) -> None: ...
-
-    def setup(self, stage: str) -> None: ...
-
-    def teardown(self, stage: str) -> None: ...
+    def __attrs_post_init__(self):
+        for stage, loader in attrs.asdict(self, recurse=False).items():
+            _check_loader(stage, loader)
+        if self.train is not None and is_spent_once(self.val):
+            raise UserError(f"the val data are a {type(self.val).__name__}, which is read once: {AGAIN}")
 
     def train_dataloader(self):
         return self.train
@@ -56,3 +67,54 @@ class Loaders:
 
     def predict_dataloader(self):
         return self.predict
+
+
+def as_datamodule(datamodule: DataModule | None, **loaders) -> DataModule:
+    """The data of a stage. A DataModule may also be in the place of the first loader, as in Lightning.
+
+    Raises `UserError` where both are given.
+    """
+    first, *others = loaders.values()
+    if datamodule is None and not any(other is not None for other in others) and _is_datamodule(first):
+        return first
+    if datamodule is None:
+        return Loaders(**loaders)
+    if any(loader is not None for loader in loaders.values()):
+        raise UserError("give a datamodule or loaders, not both")
+    return datamodule
+
+
+def train_loader(datamodule: DataModule):
+    """The training loader. Raises `UserError` where there is none."""
+    loader = datamodule.train_dataloader()
+    if loader is None:
+        raise UserError("there is no training data: give a datamodule or train_dataloaders")
+    return loader
+
+
+def is_spent_once(loader) -> bool:
+    """Whether `loader` is an iterator, which cannot begin again: a generator, a `zip`."""
+    return not hasattr(loader, "epoch") and hasattr(loader, "__next__")
+
+
+def why_empty(loader, epoch: int) -> str:
+    """What to say of training data that gave no batch."""
+    again = is_spent_once(loader) and epoch > 0
+    why = f"an iterator is read once, {AGAIN}" if again else "fewer examples than one batch holds?"
+    return f"the training data gave no batch in epoch {epoch}: {why}"
+
+
+def _is_datamodule(value) -> bool:
+    return isinstance(value, DataModule) or hasattr(value, "train_dataloader")
+
+
+def _check_loader(stage: str, loader) -> None:
+    if isinstance(loader, Mapping):
+        raise UserError(f"the {stage} data are a dict: a stage has one loader, which may draw from several data sets")
+    if callable(loader) and not hasattr(loader, "__iter__"):
+        raise UserError(
+            f"the {stage} data are {getattr(loader, '__name__', loader)!r}: call it, and give what it returns"
+        )
+    is_loader = any(hasattr(loader, name) for name in ("epoch", "__iter__", "__getitem__"))
+    if loader is not None and (not is_loader or isinstance(loader, str)):
+        raise UserError(f"the {stage} data are {loader!r}: a loader is a list of batches, or another iterable of them")

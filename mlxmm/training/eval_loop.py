@@ -5,12 +5,26 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 
 from mlxmm.distributed import collectives
+from mlxmm.errors import UserError
 from mlxmm.training import batches
 from mlxmm.training.module import evaluating
 from mlxmm.training.randomness import isolated_random_state
 from mlxmm.training.train_step import add_sums, average_sums, build_eval_step, fill_empty_sums
 
 PREFIXES = {"validation": "val", "test": "test"}  # of the metrics of a stage
+
+
+class UnknownMetric(UserError, KeyError):
+    """A metric that a stage did not measure."""
+
+    __str__ = ValueError.__str__  # that of KeyError shows quotes
+
+
+class Metrics(dict):
+    """The metrics of a stage by name. Lightning returns a list of such dicts, one for each loader."""
+
+    def __missing__(self, name):
+        raise UnknownMetric(f"metrics[{name!r}]: this is a dict of {', '.join(self) or 'nothing, for want of data'}")
 
 
 class Evaluator:
@@ -24,7 +38,7 @@ class Evaluator:
         """The weighted means of `<stage>_step` over the data of all processes; {} where there are none."""
         trainer, prefix = self.trainer, PREFIXES[stage]
         if loader is None or collectives.all_max(batches.count(loader, limit) != 0) == [0]:
-            return {}
+            return Metrics()
         with trainer.profiler.phase(stage), evaluating(trainer.module):
             step, total = self._step(stage), None
             for batch, counts in trainer.strategy.lockstep(self._with_hooks(stage, loader, limit)):
@@ -34,7 +48,7 @@ class Evaluator:
             total = fill_empty_sums(total)
             with collectives.off_gpu():
                 means = {} if total is None else average_sums(total)[0]
-                metrics = {f"{prefix}/{name}": float(value) for name, value in means.items()}
+                metrics = Metrics({f"{prefix}/{name}": float(value) for name, value in means.items()})
             self.call(f"on_{stage}_epoch_end")
             trainer.log(metrics)
             self.call(f"on_{stage}_end", metrics)

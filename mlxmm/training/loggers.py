@@ -10,10 +10,19 @@ from pathlib import Path
 import numpy as np
 
 from mlxmm.distributed import collectives
+from mlxmm.errors import UserError
+from mlxmm.training import lightning_words
 
 
 class Logger:
     """What a `Trainer` writes to. `metrics` maps names to Python floats."""
+
+    def __new__(cls, *args, **settings):
+        lightning_words.refuse_arguments(cls.__name__, cls.__init__, settings, lightning_words.CONSTRUCTORS)
+        return super().__new__(cls)
+
+    def __init__(self) -> None:
+        """Takes nothing: `object` would take anything, because of `__new__`."""
 
     def log_metrics(self, metrics: dict[str, float], step: int, epoch: int) -> None:
         """Write scalars; `step` counts updates."""
@@ -127,4 +136,8 @@ def make_loggers(logger: Logger | Sequence[Logger] | bool, root: Path | None) ->
         return []
     if logger is True:
         return [JSONLLogger(root), TensorBoardLogger(root)]
-    return [logger] if isinstance(logger, Logger) else list(logger)
+    loggers = list(logger) if isinstance(logger, list | tuple) else [logger]
+    for one in loggers:
+        if not isinstance(one, Logger):
+            raise UserError(f"Trainer(logger=...) takes True, False, a mlxmm Logger or several of them: {one!r}")
+    return loggers

@@ -1,6 +1,7 @@
 """Module: a network, its loss and its optimizer, in one object that a Trainer fits."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import mlx.nn as nn
 
 from mlxmm.compute.precision import ComputeDtypes
 from mlxmm.config import to_json
+from mlxmm.errors import UserError
+from mlxmm.storage import checkpoint
+from mlxmm.training import lightning_words
 
 
 class Module(nn.Module):
@@ -26,6 +30,45 @@ class Module(nn.Module):
     trainer: Any = None  # the Trainer that fits this module
     compute_dtypes = ComputeDtypes()  # see there; replaced as a whole, not changed
 
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in lightning_words.MODULE:
+                raise
+            raise lightning_words.missing(type(self).__name__, name, lightning_words.MODULE) from None
+
+    def __getstate__(self) -> dict:
+        """What copies and pickles have beside the parameters: not the trainer, which belongs to this module alone."""
+        return {name: value for name, value in vars(self).items() if name != "trainer"}
+
+    def __call__(self, *args, **kwargs):
+        """Lightning's `forward`, for modules that name it so."""
+        if not hasattr(self, "forward"):
+            raise UserError(f"{type(self).__name__} is called, and has no __call__")
+        return self.forward(*args, **kwargs)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Path | str, *args, **kwargs):
+        """A module with the weights of a checkpoint.
+
+        It is what `from_pretrained` gives where the class has one; else it is made by `cls(*args, **kwargs)`: these
+        arguments are not part of a checkpoint. Raises `UserError` if they do not fit, or it is no checkpoint of this
+        class.
+        """
+        folder = Path(checkpoint_path)
+        checkpoint.read_state(folder)
+        if hasattr(cls, "from_pretrained") and not (args or kwargs):
+            return cls.from_pretrained(folder)
+        try:
+            inspect.signature(cls).bind(*args, **kwargs)
+        except TypeError as error:
+            told = f"give the arguments of {cls.__name__} again, {error}"
+            raise UserError(f"{cls.__name__}.load_from_checkpoint: {told}") from None
+        module = cls(*args, **kwargs)
+        checkpoint.load_weights(folder / checkpoint.WEIGHTS, module)
+        return module
+
     @property
     def hparams(self) -> dict:
         """The settings that loggers write: those of `config`, if the module has one."""
@@ -34,7 +77,7 @@ class Module(nn.Module):
 
     def training_step(self, batch) -> dict[str, mx.array]:
         """The loss of one batch, and other metrics to log."""
-        raise NotImplementedError(f"{type(self).__name__} has no training_step")
+        raise UserError(f"{type(self).__name__} has no training_step")
 
     def validation_step(self, batch) -> dict[str, mx.array]:
         """The metrics of one validation batch; by default those of `training_step`."""
@@ -46,7 +89,7 @@ class Module(nn.Module):
 
     def predict_step(self, batch):
         """What `Trainer.predict` collects for one batch, of any type. Not compiled."""
-        raise NotImplementedError(f"{type(self).__name__} has no predict_step")
+        raise UserError(f"{type(self).__name__} has no predict_step: write predict_step(self, batch)")
 
     def configure_callbacks(self) -> list:
         """Callbacks of the module; they replace the trainer's callbacks of the same class."""
@@ -54,7 +97,7 @@ class Module(nn.Module):
 
     def configure_optimizers(self):
         """The `mlx.optimizers.Optimizer` of the parameters that are trainable now."""
-        raise NotImplementedError(f"{type(self).__name__} has no configure_optimizers")
+        raise UserError(f"{type(self).__name__} has no configure_optimizers")
 
     def parameter_groups(self) -> dict[str, list[str]]:
         """Names for groups of parameters (dotted names), for a `FreezeSchedule`: {"lora": [...]}."""

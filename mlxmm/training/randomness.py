@@ -10,8 +10,11 @@ import numpy as np
 GOLDEN = 0x9E3779B1  # 2**32 over the golden ratio: spreads the upper half of a seed over the lower
 
 
-def seed_everything(seed: int) -> None:
-    """Seed MLX (the key of this thread) and the global generators of NumPy and Python, with up to 64 bits."""
+def seed_everything(seed: int, workers: bool = True) -> None:
+    """Seed MLX (the key of this thread) and the global generators of NumPy and Python, with up to 64 bits.
+
+    `workers` is Lightning's, and changes nothing: the threads of loaders draw from the seed of their Trainer and epoch.
+    """
     mx.random.seed(seed)
     np.random.seed(((seed >> 32) * GOLDEN ^ seed) & 0xFFFFFFFF)  # one integer seeds three times as fast as two
     random.seed(seed)

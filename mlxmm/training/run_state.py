@@ -1,7 +1,6 @@
 """The state of a run beside its weights and moments: dumped into a checkpoint, and restored from one."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
@@ -45,13 +44,3 @@ def restore(trainer, saved: dict[str, dict], on_load: Callable[[], None]) -> Non
     set_trainable(trainer.module, state["trainable"])
     for logger, position in zip(trainer.loggers, state["loggers"]):
         logger.rewind(position, trainer.global_step)
-
-
-def find(ckpt_path: Path | str, root: Path | None) -> Path:
-    """The folder that `ckpt_path` names; "last" is the newest undamaged checkpoint of the run in `root`."""
-    if ckpt_path != "last":
-        return Path(ckpt_path)
-    folder = checkpoint.latest(Path(root) / "checkpoints") if root else None
-    if folder is None:
-        raise UserError(f"ckpt_path='last': there is no checkpoint in {root}")
-    return folder

@@ -4,7 +4,9 @@ import warnings
 
 import attrs
 
+from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
+from mlxmm.training import batches
 from mlxmm.training.progress import Progress
 from mlxmm.training.trainer_config import TrainerConfig, duration
 
@@ -23,6 +25,15 @@ class Schedule:
     updates_in_epoch: int | None = None
     time_is_up: bool = False
     _warned_of_minimum: bool = attrs.field(default=False, init=False)
+
+    def measure_epoch(self, loader) -> None:
+        """Count the updates of an epoch of `loader`, which the shortest shard ends for all processes."""
+        limit = self.config.overfit_batches or self.config.limit_train_batches
+        total = None if loader is None else batches.count(loader, limit)
+        if collectives.all_max(total is None) == [1]:
+            self.updates_in_epoch = None
+        else:
+            self.updates_in_epoch = -collectives.all_max(-total // self.accumulate_grad_batches)[0]
 
     def is_done(self, should_stop: bool) -> bool:
         """Whether training ends here: a limit is reached, or a stop was requested and is allowed."""
@@ -71,11 +82,16 @@ class Schedule:
             )
 
     @property
-    def num_updates(self) -> int:
-        """How many updates the run will have. Raises `UserError` where nothing limits them."""
+    def known_updates(self) -> int | None:
+        """How many updates the run will have; None where nothing limits them."""
         limits = [self.config.max_steps] if self.config.max_steps >= 0 else []
         if self.updates_in_epoch is not None and self.config.max_epochs >= 0:
             limits.append(self.updates_in_epoch * self.config.max_epochs)
-        if not limits:
+        return min(limits, default=None)
+
+    @property
+    def num_updates(self) -> int:
+        """`known_updates`. Raises `UserError` where nothing limits them."""
+        if self.known_updates is None:
             raise UserError("set max_steps: the training data do not tell how many batches they have")
-        return min(limits)
+        return self.known_updates

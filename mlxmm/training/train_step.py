@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlxmm.compute.compiled import Compiler, snapshot
 from mlxmm.compute.precision import autocast
 from mlxmm.distributed import collectives
+from mlxmm.training.checks import check_outputs, explained
 from mlxmm.training.randomness import isolated_random_state
 from mlxmm.training.strategy import REPLICATED, Replicated
 
@@ -95,14 +96,16 @@ class TrainStep:
     # ---- the loss of a micro-batch, and what the module measured beside it
 
     def _weighted_loss(self, batch):
-        with autocast(self.module, self.config.precision):
-            sums = weighted_sums(self.module.training_step(batch))
+        step = self.module.training_step
+        with autocast(self.module, self.config.precision), explained(step, batch):
+            sums = weighted_sums(check_outputs(step, step(batch), needs_loss=True))
         return sums["loss"], sums
 
     def _loss(self, batch):
         """Means of one process; sums of several, which `_averaged` divides. A lone process spares that division."""
-        with autocast(self.module, self.config.precision):
-            sums = weighted_sums(self.module.training_step(batch))
+        step = self.module.training_step
+        with autocast(self.module, self.config.precision), explained(step, batch):
+            sums = weighted_sums(check_outputs(step, step(batch), needs_loss=True))
         measured = sums if collectives.world_size() > 1 else average_sums(sums)[0]
         return measured["loss"], measured
 
@@ -116,8 +119,8 @@ def build_eval_step(module, step: Callable, config, compiler: Compiler) -> Calla
     """Return `eval_step(batch) -> sums`: the weighted sums of what `step` measures on a batch."""
 
     def eval_step(batch):
-        with autocast(module, config.precision):
-            return weighted_sums(step(batch))
+        with autocast(module, config.precision), explained(step, batch):
+            return weighted_sums(check_outputs(step, step(batch), needs_loss=False))
 
     return compiler(eval_step, state=[module.state, mx.random.state])
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import attrs
 import mlx.core as mx
 
 from mlxmm.compute import memory
@@ -24,10 +23,12 @@ from mlxmm.distributed import collectives
 from mlxmm.distributed.signals import Interrupted, Request, end_requests
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
-from mlxmm.training import batches, run_state
+from mlxmm.training import batches, lightning_words, run_folder, run_state
 from mlxmm.training.anomaly import assert_finite, watched_outputs
-from mlxmm.training.callback import Callback, arrange_callbacks, hook_table
-from mlxmm.training.datamodule import Loaders
+from mlxmm.training.callback import Callback, arrange_callbacks, hook_table, note_first_state, restart_callbacks
+from mlxmm.training.checks import as_callbacks, check_optimizer, check_stage, check_trainable
+from mlxmm.training.datamodule import DataModule, as_datamodule, train_loader, why_empty
+from mlxmm.training.default_callbacks import with_defaults
 from mlxmm.training.eval_loop import Evaluator
 from mlxmm.training.loggers import Logger, make_loggers
 from mlxmm.training.module import Module
@@ -39,35 +40,40 @@ from mlxmm.training.strategy import make_strategy
 from mlxmm.training.train_step import TrainStep, checked_twice
 from mlxmm.training.trainable import TraceSnapshot
 from mlxmm.training.trainer_config import TrainerConfig
+from mlxmm.training.trainer_properties import TrainerProperties
 
 
-class Trainer:
+class Trainer(TrainerProperties):
     """Fits a `Module`: Lightning's Trainer on MLX.
 
-    `callbacks` are called in the order given, those that save checkpoints last. `logger` is one Logger or several;
-    True stands for JSON lines and TensorBoard in `default_root_dir`, False for none. Settings of `TrainerConfig`
-    may be given by name.
+    `callbacks` are called in the order given, those that save checkpoints last. A `ModelSummary`, a `TQDMProgressBar`
+    and a `ModelCheckpoint` are added where none is given, unless `enable_model_summary` etc. are off. `logger` is one
+    Logger or several; True stands for JSON lines and TensorBoard in the run's folder, False for none. Settings of
+    `TrainerConfig` may be given by name, Lightning's spellings among them (docs/from-lightning.md).
+
+    The run's folder is `default_root_dir`, or else the next runs/<Module>/version_N, which each `fit` makes.
     """
 
     def __init__(
         self,
         config: TrainerConfig | None = None,
         *,
-        callbacks: Sequence[Callback] = (),
-        logger: Logger | Sequence[Logger] | bool = True,
+        callbacks: Callback | Sequence[Callback] | None = None,
+        logger: Logger | Sequence[Logger] | bool | None = True,
         **settings,
     ):
-        self.config = attrs.evolve(config or TrainerConfig(), **settings).resolved()
+        self.config = lightning_words.configured(config or TrainerConfig(), settings)
         self.strategy = make_strategy(self.config.strategy)
-        self.callbacks = arrange_callbacks(callbacks)
-        self.loggers = [] if self.config.fast_dev_run else make_loggers(logger, self.config.default_root_dir)
+        self._own_callbacks = with_defaults(as_callbacks(callbacks), self.config)
+        self.callbacks = arrange_callbacks(self._own_callbacks)
+        note_first_state(self.callbacks)
+        self.log_dir = self.config.default_root_dir  # the folder of the run; without this setting, `fit` makes one
+        self._logger = False if self.config.fast_dev_run else logger is None or logger
+        self.loggers = make_loggers(self._logger, self.log_dir)
         self.profiler = make_profiler(self.config.profiler, self.config.default_root_dir)
-        self.progress = Progress()
-        self.schedule = Schedule(self.config, self.progress, self.config.accumulate_grad_batches)
+        self._restart()
         self.should_stop = False  # set it to end the run after the update in hand
         self.state = "initializing"  # then running, and finished or interrupted
-        self.callback_metrics: dict[str, float] = {}  # the newest value of everything that was logged
-        self.logged_metrics: dict[str, float] = {}  # what was logged since the newest update
         self.ckpt_path: Path | None = None  # the checkpoint that the run was resumed from
         self.module: Any = None  # these three are of the newest stage
         self.optimizer: Any = None
@@ -84,23 +90,23 @@ class Trainer:
 
     # ------------------------------------------------------------------ what people call
 
+    @lightning_words.answers_calls
     def fit(
         self,
-        module: Module,
-        datamodule=None,
-        *,
+        model: Module,
         train_dataloaders=None,
         val_dataloaders=None,
+        datamodule=None,
         ckpt_path: Path | str | None = None,
     ) -> None:
         """Train until `max_steps` updates, `max_epochs` epochs, `max_time` or `should_stop`.
 
-        `ckpt_path` is the checkpoint to resume from; "last" is the newest undamaged one in `default_root_dir`.
+        A datamodule may also be in the place of `train_dataloaders`. `ckpt_path` is the checkpoint to resume from:
+        "last" is the newest undamaged one of the run, or of the module's newest run where the trainer has no folder
+        yet; "best" that of `ModelCheckpoint`. Without it each call is a run of its own, from the module's weights.
         """
-        data = datamodule or Loaders(train=train_dataloaders, val=val_dataloaders)
-        root = self.config.default_root_dir
-        [self.ckpt_path] = collectives.broadcast_paths(lambda: [run_state.find(ckpt_path, root) if ckpt_path else None])
-        with self._stage("fit", module, data), self._layers_prepared(), end_requests() as self._request:
+        data = as_datamodule(datamodule, train=train_dataloaders, val=val_dataloaders)
+        with self._stage("fit", model, data, ckpt_path), self._layers_prepared(), end_requests() as self._request:
             self._prepare_fit()
             self._call("on_fit_start")
             self._sanity_check()
@@ -109,19 +115,31 @@ class Trainer:
             self._call("on_train_end")
             self._call("on_fit_end")
 
-    def validate(self, module: Module, datamodule=None, *, dataloaders=None) -> dict[str, float]:
-        """The means of `validation_step` over the validation data, as "val/…"."""
-        with self._stage("validate", module, datamodule or Loaders(val=dataloaders)):
+    @lightning_words.answers_calls
+    def validate(
+        self, model: Module | None = None, dataloaders=None, *, datamodule=None, ckpt_path: Path | str | None = None
+    ) -> dict[str, float]:
+        """The means of `validation_step` over the validation data, as "val/…".
+
+        Without `model`, it is of the module fitted before; with `ckpt_path`, with the weights of that checkpoint.
+        """
+        with self._stage("validate", model, as_datamodule(datamodule, val=dataloaders), ckpt_path):
             return self._validate()
 
-    def test(self, module: Module, datamodule=None, *, dataloaders=None) -> dict[str, float]:
-        """The means of `test_step` over the test data, as "test/…"."""
-        with self._stage("test", module, datamodule or Loaders(test=dataloaders)):
+    @lightning_words.answers_calls
+    def test(
+        self, model: Module | None = None, dataloaders=None, *, datamodule=None, ckpt_path: Path | str | None = None
+    ) -> dict[str, float]:
+        """The means of `test_step` over the test data, as "test/…"; arguments as of `validate`."""
+        with self._stage("test", model, as_datamodule(datamodule, test=dataloaders), ckpt_path):
             return self._evaluator.measure("test", self.datamodule.test_dataloader(), self.config.limit_test_batches)
 
-    def predict(self, module: Module, datamodule=None, *, dataloaders=None) -> list:
-        """What `predict_step` returns for each batch."""
-        with self._stage("predict", module, datamodule or Loaders(predict=dataloaders)):
+    @lightning_words.answers_calls
+    def predict(
+        self, model: Module | None = None, dataloaders=None, *, datamodule=None, ckpt_path: Path | str | None = None
+    ) -> list:
+        """What `predict_step` returns for each batch; arguments as of `validate`."""
+        with self._stage("predict", model, as_datamodule(datamodule, predict=dataloaders), ckpt_path):
             return self._evaluator.predict(self.datamodule.predict_dataloader(), self.config.limit_predict_batches)
 
     def save_checkpoint(self, folder: Path | str) -> None:
@@ -150,46 +168,6 @@ class Trainer:
             for logger in self.loggers:
                 logger.log_metrics(values, self.global_step, self.current_epoch)
 
-    @property
-    def global_step(self) -> int:
-        """Optimizer updates, and nothing else."""
-        return self.progress.global_step
-
-    @property
-    def current_epoch(self) -> int:
-        """The epoch that is trained, from 0."""
-        return self.progress.current_epoch
-
-    @property
-    def batch_idx(self) -> int:
-        """The micro-batches of this epoch that are done."""
-        return self.progress.batch_idx
-
-    @property
-    def accumulate_grad_batches(self) -> int:
-        """The micro-batches of an update now."""
-        return self.schedule.accumulate_grad_batches
-
-    @property
-    def is_global_zero(self) -> bool:
-        """Whether this process is the one that writes."""
-        return collectives.rank() == 0
-
-    @property
-    def training_seconds(self) -> float:
-        """How long this run has been in training, the time before a resume included."""
-        return self.progress.seconds + (time.perf_counter() - self._started if self.state == "running" else 0.0)
-
-    @property
-    def num_compiled_variants(self) -> int:
-        """For how many batch shapes steps are compiled now: at most `max_compiled_variants` of each kind."""
-        return self.compiler.num_variants
-
-    @property
-    def estimated_stepping_batches(self) -> int:
-        """How many updates the run will have."""
-        return self.schedule.num_updates
-
     # ------------------------------------------------------------------ what callbacks may change
 
     def accumulate(self, num_batches: int) -> None:
@@ -211,8 +189,8 @@ class Trainer:
 
         `state` is what a checkpoint has of it.
         """
-        self.schedule.updates_in_epoch = self._count_updates(self.datamodule.train_dataloader())
-        self.optimizer = self.module.configure_optimizers()
+        self.schedule.measure_epoch(self.datamodule.train_dataloader())
+        self.optimizer = check_optimizer(self.module)
         self.strategy.check_optimizer(self.optimizer)
         if state is not None:
             checkpoint.load_optimizer(state, self.optimizer, self.module)
@@ -262,7 +240,7 @@ class Trainer:
             self.strategy.check_micro_batches(len(group))
             metrics = self._train_step(group)
             mx.eval(metrics, self.module.state, self.optimizer.state)
-        self.logged_metrics = {}
+        self.logged_metrics.clear()
         self.progress.finish_update(len(group))
         if self.global_step % self.config.log_every_n_steps == 0:
             self._peak_warning.check()
@@ -274,8 +252,8 @@ class Trainer:
         """The micro-batches of each update left in this epoch, and whether it is the epoch's last."""
         limit = self.config.overfit_batches or self.config.limit_train_batches
         number = 0 if self.config.overfit_batches else self.current_epoch
-        loader = self._train_loader()
-        self.schedule.updates_in_epoch = self._count_updates(loader)
+        loader = train_loader(self.datamodule)
+        self.schedule.measure_epoch(loader)
         rest = batches.epoch(loader, number, self.batch_idx, limit)
         groups = batches.updates(rest, self.accumulate_grad_batches)
         empty = True
@@ -287,13 +265,13 @@ class Trainer:
             empty = False
             yield group
         if empty and self.batch_idx == 0:
-            raise UserError("the training data gave no batch: fewer examples than one batch holds?")
+            raise UserError(why_empty(loader, self.current_epoch))
         if empty:  # resumed where an exception came between the epoch's last update and its end
             self.progress.finish_epoch()
 
     def _validate(self) -> dict[str, float]:
         if self.config.overfit_batches:
-            return self._evaluator.measure("validation", self._train_loader(), self.config.overfit_batches)
+            return self._evaluator.measure("validation", train_loader(self.datamodule), self.config.overfit_batches)
         loader, limit = self.datamodule.val_dataloader(), self.config.limit_val_batches
         return self._evaluator.measure("validation", loader, limit)
 
@@ -305,23 +283,33 @@ class Trainer:
     # ------------------------------------------------------------------ before and after
 
     @contextlib.contextmanager
-    def _stage(self, stage: str, module: Module, datamodule) -> Iterator[None]:
-        self.module, self.datamodule, module.trainer = module, datamodule, self
+    def _stage(self, stage: str, module: Module | None, data: DataModule, ckpt_path=None) -> Iterator[None]:
+        module = self.module if module is None else module
+        check_stage(self, stage, module, data)
+        outer = module.trainer  # of a fit, in one of whose callbacks this stage runs
+        self.module, self.datamodule, module.trainer = module, data, self
+        with contextlib.suppress(AttributeError):  # a frozen datamodule does not know its trainer
+            data.trainer = self
+        self.callbacks = arrange_callbacks(self._own_callbacks, as_callbacks(module.configure_callbacks()))
+        weights = None if stage == "fit" else run_folder.find_checkpoint(self, ckpt_path)
+        if stage == "fit":
+            self._open_run(ckpt_path)
         self.should_stop, self.schedule.time_is_up = False, False
         self.state, self._started = "running", time.perf_counter()
         self.compiler = Compiler(self._compiles(), self.config.max_compiled_variants)
         self._evaluator = Evaluator(self, self._call)
         try:
             with collectives.watched(), memory.limited(self.config.cache_limit_gib, self.config.wired_limit_gib):
-                self.callbacks = arrange_callbacks(self.callbacks, module.configure_callbacks())
                 self._hooks = hook_table(self.callbacks, self, module)
-                collectives.broadcast_object(datamodule.prepare_data)
-                datamodule.setup(stage)
+                collectives.broadcast_object(data.prepare_data)
+                data.setup(stage)
                 self._call("setup", stage)
+                if weights is not None:
+                    checkpoint.load_arrays(weights, checkpoint.load(weights)["weights"], module)
                 set_dtypes(module, self.config.precision)
                 with half_products(module):
                     yield
-                datamodule.teardown(stage)
+                data.teardown(stage)
                 self._call("teardown", stage)
                 collectives.barrier()  # what rank 0 wrote is there for all
         except BaseException as exception:
@@ -331,8 +319,27 @@ class Trainer:
             if isinstance(exception, Interrupted):
                 collectives.barrier()  # a launcher ends all processes with the first: the last checkpoint comes before
             raise
+        finally:
+            run_folder.remove_if_empty(None if self.config.default_root_dir else self.log_dir)
+            if outer is not None and outer.state == "running":
+                module.trainer = outer
         self._leave("finished")
         self._finalize("success")
+
+    def _restart(self) -> None:
+        """Set what a run counts and measures to its beginning."""
+        self.progress = Progress()
+        self.schedule = Schedule(self.config, self.progress, self.config.accumulate_grad_batches)
+        self.callback_metrics: dict[str, float] = {}  # the newest value of everything that was logged
+        self.logged_metrics: dict[str, float] = {}  # what was logged since the newest update
+
+    def _open_run(self, ckpt_path: Path | str | None) -> None:
+        """Begin a run in its folder, which is made if it has no name."""
+        self._restart()
+        restart_callbacks(self.callbacks)
+        [self.ckpt_path, folder] = collectives.broadcast_paths(lambda: run_folder.open_run(self, ckpt_path))
+        if self.config.default_root_dir is None:
+            self.log_dir, self.loggers = folder, make_loggers(self._logger, folder)
 
     @contextlib.contextmanager
     def _layers_prepared(self) -> Iterator[None]:
@@ -359,6 +366,7 @@ class Trainer:
     def _build_train_step(self) -> None:
         """Compile for what is trainable now. Moments already there stay; new parameters get their own."""
         set_dtypes(self.module, self.config.precision)
+        check_trainable(self.module)
         self.optimizer.init(self.module.trainable_parameters())
         self._traced = TraceSnapshot(self.module)
         needs_gradients = self._hooks["on_before_optimizer_step"] or self.config.detect_anomaly
@@ -391,17 +399,3 @@ class Trainer:
             logger.finalize(status)
         if self.config.profiler and self.is_global_zero:
             print(self.profiler.table())
-
-    def _count_updates(self, loader) -> int | None:
-        """The updates of an epoch, which the shortest shard ends for all processes; None where nothing tells."""
-        limit = self.config.overfit_batches or self.config.limit_train_batches
-        total = None if loader is None else batches.count(loader, limit)
-        if collectives.all_max(total is None) == [1]:
-            return None
-        return -collectives.all_max(-total // self.accumulate_grad_batches)[0]
-
-    def _train_loader(self):
-        loader = self.datamodule.train_dataloader()
-        if loader is None:
-            raise UserError("there is no training data: give a datamodule or train_dataloaders")
-        return loader

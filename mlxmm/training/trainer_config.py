@@ -1,5 +1,8 @@
 """TrainerConfig: how long to train, and what to do on the way, under Lightning's names."""
 
+import math
+from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 
 import attrs
@@ -7,8 +10,26 @@ from attrs.validators import ge, in_, optional
 
 from mlxmm.compute.precision import PRECISIONS
 from mlxmm.config import option
+from mlxmm.errors import UserError
 
 SHARE = "batches of an epoch, as a number or a fraction"
+
+
+def duration_text(value: str | timedelta | Mapping[str, float]) -> str:
+    """ "DD:HH:MM:SS" of a time as Lightning takes it: such a text, a timedelta, or the arguments of one.
+
+    Fractions of a second are rounded up. Raises `UserError`.
+    """
+    if isinstance(value, Mapping):
+        try:
+            value = timedelta(**value)
+        except TypeError:
+            raise UserError(f"a time is like {{'hours': 1, 'minutes': 30}} or '00:01:30:00': {value}") from None
+    if not isinstance(value, timedelta):
+        return value
+    minutes, seconds = divmod(math.ceil(value.total_seconds()), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours // 24:02}:{hours % 24:02}:{minutes:02}:{seconds:02}"
 
 
 def duration(text: str) -> float:
@@ -29,7 +50,7 @@ def is_duration(instance, attribute, value) -> None:
     """Days, hours, minutes and seconds, the larger ones optional."""
     try:
         duration(value)
-    except ValueError:
+    except (ValueError, AttributeError):
         raise ValueError(f"{attribute.name!r} must be like 00:12:00:00 (days:hours:minutes:seconds): {value}") from None
 
 
@@ -98,8 +119,10 @@ class TrainerConfig:
         optional(in_(("simple", "metal"))),
         rare=True,
     )
-    default_root_dir: Path | None = option(None, "where loggers and checkpoints write; none: nowhere")
-    enable_checkpointing: bool = option(True, "let ModelCheckpoint write", rare=True)
+    default_root_dir: Path | None = option(
+        None, "folder of the run; none: runs/<Module>/version_N, the next N, which `fit` makes"
+    )
+    enable_checkpointing: bool = option(True, "save checkpoints by ModelCheckpoint", rare=True)
     enable_progress_bar: bool = option(True, "show TQDMProgressBar", rare=True)
     enable_model_summary: bool = option(True, "print ModelSummary", rare=True)
 

@@ -11,6 +11,7 @@ from mlxmm.compute.compiled import snapshot
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.training import batches
+from mlxmm.training.datamodule import is_spent_once
 from mlxmm.training.randomness import isolated_random_state, seed_everything, step_seed
 from mlxmm.training.train_step import TrainStep
 
@@ -49,7 +50,7 @@ def _groups(trainer) -> Iterator[tuple]:
     limit = trainer.config.overfit_batches or trainer.config.limit_train_batches
     for number in count():
         loader = trainer.datamodule.train_dataloader()
-        if _is_spent_once(loader):
+        if is_spent_once(loader):
             raise UserError("the training data can be read only once, and trial updates read them: give a loader")
         epoch = batches.updates(batches.epoch(loader, number, 0, limit), trainer.accumulate_grad_batches)
         group = None
@@ -57,7 +58,3 @@ def _groups(trainer) -> Iterator[tuple]:
             yield group
         if group is None:
             raise UserError("the training data gave no batch: fewer examples than one batch holds?")
-
-
-def _is_spent_once(loader) -> bool:
-    return not hasattr(loader, "epoch") and iter(loader) is loader

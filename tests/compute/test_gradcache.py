@@ -177,7 +177,7 @@ def test_a_locked_tower_is_not_computed_again():
 def train(folder: Path, kind: str, batches: list[dict]) -> None:
     """A few updates, whose weights are written under the process's number."""
     clip = small_clip(**KINDS[kind], chunk_size=3)
-    settings = {"max_steps": 3, "logger": False, "enable_model_summary": False, "compile": False}
+    settings = {"max_steps": 3, "logger": False, "enable_checkpointing": False, "compile": False}
     Trainer(**settings).fit(clip, train_dataloaders=batches, val_dataloaders=[pairs(4)])
     weights = dict(tree_flatten(clip.parameters()))
     mx.save_safetensors(str(folder / f"{collectives.rank()}.safetensors"), weights)

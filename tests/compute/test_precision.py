@@ -10,13 +10,13 @@ from mlx.utils import tree_flatten
 from small_modules import small_aligner, small_batch, small_clip
 
 from callbacks import FreezeSchedule, ModelCheckpoint
-from callbacks.model_summary import summary
 from mlxmm import Callback, Qwen3Aligner, seed_everything
 from mlxmm.compute import functional as F
 from mlxmm.compute.layer_calls import replaced_calls
 from mlxmm.networks.adapters import LoRAConfig
 from mlxmm.networks.language_model import load_language_model, save_language_model
 from mlxmm.optimizers import OptimizerConfig
+from mlxmm.training.model_summary import summary
 
 
 def dtypes(tree):

@@ -29,7 +29,9 @@ def fit(*callbacks, module=None, max_epochs=3, random_crop=False, **settings):
     module = module or make(**settings)
     config = CaptionDataConfig(shapes=SHAPES, batch_size=16, random_crop=random_crop)
     data = CaptionData(open_source(config, 0), transform=module.transform)
-    trainer = Trainer(max_epochs=max_epochs, logger=False, callbacks=callbacks, num_sanity_val_steps=0)
+    trainer = Trainer(
+        max_epochs=max_epochs, logger=False, enable_checkpointing=False, callbacks=callbacks, num_sanity_val_steps=0
+    )
     trainer.fit(module, data)
     return module, data, trainer
 
@@ -72,7 +74,9 @@ def test_what_is_stale_is_computed_again(tmp_path, change):
         open_source(CaptionDataConfig(shapes=SHAPES, batch_size=16), int(change == "pictures")),
         transform=module.transform,
     )
-    Trainer(max_epochs=1, logger=False, callbacks=[CachedFeatures(tmp_path)]).fit(module, data)
+    Trainer(max_epochs=1, logger=False, enable_checkpointing=False, callbacks=[CachedFeatures(tmp_path)]).fit(
+        module, data
+    )
     assert len(set(tmp_path.iterdir()) - before) == 2  # of training and of validation
 
 
@@ -112,7 +116,7 @@ def test_new_rows_get_features_of_their_own_whichever_callback_comes_first(tmp_p
     data = CaptionData(source, transform=transform)
     callbacks = [SyntheticRefresh(source.fresh_rows), CachedFeatures(tmp_path, splits=("train",))]
     callbacks = callbacks if refresh_first else callbacks[::-1]
-    Trainer(max_epochs=3, logger=False, callbacks=callbacks, enable_model_summary=False).fit(
+    Trainer(max_epochs=3, logger=False, enable_checkpointing=False, callbacks=callbacks).fit(
         module, train_dataloaders=None, datamodule=NoValidation(data)
     )
     assert {name for name, _ in reached} == {f"train-{epoch}-{i}" for epoch in range(3) for i in range(64)}

@@ -44,6 +44,9 @@ class Shards(DistinctBatches):
 
 def trainer(folder, **settings):
     defaults = {"default_root_dir": folder, "logger": False, "max_steps": 6, "enable_model_summary": False}
+    defaults["enable_checkpointing"] = any(
+        isinstance(callback, ModelCheckpoint) for callback in settings.get("callbacks", ())
+    )
     return Trainer(**(defaults | settings))
 
 

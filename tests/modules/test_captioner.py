@@ -46,7 +46,8 @@ def pictures() -> list[Image.Image]:
 def fit(module, max_steps: int = 150) -> None:
     rows = [{"image": image, "captions": [text]} for image, text in zip(pictures(), CAPTIONS)]
     data = Loader(rows=rows, transform=lambda row, rng: module.transform(row, row["captions"][0]), batch_size=4)
-    Trainer(max_steps=max_steps, logger=False, enable_model_summary=False).fit(module, train_dataloaders=data)
+    trainer = Trainer(max_steps=max_steps, logger=False, enable_checkpointing=False, enable_model_summary=False)
+    trainer.fit(module, train_dataloaders=data)
 
 
 @pytest.mark.parametrize(("reading", "settings"), KINDS, ids=["cross", "prefix, smoothed", "cross, a mix of layers"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -111,7 +112,7 @@ def test_a_checkpoint_is_hashed_once_from_the_flags_to_the_first_update(tmp_path
     monkeypatch.setattr(checkpoint, "sha256", lambda path: hashed.append(path.name) or sha256(path))
     config = parse_config("test", PRESETS, ["--resume", "last", "--run-dir", str(folder)])
     with open_run(config, "test") as run:
-        trainer = Trainer(max_steps=5, logger=False, enable_model_summary=False)
+        trainer = Trainer(max_steps=5, logger=False, enable_model_summary=False, enable_checkpointing=False)
         trainer.fit(TinyRegression(), train_dataloaders=DistinctBatches(), ckpt_path=run.ckpt_path)
     assert sorted(hashed) == ["optimizer.safetensors", "weights.safetensors"]
 
@@ -185,3 +186,13 @@ def test_what_is_cached_is_made_once_for_each_key_and_not_at_all_if_making_fails
 def test_arrays_of_a_verified_checkpoint_are_those_that_were_saved(tmp_path):
     folder = checkpoints(tmp_path / "r") / "checkpoints" / "last"
     assert all(mx.isfinite(array).all() for array in checkpoint.load(folder)["weights"].values())
+
+
+def test_two_runs_that_begin_in_the_same_second_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda format: "2026-01-01_00-00-00")
+    folders = []
+    for _ in range(3):
+        with open_run(RunConfig(), "test") as run:
+            folders.append(run.folder.name)
+    assert folders == ["2026-01-01_00-00-00", "2026-01-01_00-00-00_2", "2026-01-01_00-00-00_3"]

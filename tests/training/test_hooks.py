@@ -95,6 +95,7 @@ def recorded(make_trainer):
     def make(**settings):
         calls: list = []
         trainer = make_trainer(callbacks=[recorder("Cb", calls)], **settings)
+        calls.clear()  # the Trainer asks for the state that its callbacks begin with
         return trainer, Recorded(calls), NotedData(calls), calls
 
     return make

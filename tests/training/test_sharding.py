@@ -96,6 +96,7 @@ def trainer(folder, *, freezing=False, callbacks=(), **settings):
     strategy = "fsdp" if collectives.world_size() > 1 else "auto"
     opened = [FreezeSchedule({0: "layers[1:]", 3: ("layers", "head")}, unit="step")] if freezing else []
     defaults = {"default_root_dir": folder, "logger": False, "max_steps": 6, "enable_model_summary": False}
+    defaults["enable_checkpointing"] = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     return Trainer(
         **(defaults | {"strategy": strategy, "gradient_clip_val": 0.3, "compile": False} | settings),
         callbacks=[*opened, *callbacks],

@@ -1,9 +1,8 @@
-"""TQDMProgressBar: a progress bar; plain lines where the output is not a terminal."""
+"""TQDMProgressBar: a progress bar; plain lines where the output is neither a terminal nor a notebook."""
 
-import sys
 import time
 
-from mlxmm.progress_bar import progress_bar
+from mlxmm.progress_bar import moves, progress_bar
 from mlxmm.training.callback import Callback
 
 
@@ -17,8 +16,8 @@ class TQDMProgressBar(Callback):
     def on_train_start(self, trainer, module):
         if not (trainer.config.enable_progress_bar and trainer.is_global_zero):
             return
-        self._total, self._start = trainer.estimated_stepping_batches, time.perf_counter()
-        self._is_terminal = sys.stderr.isatty()
+        self._total, self._start = trainer.schedule.known_updates, time.perf_counter()
+        self._moves = moves()
         self._bar = progress_bar(
             self.name, self._total, "step", initial=trainer.global_step, mininterval=self.refresh_seconds
         )
@@ -30,10 +29,11 @@ class TQDMProgressBar(Callback):
         if trainer.global_step % trainer.config.log_every_n_steps == 0:
             shown = {k: f"{v:.4f}" for k, v in trainer.callback_metrics.items() if k.endswith("loss")}
             self._bar.set_postfix(shown, refresh=False)
-            if not self._is_terminal:
+            if not self._moves:
                 seconds = time.perf_counter() - self._start
                 told = "  ".join(f"{name} {value}" for name, value in shown.items())
-                print(f"{self.name} {trainer.global_step}/{self._total}  {told}  {seconds:.1f} s", flush=True)
+                of = "" if self._total is None else f"/{self._total}"
+                print(f"{self.name} {trainer.global_step}{of}  {told}  {seconds:.1f} s", flush=True)
 
     def on_train_end(self, trainer, module):
         self._close()

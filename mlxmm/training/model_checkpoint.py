@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import attrs
+from attrs.converters import optional as optional_converter
 from attrs.validators import ge, in_, optional
 
 from mlxmm.distributed import collectives
@@ -14,7 +15,7 @@ from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
 from mlxmm.storage.atomic import remove_leftovers, replace_symlink
 from mlxmm.training.callback import Callback
-from mlxmm.training.trainer_config import duration, is_duration
+from mlxmm.training.trainer_config import duration, duration_text, is_duration
 
 
 @attrs.define
@@ -31,19 +32,29 @@ class ModelCheckpoint(Callback):
 
     every_n_train_steps: int | None = attrs.field(default=500, validator=optional(ge(1)), kw_only=True)
     every_n_epochs: int | None = attrs.field(default=None, validator=optional(ge(1)), kw_only=True)
-    train_time_interval: str | None = attrs.field(default=None, validator=optional(is_duration), kw_only=True)
+    train_time_interval: str | None = attrs.field(
+        default=None, converter=optional_converter(duration_text), validator=optional(is_duration), kw_only=True
+    )
     monitor: str | None = attrs.field(default=None, kw_only=True)
     mode: str = attrs.field(default="min", validator=in_(("min", "max")), kw_only=True)
     save_top_k: int = attrs.field(default=1, validator=ge(-1), kw_only=True)
-    dirpath: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path), kw_only=True)
+    dirpath: Path | None = attrs.field(default=None, converter=optional_converter(Path), kw_only=True)
     background: bool = attrs.field(default=True, kw_only=True)
     scores: dict[int, float] = attrs.field(factory=dict, init=False)  # by step
     last_step: int | None = attrs.field(default=None, init=False)
+    _is_in_run: bool = attrs.field(default=True, init=False)  # `dirpath` was not given: it follows the run
     _saved_at: float = attrs.field(default=0.0, init=False)  # in seconds of training
     _resumed_from: Path | None = attrs.field(default=None, init=False)
     _validated: bool = attrs.field(default=False, init=False)
     _writer: ThreadPoolExecutor | None = attrs.field(default=None, init=False)
     _writing: Future | None = attrs.field(default=None, init=False)
+
+    def __attrs_post_init__(self):
+        self._is_in_run = self.dirpath is None
+
+    def folder(self, root: Path | None) -> Path | None:
+        """Where the checkpoints of a run in `root` are: `dirpath`, if it was given."""
+        return self.dirpath if not self._is_in_run else root and Path(root) / "checkpoints"
 
     @property
     def best_step(self) -> int | None:
@@ -63,9 +74,8 @@ class ModelCheckpoint(Callback):
         return None if self.best_step is None else self._folder(self.best_step)
 
     def setup(self, trainer, module, stage):
-        root = trainer.config.default_root_dir
-        if self.dirpath is None and root is not None and trainer.config.enable_checkpointing:
-            self.dirpath = Path(root) / "checkpoints"
+        if self._is_in_run:
+            self.dirpath = self.folder(trainer.log_dir) if trainer.config.enable_checkpointing else None
         if stage != "fit" or self.dirpath is None or not trainer.is_global_zero:
             return
         self._resumed_from = trainer.ckpt_path and trainer.ckpt_path.resolve()  # `last` will soon point to another
@@ -76,6 +86,8 @@ class ModelCheckpoint(Callback):
         self._writer = ThreadPoolExecutor(1, "checkpoint")
 
     def on_fit_start(self, trainer, module):
+        if self.dirpath is not None:  # a run that is resumed in a new folder leaves its checkpoints behind
+            self.scores = {step: score for step, score in self.scores.items() if self._folder(step).exists()}
         # What a killed run had no time to delete. Later steps are kept: someone may need them.
         if self._writer is not None and self._resumed_from is not None and trainer.is_global_zero:
             steps = [int(folder.name.removeprefix("step=")) for folder in self.dirpath.glob("step=*")]
@@ -85,6 +97,9 @@ class ModelCheckpoint(Callback):
         self._validated = self.monitor is not None
 
     def on_save_point(self, trainer, module):
+        if self._validated and not self.monitor.startswith("train/") and self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(trainer.callback_metrics))
+            raise UserError(f"ModelCheckpoint: nothing logs {self.monitor!r}; there are {known}")
         is_due = self._is_due(trainer)
         if self.train_time_interval is not None:
             [is_due] = collectives.all_max(is_due)  # clocks differ, but all processes must save together

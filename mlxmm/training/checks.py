@@ -1,0 +1,196 @@
+"""Checks of what a Trainer is given: each raises `UserError`, one line that says what to write."""
+
+import contextlib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Number
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten
+
+from mlxmm.errors import UserError
+from mlxmm.training import lightning_words
+from mlxmm.training.callback import HOOKS, Callback, overrides
+from mlxmm.training.datamodule import DataModule
+from mlxmm.training.module import Module
+
+STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+NEEDED_BY_FIT = ("training_step", "configure_optimizers")
+ONE_OPTIMIZER = "return one of mlx.optimizers, such as AdamW(learning_rate=1e-3)"
+
+
+def check_stage(trainer, stage: str, module, datamodule) -> None:
+    """That `trainer` can run this stage, before anything is written."""
+    if trainer.state == "running":
+        own = f"Trainer(logger=False).{stage}(...)"
+        raise UserError(f"{stage} within another stage of the same Trainer: give it one of its own, {own}")
+    if module is None:
+        raise UserError(f"{stage} has no module: give it one, or fit one before")
+    check_module(module, stage)
+    check_datamodule(datamodule)
+
+
+def check_module(module, stage: str) -> None:
+    """That `module` is a Module, made by its own `__init__`, whose methods are called as they expect."""
+    kind = type(module).__name__
+    if isinstance(module, type):
+        raise UserError(f"{module.__name__} is a class: give a module, {module.__name__}(...)")
+    if not isinstance(module, Module):
+        raise UserError(f"{kind} is no mlxmm.Module: write `class My{kind}(mlxmm.Module)` with training_step")
+    if "_no_grad" not in vars(module):
+        raise UserError(f"{kind}.__init__ must begin with super().__init__()")
+    if vars(module).get("automatic_optimization") is False:
+        raise lightning_words.missing(kind, "automatic_optimization", lightning_words.MODULE)
+    expected = {hook: _parameters(Callback, hook)[2:] for hook in HOOKS} | {step: ["batch"] for step in STEPS}
+    _check_methods(module, Module, expected, lightning_words.HOOKS_OF_MODULES)
+    for name in NEEDED_BY_FIT if stage == "fit" else ():
+        if getattr(type(module), name) is getattr(Module, name):
+            raise UserError(f"{kind} has no {name}, which fit needs: docs/write-a-module.md shows one")
+
+
+def as_callbacks(callbacks: Callback | Sequence[Callback] | None) -> list[Callback]:
+    """One callback or several, whose hooks exist and are called as they expect, as a list."""
+    callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [] if callbacks is None else [callbacks]
+    expected = {hook: _parameters(Callback, hook) for hook in HOOKS}
+    for callback in callbacks:
+        name = callback.__name__ if isinstance(callback, type) else type(callback).__name__
+        if isinstance(callback, type):
+            raise UserError(f"{name} is a class: give a callback, {name}(...)")
+        if not isinstance(callback, Callback):
+            raise UserError(f"{name} is no callback: write `class {name}(mlxmm.Callback)`")
+        _check_methods(callback, Callback, {}, lightning_words.HOOKS)
+        for hook in HOOKS:
+            if overrides(callback, hook):
+                _check_signature(callback, hook, expected[hook])
+    return callbacks
+
+
+def check_datamodule(datamodule) -> None:
+    """That this is a DataModule, whose methods are called as they expect."""
+    if isinstance(datamodule, type):
+        raise UserError(f"{datamodule.__name__} is a class: give a datamodule, {datamodule.__name__}(...)")
+    expected = {name: _parameters(DataModule, name) for name in _methods(DataModule, object)}
+    if not all(hasattr(datamodule, name) for name in expected if not name.endswith("_dataloader")):
+        name = type(datamodule).__name__
+        raise UserError(f"{name} is no datamodule: write `class {name}(mlxmm.DataModule)`, or give loaders")
+    _check_methods(datamodule, DataModule, expected, lightning_words.HOOKS)
+
+
+def check_optimizer(module) -> optim.Optimizer:
+    """The optimizer that `module` configures, if it is one of MLX's."""
+    call = f"{type(module).__name__}.configure_optimizers"
+    try:
+        optimizer = module.configure_optimizers()
+    except (TypeError, ValueError) as error:
+        if "argument 'lr'" in str(error) or "Invalid type dict" in str(
+            error
+        ):  # torch's Adam(self.parameters(), lr=1e-3)
+            told = "an optimizer of MLX takes no parameters, and learning_rate, not lr: AdamW(learning_rate=1e-3)"
+            raise UserError(f"{call}: {told}") from error
+        raise
+    if isinstance(optimizer, optim.Optimizer):
+        return optimizer
+    if isinstance(optimizer, Mapping | list | tuple):
+        schedule = "a schedule is its learning_rate: AdamW(learning_rate=schedule), which gets the step"
+        raise UserError(f"{call} returned a {type(optimizer).__name__}: return the optimizer alone; {schedule}")
+    kind = "None" if optimizer is None else f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+    raise UserError(f"{call} returned {kind}: {ONE_OPTIMIZER}")
+
+
+def check_trainable(module) -> None:
+    """That there is something to train."""
+    if not tree_flatten(module.trainable_parameters()):
+        raise UserError(f"nothing in {type(module).__name__} is trainable: unfreeze() a part of it")
+
+
+@contextlib.contextmanager
+def explained(step: Callable, batch) -> Iterator[None]:
+    """Within the block, errors of a step that its author can put right are `UserError`."""
+    try:
+        yield
+    except AttributeError as error:
+        name = re.search(r"'array' object has no attribute '(\w+)'", str(error))
+        if name is None or name[1] not in lightning_words.TENSORS:
+            raise
+        raise lightning_words.missing("an array of MLX", name[1], lightning_words.TENSORS) from error
+    except TypeError as error:
+        if isinstance(batch, list) and "list indices must be integers" in str(error):
+            told = "a stage has one loader, not a list of them"
+            raise UserError(f"{_name_of(step)} got a list as its batch: {told}") from error
+        raise
+    except ValueError as error:
+        if "during function transformations" not in str(error):
+            raise
+        told = "a step is compiled, so return the array as a metric, or run plain Python by Trainer(compile=False)"
+        raise UserError(f"{_name_of(step)} reads a number out of an array (.item(), float, if): {told}") from error
+
+
+def check_outputs(step: Callable, outputs, *, needs_loss: bool) -> dict:
+    """What a step returned, if it is a dict of numbers."""
+    name = _name_of(step)
+    if not isinstance(outputs, Mapping):
+        what = 'return {"loss": loss}' if isinstance(outputs, mx.array) else 'it returns a dict, {"loss": loss}'
+        raise UserError(f"{name} returned {_described(outputs)}: {what}")
+    if needs_loss and "loss" not in outputs:
+        raise UserError(f'{name} returned no "loss", only {", ".join(map(str, outputs))}: add "loss": loss')
+    for key, value in outputs.items():
+        if not isinstance(value, Number) and not (isinstance(value, mx.array) and value.ndim == 0):
+            raise UserError(f"{name} returned {_described(value)} as {key!r}: a metric is one number, such as x.mean()")
+    return dict(outputs)
+
+
+def _name_of(step: Callable) -> str:
+    """The name of the step that its author wrote: a module validates by its training_step if it has no other."""
+    name, module = getattr(step, "__name__", "the step"), getattr(step, "__self__", None)
+    for other, base in (("test_step", "validation_step"), ("validation_step", "training_step")):
+        if name == other and getattr(type(module), name, None) is getattr(Module, name):
+            name = base
+    return name
+
+
+def _described(value) -> str:
+    if isinstance(value, mx.array):
+        return f"an array of shape {value.shape}" if value.ndim else "a bare array"
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def _check_methods(part, base: type, expected: Mapping[str, list[str]], gone: Mapping[str, str]) -> None:
+    """That no method of a subclass of `base` is one of Lightning's that is not here, or a misspelt one."""
+    known = {*expected, *_methods(base, base.__base__)}
+    for name in _methods(type(part), base):
+        owner = f"{type(part).__name__}.{name}"
+        if name in expected:
+            _check_signature(part, name, expected[name])
+        elif hasattr(base, name):
+            continue
+        elif name in gone:
+            raise UserError(f"{owner} is not called here: {gone[name]}")
+        elif near := lightning_words.closest(name, known, 0.85):
+            raise UserError(f"{owner} is not called here: did you mean {near}? Rename it if it is a method of your own")
+
+
+def _check_signature(part, name: str, expected: list[str]) -> None:
+    """That a method can be called with the arguments that it will get."""
+    own = list(inspect.signature(getattr(part, name)).parameters)
+    try:
+        inspect.signature(getattr(part, name)).bind(*expected)
+        wrong = name == "on_before_optimizer_step" and "optimizer" in own  # as many arguments as Lightning's
+    except TypeError:
+        wrong = True
+    if wrong:
+        compiled = "; a step is compiled, and a batch_idx would compile it again each time" if name in STEPS else ""
+        owner = f"{type(part).__name__}.{name}"
+        raise UserError(f"{owner}({', '.join(own)}) is called as {name}({', '.join(expected)}): write that{compiled}")
+
+
+def _methods(kind: type, base: type) -> list[str]:
+    """The public methods that `kind` and the classes between it and `base` define."""
+    own: list[Any] = [cls for cls in kind.__mro__ if cls not in base.__mro__]
+    return [n for cls in own for n, value in vars(cls).items() if n[0] != "_" and inspect.isfunction(value)]
+
+
+def _parameters(kind: type, name: str) -> list[str]:
+    return list(inspect.signature(getattr(kind, name)).parameters)[1:]  # without self

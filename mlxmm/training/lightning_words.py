@@ -1,0 +1,346 @@
+"""Lightning's words: those that mean the same here are translated, all others are answered with what to write instead.
+
+The tables map a name of Lightning's to that answer. docs/from-lightning.md shows them side by side.
+"""
+
+import difflib
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import attrs
+import mlx.core as mx
+import numpy as np
+
+from mlxmm.config import exactly
+from mlxmm.distributed import collectives
+from mlxmm.errors import UserError
+from mlxmm.training.trainer_config import TrainerConfig, duration_text
+
+LOG = 'return {"loss": loss, "name": value} from the step; a callback calls trainer.log({"name": value})'
+MEMORY = "leave it out, arrays are where the device is; mx.set_default_device(mx.cpu) chooses another"
+UPDATE = "write on_before_optimizer_step(self, grads), or in a module after_update(self), after the optimizer"
+MEANS = "write on_validation_end, which gets the means of what the steps returned"
+BATCHES = "leave it out, batches are made ready in the loader, and nobody moves them"
+NOT_NEEDED = "leave it out, nothing here needs it"
+MANUAL = "return the loss from training_step and the optimizer from configure_optimizers: the Trainer updates"
+OUTSIDE = "outside of steps: they are compiled, and a number in them stays what it was"
+SCHEDULE = "write AdamW(learning_rate=schedule): a schedule is a function of the step, within the optimizer"
+RATE = "write trainer.optimizer.learning_rate, the rate now"
+LAUNCH = "leave it out, mlx.launch -n 4 -- python script.py starts four processes"
+CHECKPOINTS = "write callbacks=[ModelCheckpoint(...)]; enable_checkpointing=False to have none"
+
+MODULE = {  # attributes and methods of a LightningModule
+    "log": LOG,
+    "log_dict": LOG,
+    "save_hyperparameters": "write self.config = config, an attrs class of settings, which loggers write",
+    "device": MEMORY,
+    "to": f"{MEMORY}; module.set_dtype(mx.bfloat16) changes dtypes",
+    "cuda": MEMORY,
+    "cpu": MEMORY,
+    "half": "write Trainer(precision='bf16-true')",
+    "dtype": "leave it out, dtypes are those of the parameters",
+    "current_epoch": f"write self.trainer.current_epoch, {OUTSIDE}",
+    "global_step": f"write self.trainer.global_step, {OUTSIDE}",
+    "logger": "write self.trainer.logger",
+    "optimizers": f"write self.trainer.optimizer; {MANUAL}",
+    "lr_schedulers": SCHEDULE,
+    "manual_backward": MANUAL,
+    "automatic_optimization": MANUAL,
+    "toggle_optimizer": "write self.part.freeze() and self.part.unfreeze(), or the callback FreezeSchedule",
+    "print": "write print(...) under `if self.trainer.is_global_zero`, outside of steps",
+    "all_gather": "write mlxmm.distributed.collectives.all_gather(array)",
+    "register_buffer": "write self.name = mx.array(...), then self.freeze(keys=['name'], recurse=False)",
+    "named_parameters": "write mlx.utils.tree_flatten(self.parameters())",
+    "named_children": "write self.children().items()",
+    "requires_grad_": "write self.freeze() or self.unfreeze()",
+    "zero_grad": "leave it out, MLX has no gradient buffers",
+    "example_input_array": NOT_NEEDED,
+    "to_onnx": "write save_pretrained(folder), of the modules that have it",
+    "to_torchscript": "write save_pretrained(folder), of the modules that have it",
+}
+TRAINER = {  # attributes and methods of Lightning's Trainer
+    "model": "write trainer.module",
+    "lightning_module": "write trainer.module",
+    "optimizers": "write trainer.optimizer, the only one",
+    "lr_scheduler_configs": RATE,
+    "lr_schedulers": RATE,
+    "fit_loop": "write trainer.progress, which has the counters; trainer.should_stop = True ends the run",
+    "num_training_batches": "write trainer.estimated_stepping_batches, the updates of the run",
+    "num_val_batches": "write len(trainer.datamodule.val_dataloader())",
+    "train_dataloader": "write trainer.datamodule.train_dataloader()",
+    "val_dataloaders": "write trainer.datamodule.val_dataloader()",
+    "world_size": "write mlxmm.distributed.collectives.world_size()",
+    "global_rank": "write mlxmm.distributed.collectives.rank()",
+    "local_rank": "write mlxmm.distributed.collectives.rank()",
+    "sanity_checking": "leave it out, no hook of validation is called in the sanity check",
+    "progress_bar_metrics": "write trainer.callback_metrics",
+    "interrupted": "write trainer.state == 'interrupted'",
+    "print": "write print(...) under `if trainer.is_global_zero`",
+    "tune": "write callbacks=[LearningRateFinder()] or [BatchSizeFinder()]",
+    "tuner": "write callbacks=[LearningRateFinder()] or [BatchSizeFinder()]",
+    "early_stopping_callback": "keep the EarlyStopping that you gave, or look into trainer.callbacks",
+    "checkpoint_callbacks": "write trainer.checkpoint_callback, or look into trainer.callbacks",
+    "log_metrics": "write trainer.log({'name': value})",
+}
+ARGUMENTS = {  # of Lightning's Trainer, in its present and its earlier versions
+    "gpus": "leave it out, MLX uses the GPU that it finds",
+    "tpu_cores": "leave it out, MLX uses the GPU that it finds",
+    "num_processes": LAUNCH,
+    "auto_lr_find": "write callbacks=[LearningRateFinder()]",
+    "auto_scale_batch_size": "write callbacks=[BatchSizeFinder()]",
+    "auto_select_gpus": "leave it out, MLX uses the GPU that it finds",
+    "resume_from_checkpoint": "write trainer.fit(module, data, ckpt_path='last')",
+    "checkpoint_callback": CHECKPOINTS,
+    "weights_save_path": "write callbacks=[ModelCheckpoint(dirpath=...)]",
+    "progress_bar_refresh_rate": "write callbacks=[TQDMProgressBar(refresh_seconds=0.2)], or enable_progress_bar=False",
+    "weights_summary": "write enable_model_summary=False to have none",
+    "stochastic_weight_avg": "write callbacks=[EMAWeightAveraging()]",
+    "terminate_on_nan": "write detect_anomaly=True, or callbacks=[LossSpikeGuard()]",
+    "track_grad_norm": "leave it out, the norm is always logged as train/grad_norm",
+    "reload_dataloaders_every_n_epochs": "leave it out, train_dataloader() of a DataModule is called in every epoch",
+    "reload_dataloaders_every_epoch": "leave it out, train_dataloader() of a DataModule is called in every epoch",
+    "benchmark": NOT_NEEDED,
+    "inference_mode": "leave it out, evaluation takes no gradients",
+    "sync_batchnorm": "leave it out, each process has its own running means",
+    "use_distributed_sampler": "leave it out, mlxmm's loaders give every process its share",
+    "replace_sampler_ddp": "leave it out, mlxmm's loaders give every process its share",
+    "plugins": "write precision=... or strategy=..., without plugins",
+    "amp_backend": "write precision='bf16-mixed'",
+    "amp_level": "write precision='bf16-mixed'",
+    "barebones": "write logger=False, enable_checkpointing=False, enable_progress_bar=False",
+    "model_registry": "leave it out, recipes have --push-to user/name",
+    "truncated_bptt_steps": "cut the sequences in the loader",
+    "log_gpu_memory": "write callbacks=[DeviceStatsMonitor()]",
+    "prepare_data_per_node": "leave it out, prepare_data runs on one process",
+}
+TENSORS = {  # methods of torch's tensors that arrays do not have
+    "to": "leave it out, arrays are where the device is; x.astype(mx.float32) changes the dtype",
+    "cuda": "leave it out, arrays are where the device is",
+    "cpu": "leave it out, arrays are where the device is",
+    "detach": "write mx.stop_gradient(x)",
+    "backward": "return the loss from training_step: the Trainer computes gradients",
+    "permute": "write x.transpose(...)",
+    "unsqueeze": "write mx.expand_dims(x, axis), or x[:, None]",
+    "float": "write x.astype(mx.float32)",
+    "long": "write x.astype(mx.int32)",
+    "clamp": "write mx.clip(x, low, high)",
+    "numpy": "write np.array(x), outside of steps",
+}
+CALLS = {  # of fit, validate, test and predict
+    "verbose": "leave it out, the metrics are returned: print them",
+    "weights_only": "leave it out, a checkpoint holds arrays and JSON, and is never unpickled",
+    "return_predictions": "leave it out, predict returns what predict_step returned for each batch",
+    "train_dataloader": "write train_dataloaders=...",
+    "val_dataloader": "write val_dataloaders=...",
+    "test_dataloaders": "write dataloaders=...",
+    "module": "write model=..., or the first argument",
+}
+CONSTRUCTORS = {  # arguments of Lightning's callbacks and loggers
+    "verbose": "leave it out",
+    "filename": "leave it out, checkpoints are named step=N, and the links best and last point to them",
+    "save_last": "leave it out, the link last always points to the newest checkpoint",
+    "save_weights_only": "leave it out, a checkpoint holds all that a resume needs",
+    "save_on_train_epoch_end": "write every_n_epochs=1",
+    "auto_insert_metric_name": "leave it out, checkpoints are named step=N",
+    "period": "write every_n_epochs=...",
+    "strict": "leave it out, a metric that nobody logs is an error",
+    "check_on_train_epoch_end": "leave it out, metrics are looked at after each validation",
+    "log_rank_zero_only": "leave it out",
+    "logging_interval": "leave it out, the rate is logged every log_every_n_steps updates",
+    "log_momentum": "leave it out",
+    "refresh_rate": "write refresh_seconds=0.2",
+    "max_depth": "leave it out, the parts of the module are shown",
+    "save_dir": "write folder=...",
+    "version": "leave it out: folder=... is the whole path",
+    "name": "leave it out: folder=... is the whole path",
+    "swa_lrs": "write EMAWeightAveraging(decay=0.999)",
+}
+HOOKS = {  # methods of Lightning's that nobody calls here
+    "training_epoch_end": "write on_train_epoch_end, when trainer.callback_metrics has the means",
+    "validation_epoch_end": MEANS,
+    "test_epoch_end": "write on_test_end, which gets the means of what the steps returned",
+    "predict_epoch_end": "write on_predict_epoch_end; trainer.predict returns the outputs",
+    "training_step_end": "do it at the end of training_step",
+    "validation_step_end": "do it at the end of validation_step",
+    "test_step_end": "do it at the end of test_step",
+    "on_epoch_start": "write on_train_epoch_start",
+    "on_epoch_end": "write on_train_epoch_end",
+    "on_batch_start": "write on_train_batch_start",
+    "on_batch_end": "write on_train_batch_end",
+    "on_pretrain_routine_start": "write on_fit_start",
+    "on_pretrain_routine_end": "write on_fit_start",
+    "on_init_start": "write setup(self, trainer, module, stage)",
+    "on_init_end": "write setup(self, trainer, module, stage)",
+    "on_keyboard_interrupt": "write on_exception",
+    "on_before_zero_grad": "leave it out, MLX has no gradient buffers",
+    "on_before_backward": UPDATE,
+    "on_after_backward": UPDATE,
+    "optimizer_step": UPDATE,
+    "optimizer_zero_grad": "leave it out, MLX has no gradient buffers",
+    "backward": UPDATE,
+    "configure_gradient_clipping": "write Trainer(gradient_clip_val=..., gradient_clip_algorithm='norm' or 'value')",
+    "lr_scheduler_step": SCHEDULE,
+    "configure_model": "write setup(self, stage)",
+    "configure_sharded_model": "write setup(self, stage), and Trainer(strategy='fsdp')",
+    "on_before_batch_transfer": BATCHES,
+    "transfer_batch_to_device": BATCHES,
+    "on_after_batch_transfer": BATCHES,
+    "on_validation_model_eval": "write on_validation_start; the module is in evaluation mode",
+    "on_validation_model_train": "write on_validation_end",
+}
+HOOKS_OF_MODULES = HOOKS | {  # and these, of a module
+    name: "write it in a DataModule, for fit(module, datamodule); or fit(module, loader, val_loader)"
+    for name in ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader", "prepare_data")
+}
+PACKAGE = {  # names that people look for in `mlxmm`, or in `lightning`
+    "LightningModule": "write mlxmm.Module",
+    "LightningDataModule": "write mlxmm.DataModule",
+    "loggers": "write mlxmm.JSONLLogger and mlxmm.TensorBoardLogger",
+    "CSVLogger": "write mlxmm.JSONLLogger",
+    "WandbLogger": "write a subclass of mlxmm.training.loggers.Logger",
+    "Tuner": "write the callbacks LearningRateFinder and BatchSizeFinder",
+    "callbacks": "write import mlxmm.callbacks",
+    "Fabric": "write mlxmm.Trainer, or a loop of your own with mlx.nn.value_and_grad",
+    "CaptionData": "write from mlxmm.data.caption_data import CaptionData",
+} | {
+    name: f"write from mlxmm.callbacks import {name}"
+    for name in ("EarlyStopping", "ModelCheckpoint", "LearningRateMonitor", "ModelSummary", "TQDMProgressBar", "Timer")
+}
+PRECISIONS = {  # what Lightning calls ours
+    "32-true": "32",
+    "bf16": "bf16-mixed",
+    "16": "bf16-mixed",
+    "16-mixed": "bf16-mixed",
+    "16-true": "bf16-true",
+}
+
+
+class UnknownName(UserError, AttributeError):
+    """A name that is not here. An AttributeError too, so that `hasattr` and `getattr` work as everywhere."""
+
+
+def missing(owner: str, name: str, answers: Mapping[str, str], known: Iterable[str] = ()) -> UnknownName:
+    """The exception for a `name` that `owner` does not have: what to write instead, or what is like it."""
+    return UnknownName(f"{owner} has no {name}{_answer(name, answers, known)}")
+
+
+def refuse_arguments(call: str, function: Callable, arguments: Iterable[str], answers: Mapping[str, str]) -> None:
+    """Raise `UserError` for the first of the named `arguments` that `function` does not take."""
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for name in arguments:
+        if name not in parameters:
+            raise UserError(f"{call} has no argument {name}{_answer(name, answers, parameters)}")
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.8) -> str | None:
+    """The known name that `name` is most likely a misspelling of."""
+    return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff)), None)
+
+
+def _answer(name: str, answers: Mapping[str, str], known: Iterable[str]) -> str:
+    if name in answers:
+        return f": {answers[name]}"
+    near = closest(name, known, 0.7)
+    return f": did you mean {near}?" if near else ""
+
+
+def answers_calls(method: Callable) -> Callable:
+    """Make `method` of a Trainer answer arguments of Lightning's that it does not have."""
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        if not hasattr(self, "callback_metrics"):
+            raise UserError(f"Trainer is a class: make one first, Trainer(...).{method.__name__}(...)")
+        refuse_arguments(method.__name__, method, kwargs, CALLS)
+        return method(self, *args, **kwargs)
+
+    return call
+
+
+# ---- the arguments of a Trainer
+
+
+def configured(config: TrainerConfig, arguments: dict) -> TrainerConfig:
+    """`config` with the settings that the arguments of a Trainer name. Raises `UserError`."""
+    try:
+        return attrs.evolve(config, **_settings(arguments)).resolved()
+    except UserError:
+        raise
+    except ValueError as error:  # the checks of attrs give more arguments than their text
+        raise UserError(f"Trainer: {error.args[0]}") from None
+
+
+def _settings(arguments: dict) -> dict:
+    """The settings that these arguments mean. None stands for one that was not given, unless the setting can be None,
+    as in Lightning."""
+    fields, settings = attrs.fields_dict(TrainerConfig), {}
+    for name, value in arguments.items():
+        if name in PLACES:
+            PLACES[name](value)
+        elif name not in fields:
+            raise UserError(f"Trainer has no argument {name}{_answer(name, ARGUMENTS, fields)}")
+        elif value is not None or isinstance(None, fields[name].type):
+            value = TRANSLATED[name](value) if name in TRANSLATED and value is not None else value
+            settings[name] = _typed(name, value, fields[name].type)
+    return settings
+
+
+def _typed(name: str, value, kind):
+    value = value.item() if isinstance(value, np.generic) else value
+    try:
+        return exactly(value, kind | int if isinstance(0.0, kind) else kind)
+    except TypeError as error:
+        raise UserError(f"Trainer({name}=...): {error}") from None
+
+
+def _precision(value) -> str:
+    name = PRECISIONS.get(str(value), str(value))
+    if name.startswith("64"):
+        raise UserError(f"precision={value!r}: MLX trains in float32 at most, which is precision='32'")
+    if str(value).startswith("16"):
+        told = f"precision={value!r} trains in bfloat16 here ({name}): it has float32's range and needs no loss scaling"
+        warnings.warn(told, stacklevel=5)
+    return name
+
+
+def _accumulation(value):
+    if isinstance(value, Mapping):
+        raise UserError(f"accumulate_grad_batches={value}: write callbacks=[GradientAccumulationScheduler({value})]")
+    return value
+
+
+def _require_device(value) -> None:
+    here = "cpu" if mx.default_device() == mx.cpu else "gpu"
+    if {"mps": "gpu", "cuda": "gpu"}.get(value, value) not in ("auto", here):
+        told = "leave it out, or call mx.set_default_device before"
+        raise UserError(f"accelerator={value!r} is not the device that MLX computes on here: {told}")
+
+
+def _require_processes(value) -> None:
+    count = len(value) if isinstance(value, list | tuple) else value
+    if str(count) not in ("auto", "-1", "1", str(collectives.world_size())):
+        raise UserError(
+            f"devices={value!r}: a process has one device; mlx.launch -n {count} -- python script.py starts more"
+        )
+
+
+def _require_hosts(value) -> None:
+    if value not in (1, None):
+        raise UserError(
+            f"num_nodes={value!r}: mlx.launch --hosts first,second -- python script.py starts the processes"
+        )
+
+
+PLACES = {"accelerator": _require_device, "devices": _require_processes, "num_nodes": _require_hosts}
+TRANSLATED = {
+    "precision": _precision,
+    "max_time": duration_text,
+    "fast_dev_run": lambda value: int(value) if isinstance(value, bool) else value,
+    "accumulate_grad_batches": _accumulation,
+    "default_root_dir": Path,
+}

@@ -1,0 +1,14 @@
+"""The version of this package: of a clone that of its setup.cfg, else the one that was installed."""
+
+import configparser
+from importlib import metadata
+from pathlib import Path
+
+
+def installed_version() -> str:
+    """For example "0.1.0"."""
+    settings = configparser.ConfigParser()
+    settings.read(Path(__file__).parents[1] / "setup.cfg")  # only in a clone; nothing is read where it is missing
+    if settings.get("metadata", "name", fallback=None) == "mlxmm":
+        return settings["metadata"]["version"]
+    return metadata.version("mlxmm")
