@@ -34,6 +34,7 @@ class Config(TrainingRunConfig, JobConfig, DatasetConfig):
 
 
 def main(config: Config) -> None:
+    config.data.require_one_source()
     prompts = find_prompts(config.prompts, config.own_prompts)
     shard = Shard.own() if config.shard is None else Shard.parse(config.shard)
     config = attrs.evolve(config, shard=str(shard))  # written down, for a resumed run and for merge_captions

@@ -111,7 +111,7 @@ def _picture(config: DatasetConfig, job: JobConfig, captions: Captions, sha256: 
         sha256=sha256,
         width=width,
         height=height,
-        source=job.data.source,
+        source=job.data.only_source,
         source_split="train" if job.split == ALL else job.split,
         source_revision=job.data.revision,
         row_id=captions.pictures.name(place),
