@@ -87,6 +87,7 @@ def main(config: Config) -> None:
     with open_run(config, "train_clip") as run:
         check_parts(clip=config.pretrained)
         source = open_source(config.data, config.seed)
+        run.save_lineage(source.lineage)
         clip, metrics = train(config, source, run, config.seed)
         run.report(metrics)
         if run.is_global_zero:

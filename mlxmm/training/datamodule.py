@@ -17,6 +17,13 @@ class DataModule:
     def teardown(self, stage: str) -> None:
         """Close what `setup` opened, after a stage that ended without an exception."""
 
+    def state_dict(self) -> dict:
+        """JSON values that a checkpoint keeps: what a resumed run must find the same, for example."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take back what `state_dict` gave, before anything else of the checkpoint is loaded; it may be empty."""
+
     def train_dataloader(self):
         """Called at the start of every epoch."""
 
@@ -44,6 +51,11 @@ class Loaders:
     def setup(self, stage: str) -> None: ...
 
     def teardown(self, stage: str) -> None: ...
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None: ...
 
     def train_dataloader(self):
         return self.train

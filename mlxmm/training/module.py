@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from mlxmm.compute.precision import ComputeDtypes
 from mlxmm.config import to_json
+from mlxmm.storage.lineage import Lineage
 
 
 class Module(nn.Module):
@@ -24,6 +25,7 @@ class Module(nn.Module):
     """
 
     trainer: Any = None  # the Trainer that fits this module
+    lineage = Lineage()  # the data that this module was trained on, as far as it is known
     compute_dtypes = ComputeDtypes()  # see there; replaced as a whole, not changed
 
     @property
