@@ -1,7 +1,7 @@
 """Settings: attrs classes whose fields carry their help text and their checks, to and from JSON."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
@@ -11,14 +11,21 @@ import attrs
 from mlxmm.errors import UserError
 
 
-def option(default, help: str, *checks, flag: str | None = None, first: bool = False, rare: bool = False):
+def option(
+    default, help: str, *checks, flag: str | None = None, first: bool = False, rare: bool = False, converter=None
+):
     """An attrs field that knows its `--help` text and checks its own value.
 
     `flag` is a second, shorter name on the command line. `first` shows it at the top of a recipe's `--help`, `rare`
-    in `--help-all` only.
+    in `--help-all` only. `converter` makes the value of what is given in Python.
     """
     metadata = {"help": help, "flag": flag, "first": first, "rare": rare}
-    return attrs.field(default=default, validator=list(checks), metadata=metadata)
+    return attrs.field(default=default, validator=list(checks), metadata=metadata, converter=converter)
+
+
+def texts(value: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Texts as a tuple: a lone one is the only one, None is none. A converter of fields."""
+    return (value,) if isinstance(value, str) else tuple(value or ())
 
 
 def positional(default, help: str, *checks):
@@ -73,6 +80,8 @@ def _converter():
     for kind in (int, str, bool):
         converter.register_structure_hook(kind, exactly)
     converter.register_structure_hook(float, lambda value, _: float(exactly(value, int | float)))
+    is_texts = lambda kind: kind == tuple[str, ...]
+    converter.register_structure_hook_func(is_texts, lambda value, _: tuple(exactly(v, str) for v in texts(value)))
     converter.register_structure_hook(Path, lambda value, _: Path(exactly(value, str)))
     converter.register_unstructure_hook(Path, str)
     converter.register_unstructure_hook(tuple, list)

@@ -26,6 +26,7 @@ from mlxmm.export import llava
 from mlxmm.modules.qwen3_aligner import Qwen3Aligner
 from mlxmm.preprocessing.tokenizers import START, load_tokenizer
 from mlxmm.storage.hub import check_upload, local_folder, upload
+from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.runs import Run, TrainingRunConfig, open_run
 
 from .parts.alignment import FLICKR30K_PRESETS, AlignmentConfig, plan_alignment, unfrozen_part
@@ -76,6 +77,7 @@ def main(config: Config) -> None:
         check_parts(tower=config.module.vision, language_model=config.module.lm, clip=config.tower.pretrained)
         check_refresh_parts(config.refresh)
         source = open_source(config.data, config.seed)
+        run.save_lineage(source.lineage)
         aligner = build(config, source, run)
         if config.push_to:
             llava.check(aligner)
@@ -99,6 +101,7 @@ def build(config: Config, source: CaptionSource, run: Run) -> Qwen3Aligner:
         module = attrs.evolve(module, max_new_tokens=longest_caption(load_tokenizer(local_folder(lm)), source))
     mx.random.seed(config.seed)
     aligner = Qwen3Aligner.from_parts(module)
+    aligner.lineage = Lineage(source.lineage)
     report_truncation(aligner, source, run)
     return aligner
 

@@ -33,18 +33,20 @@ class Config(RunConfig):
     )
     clip: str | None = option(None, "CLIP folder or Hub id for CLIPScore and RefCLIPScore; none: without", first=True)
     split: str = option("test", "split of the data to evaluate on", first=True)
-    data: CaptionDataConfig = section(CaptionDataConfig(), without=("random_crop", "shuffle_buffer"))
+    data: CaptionDataConfig = section(CaptionDataConfig(), without=("random_crop", "shuffle_buffer", "weights"))
     generation: GenerationConfig = section(GenerationConfig())
 
 
 def main(config: Config) -> None:
     if config.module is None:
         raise UserError("--module is missing: name a checkpoint, for example runs/align_qwen3/mine/checkpoints/best")
+    config.data.require_one_source()
     with open_run(config, "evaluate_captions") as run:
         check_parts(captioner=config.module, clip=config.clip)
         captioner = load_captioner(config.module)
         clip = None if config.clip is None else ContrastiveCLIP.from_pretrained(config.clip)
         source = open_source(config.data, config.seed)
+        run.save_lineage(source.lineage)
         source.require_split(config.split)
         rows = source.rows[config.split]
         if clip is not None:

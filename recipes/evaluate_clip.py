@@ -36,7 +36,9 @@ class Config(RunConfig):
     """A CLIP, and what to evaluate it on."""
 
     module: str = option("openai/clip-vit-base-patch32", "CLIP or SigLIP: folder or Hub id", first=True)
-    data: CaptionDataConfig = section(CaptionDataConfig(), without=("batch_size", "random_crop", "shuffle_buffer"))
+    data: CaptionDataConfig = section(
+        CaptionDataConfig(), without=("batch_size", "random_crop", "shuffle_buffer", "weights")
+    )
     split: str = option("test", "split of the data to evaluate on", first=True)
     labels: bool = option(False, "captions are class names: classify, do not retrieve")
     class_column: str | None = option(
@@ -51,10 +53,12 @@ def main(config: Config) -> None:
     read_templates(config.templates)
     if config.labels and config.class_column is not None:
         raise UserError("--labels and --class-column both say what the classes are: leave one out")
+    config.data.require_one_source()
     with open_run(config, "evaluate_clip") as run:
         check_parts(clip=config.module)
         clip = ContrastiveCLIP.from_pretrained(config.module)
         source = open_source(config.data, config.seed)
+        run.save_lineage(source.lineage)
         source.require_split(config.split)
         _check(config, source)
         run.report(evaluate(config, clip, source))

@@ -20,6 +20,7 @@ from mlxmm.data.sources.shapes import ShapesConfig
 from mlxmm.modules.caption_decoder import CaptionDecoder, CaptionDecoderConfig
 from mlxmm.preprocessing.tokenizers import load_tokenizer, train_tokenizer
 from mlxmm.storage.hub import local_folder
+from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.runs import Run, TrainingRunConfig, open_run
 
 from .parts.captioning import evaluate, fit, longest_caption, report_truncation
@@ -64,6 +65,7 @@ def main(config: Config) -> None:
         check_parts(tower=config.module.vision, tokenizer=config.tokenizer, clip=config.tower.pretrained)
         check_refresh_parts(config.refresh)
         source = open_source(config.data, config.seed)
+        run.save_lineage(source.lineage)
         captioner = build(config, source, run)
         fit(config, captioner, source, run, "captioner")
         if run.is_global_zero:
@@ -81,6 +83,7 @@ def build(config: Config, source: CaptionSource, run: Run) -> CaptionDecoder:
     length = config.module.max_new_tokens or longest_caption(tokenizer, source)
     mx.random.seed(config.seed)
     captioner = CaptionDecoder.from_parts(attrs.evolve(config.module, vision=vision, max_new_tokens=length), tokenizer)
+    captioner.lineage = Lineage(source.lineage)
     report_truncation(captioner, source, run)
     return captioner
 

@@ -91,6 +91,7 @@ def main(config: Config) -> None:
         check_parts(clip=config.pretrained)
         check_refresh_parts(config.refresh)
         source = open_source(config.data, config.seed)
+        run.save_lineage(source.lineage)
         clip, metrics = train(config, source, run, config.seed, config.refresh)
         run.report(metrics)
         if run.is_global_zero:

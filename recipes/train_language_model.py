@@ -23,6 +23,7 @@ class Config(TrainingRunConfig, LanguageModelConfig):
 def main(config: Config) -> None:
     with open_run(config, "train_language_model") as run:
         source = open_source(config.data, config.seed)
+        run.save_lineage(source.lineage)
         model, metrics = train(config, source, run, config.seed)
         run.report(metrics)
         if run.is_global_zero:

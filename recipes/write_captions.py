@@ -35,6 +35,7 @@ class Config(TrainingRunConfig, JobConfig, DatasetConfig):
 
 
 def main(config: Config) -> None:
+    config.data.require_one_source()
     prompts = find_prompts(config.prompts, config.own_prompts)
     config, shard = with_shard(config)
     with open_run(config, "write_captions") as run:

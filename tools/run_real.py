@@ -32,7 +32,7 @@ TINY = ["--module.projector-width", "32"]  # no wider than the narrow language m
 def main() -> None:
     arguments, flags = parse()
     config = PRESETS[arguments.preset].config
-    names = [str(name).partition("@")[0] for name in (config.module.vision, config.module.lm, config.data.source)]
+    names = [str(name).partition("@")[0] for name in (config.module.vision, config.module.lm, config.data.only_source)]
     if unknown := [name for name in names if name not in NAMES]:
         sys.exit(
             f"--preset {arguments.preset} reads {', '.join(unknown)}: choose one that reads some of {', '.join(NAMES)}"

@@ -22,6 +22,7 @@ from mlxmm.data.pictures import Pictures, pictures_of
 from mlxmm.data.sources.rows import Rows
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
+from mlxmm.export.dataset import public_name
 
 GRACE = 5.0  # seconds that a thread has to end, once its writer is closed
 
@@ -145,6 +146,27 @@ class CaptionRefresh:
             raise UserError(f"{path} {how}, and the checkpoint was trained on it: put it back, or start a new run")
         if state["epoch"] >= 0 and collectives.rank() == 0:
             self.folder.schedule(state["epoch"], version)
+
+    def lineage(self) -> list[dict]:
+        """What each version is that an epoch was trained on: see `mlxmm/storage/lineage.py`."""
+        return [self._described(version) for version in self.folder.trained_on()]
+
+    def _described(self, version: int) -> dict:
+        values = self.folder.read(version)
+        number = sum(map(len, values["captions"].values()))
+        by = {"captioner": public_name(values["writer"]), "revision": values["revision"], "quantization": None}
+        dropped = {name: int(n) for name, n in values["metrics"].items() if name.startswith("dropped_") and n}
+        return {
+            "source": f"refresh, version {version}",
+            "config_name": None,
+            "revision": None,
+            "fingerprint": self.folder.digest(version),
+            "weight": self.weight,
+            "rows": {"train": len(values["captions"])},
+            "where": {},
+            "captioners": [by | {"captions": number}],
+            "filters": {name.removeprefix("dropped_"): n for name, n in dropped.items()},
+        }
 
     def wait(self) -> None:
         """Wait for the version that is being written, if any."""

@@ -55,6 +55,10 @@ class RefreshFolder:
         """The SHA-256 of what a version is; "" of version 0, and of one that is not there."""
         return sha256(self.version(version) / COMPLETE) if version and self.is_complete(version) else ""
 
+    def trained_on(self) -> list[int]:
+        """The versions that epochs were trained on, oldest first."""
+        return sorted(set(self._schedule().values()) - {0})
+
     def scheduled(self, epoch: int) -> int | None:
         """The version that `epoch` is trained on; None if that is open."""
         return self._schedule().get(str(epoch))

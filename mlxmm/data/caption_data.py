@@ -3,18 +3,19 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+import attrs
 import numpy as np
 
 from mlxmm.data.caption_source import CaptionSource
 from mlxmm.data.loader import Loader, StreamLoader
+from mlxmm.data.source_data import SourceData
 from mlxmm.data.sources.rows import Rows, is_stream
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import random_square
-from mlxmm.training.datamodule import DataModule
 
 
-class CaptionData(DataModule):
+class CaptionData(SourceData):
     """Batches of examples: `transform(row, caption)` makes an example of a row and one of its captions,
     `collate(batch)` completes a batch of them. Without `transform`, both are those of the module that is fitted.
 
@@ -28,7 +29,8 @@ class CaptionData(DataModule):
         transform: Callable[[dict, str], dict] | None = None,
         collate: Callable[[dict], dict] | None = None,
     ):
-        self.source, self.transform, self.collate = source, transform, collate
+        super().__init__(source)
+        self.transform, self.collate = transform, collate
         self._by_module = transform is None
         self.batch_size = source.config.batch_size
         self._rows = dict(source.rows)
@@ -44,13 +46,19 @@ class CaptionData(DataModule):
         return MappingProxyType(self._rows)
 
     def replace_rows(self, split: str, rows: Rows) -> None:
-        """Take the examples of `split` from other rows, from the next epoch or validation on."""
+        """Take the examples of `split` from other rows, from the next epoch or validation on.
+
+        Raises `UserError` where sources have weights and there are not as many training rows, in the same order.
+        """
+        num_rows = sum(part.num_rows for part in self.source.parts)
+        if split == "train" and num_rows and len(rows) != num_rows:
+            raise UserError(f"{len(rows)} training rows cannot replace {num_rows} of a weighted mixture, one for one")
         self._rows[split] = rows
 
     def train_dataloader(self):
         if is_stream(self.rows["train"]):
             return self._stream_loader()
-        return self._loader("train", self._draw, shuffle=True, drop_last=True)
+        return self._loader("train", self._draw, shuffle=True, drop_last=True, parts=self.source.parts)
 
     def val_dataloader(self):
         return self._loader("val", self._first)
@@ -59,17 +67,17 @@ class CaptionData(DataModule):
         return self._loader("test", self._first)
 
     def _loader(self, split: str, transform: Callable, **options) -> Loader:
-        rows = self.rows[split]
-        share = len(rows) // collectives.world_size()
-        return Loader(
-            rows=rows,
+        loader = Loader(
+            rows=self.rows[split],
             transform=transform,
-            batch_size=max(1, min(self.batch_size, share)),
+            batch_size=self.batch_size,
             seed=self.source.seed,
             num_threads=self.source.config.num_decoding_threads,
             collate=self.collate,
             **options,
         )
+        share = loader.num_drawn // collectives.world_size()
+        return attrs.evolve(loader, batch_size=max(1, min(self.batch_size, share)))
 
     def _stream_loader(self) -> StreamLoader:
         return StreamLoader(

@@ -1,6 +1,7 @@
 """Loader: from rows to batches, in an order that is a function of (seed, epoch). Built on grain."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -15,6 +16,19 @@ from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 
 NUM_PREFETCHED = 4  # batches that are prepared ahead, or one for each thread
+
+
+@attrs.frozen
+class Part:
+    """The rows of one source in a mixture, and how often an epoch has each: 0.5 is a random half, 2 is each twice."""
+
+    num_rows: int
+    weight: float
+
+    @property
+    def num_drawn(self) -> int:
+        """The rows that an epoch has of it."""
+        return round(self.weight * self.num_rows)
 
 
 @attrs.frozen(kw_only=True)
@@ -35,16 +49,16 @@ class Loader:
     drop_last: bool = False
     num_threads: int = 1
     collate: Callable[[dict], dict] | None = None  # completes a batch of stacked examples
+    parts: tuple[Part, ...] = ()  # of `rows`, one after the other, where an epoch does not have each row once
 
     def __len__(self) -> int:
-        num_rows = len(range(*self._share.indices(len(self.rows))))
+        num_rows = len(range(*self._share.indices(self.num_drawn)))
         return num_rows // self.batch_size if self.drop_last else -(-num_rows // self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict]:
         """The batches of an epoch from number `start` on."""
         grain = _grain()
-        seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
-        rows = grain.MapDataset.source(self.rows).seed(seed)
+        rows = self._drawn(grain.MapDataset.source(self.rows), epoch).seed(_seed(self.seed, epoch))
         if self.shuffle:
             rows = rows.shuffle()
         # Sliced last, so that the `rng` of a row is the same on whichever process it lands.
@@ -58,10 +72,28 @@ class Loader:
         return iter(batches.to_iter_dataset(options))
 
     @property
+    def num_drawn(self) -> int:
+        """The rows that an epoch has, of all processes together."""
+        return sum(part.num_drawn for part in self.parts) if self.parts else len(self.rows)
+
+    def _drawn(self, rows: Any, epoch: int) -> Any:
+        """The rows of `epoch`: of each part as many as its weight says, a function of (seed, epoch, part)."""
+        drawn, start = [], 0
+        for number, part in enumerate(self.parts):
+            own, start = rows[start : start + part.num_rows], start + part.num_rows
+            if part.num_drawn:
+                own = own.shuffle(seed=_seed(self.seed, epoch, number)).repeat(math.ceil(part.weight))
+                drawn.append(own[: part.num_drawn])
+        return _grain().MapDataset.concatenate(drawn) if drawn else rows
+
+    @property
     def _share(self) -> slice:
-        size = collectives.world_size()
-        end = len(self.rows) // size * size if self.drop_last else len(self.rows)
-        return slice(collectives.rank(), end, size)
+        size, end = collectives.world_size(), self.num_drawn
+        return slice(collectives.rank(), end // size * size if self.drop_last else end, size)
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def prefetched(batches: Iterator[dict]) -> Iterator[dict]:
@@ -124,8 +156,7 @@ class StreamLoader:
             yield batch if self.collate is None else self.collate(batch)
 
     def _examples(self, epoch: int) -> Iterator[dict]:
-        [seed] = np.random.SeedSequence([self.seed, epoch]).generate_state(1)
-        rows = enumerate(self.rows.shuffled(int(seed), self.buffer_size))
+        rows = enumerate(self.rows.shuffled(_seed(self.seed, epoch), self.buffer_size))
         transform = lambda numbered: self._encoded(numbered[0], numbered[1], epoch)
         num_rows = num_bad = 0
         with ThreadPoolExecutor(self.num_threads) as pool:

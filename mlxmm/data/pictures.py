@@ -10,7 +10,8 @@ import attrs
 import numpy as np
 from PIL import Image
 
-from mlxmm.data.caption_source import CaptionDataConfig
+from mlxmm.data.caption_config import SHAPES, CaptionDataConfig
+from mlxmm.data.sources.mixed import MixedRows
 from mlxmm.data.sources.rows import CaptionRows, Rows, split_tables
 from mlxmm.data.sources.shapes import ShapesGrammar
 from mlxmm.data.sources.tables import Columns, open_tables, reading_errors
@@ -95,8 +96,39 @@ class RowPictures(Sequence):
         return self.rows.name(place)
 
 
+@attrs.frozen
+class MixedPictures(Sequence):
+    """The pictures of a mixture, each as its source has it."""
+
+    rows: MixedRows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Image.Image:
+        pictures, own = self._find(place)
+        return pictures[own]
+
+    def file(self, place: int) -> bytes:
+        pictures, own = self._find(place)
+        return pictures.file(own)
+
+    def sha256(self, place: int) -> str:
+        pictures, own = self._find(place)
+        return pictures.sha256(own)
+
+    def name(self, place: int) -> str:
+        return self.rows.name(place)
+
+    def _find(self, place: int) -> tuple[Pictures, int]:
+        rows, own = self.rows.find(place)
+        return pictures_of(rows), own
+
+
 def pictures_of(rows: Rows) -> Pictures:
     """The pictures of rows with captions."""
+    if isinstance(rows, MixedRows):
+        return MixedPictures(rows)
     if isinstance(rows, CaptionRows):
         return TablePictures(rows.table, rows.indices, rows.columns.image)
     return RowPictures(rows)
@@ -107,19 +139,20 @@ def open_pictures(config: CaptionDataConfig, seed: int, split: str) -> Pictures:
 
     Raises `UserError` where the source, its picture column or the split is missing.
     """
-    if config.source == "shapes":
-        return RowPictures(_named(ShapesGrammar(config.shapes, seed).rows(seed), split, config.source))
+    source = config.only_source
+    if source == SHAPES:
+        return RowPictures(_named(ShapesGrammar(config.shapes, seed).rows(seed), split, source))
     if config.streaming:
         raise UserError("pictures of a stream have no places: leave out --data.streaming")
     columns = Columns(image=config.image_column, caption=None, split=config.split_column)
-    with reading_errors(config.source):
-        tables = open_tables(config.source, columns, revision=config.revision, config_name=config.config_name)
+    with reading_errors(source):
+        tables = open_tables(source, columns, revision=config.revision, config_name=config.only_config_name)
     if split == ALL:
-        table = _only(tables, config.source)
+        table = _only(tables, source)
         return TablePictures(table, np.arange(len(table)), columns.image)
-    table, indices = _named(split_tables(tables, columns.split, seed), split, config.source)
+    table, indices = _named(split_tables(tables, columns.split, seed), split, source)
     if not len(indices):
-        raise UserError(f"{config.source} has no pictures in --split {split}")
+        raise UserError(f"{source} has no pictures in --split {split}")
     return TablePictures(table, indices, columns.image)
 
 

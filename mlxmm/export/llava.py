@@ -64,7 +64,8 @@ def check(aligner) -> None:
 
 
 def write(folder: Path, aligner, metrics: dict) -> None:
-    """Write what `LlavaForConditionalGeneration` and `AutoProcessor` load, and a model card that lists `metrics`.
+    """Write what `LlavaForConditionalGeneration` and `AutoProcessor` load, data.json,
+    which says what `aligner` was trained on, and a model card with that and `metrics`.
 
     Raises `UserError` if a part of `aligner` has no counterpart in LLaVA.
     """
@@ -86,7 +87,9 @@ def write(folder: Path, aligner, metrics: dict) -> None:
     prompt = json.dumps(aligner.config.prompt, ensure_ascii=False)  # which is a string of Jinja's too
     tokenizer.chat_template = TEMPLATE.replace("IMAGE", json.dumps(image)).replace("PROMPT", prompt)
     tokenizer.save_pretrained(str(folder))
-    write_text(folder / "README.md", model_card.captioner(aligner.config, image, metrics))
+    lineage = aligner.lineage.public()
+    lineage.write(folder)
+    write_text(folder / "README.md", model_card.captioner(aligner.config, image, metrics, lineage))
 
 
 def own_values(values: dict, folder: Path) -> dict:

@@ -24,6 +24,7 @@ from mlxmm.preprocessing.images import ImageProcessor
 from mlxmm.preprocessing.tokenizers import end_token, load_tokenizer
 from mlxmm.storage import checkpoint
 from mlxmm.storage.hub import local_folder
+from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.pretrained import read_config, require_parts, write_arrays, write_settings
 
 MODEL_TYPE = "mlxmm_caption_decoder"
@@ -109,6 +110,7 @@ class CaptionDecoder(CaptioningModule):
         processor = ImageProcessor.from_pretrained(folder)
         module = cls(config, vision, values["vision"], processor, load_tokenizer(folder))
         checkpoint.load_weights(folder / checkpoint.WEIGHTS, module)
+        module.lineage = Lineage.read(folder)
         return module
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -116,6 +118,7 @@ class CaptionDecoder(CaptioningModule):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.save_config(folder)
+        self.lineage.public().write(folder)
         write_arrays(folder / checkpoint.WEIGHTS, dict(tree_flatten(self.parameters())))
 
     def save_config(self, folder: Path) -> None:

@@ -26,6 +26,7 @@ from mlxmm.preprocessing.images import ImageProcessor, as_images
 from mlxmm.preprocessing.tokenizers import load_tokenizer
 from mlxmm.storage import checkpoint
 from mlxmm.storage.hub import local_folder
+from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.pretrained import read_config, read_weights, write_arrays, write_settings
 from mlxmm.training.module import Module
 
@@ -89,6 +90,7 @@ class ContrastiveCLIP(Module):
         else:
             weights = KINDS[module.config.model_type].from_hub(read_weights(folder))
             checkpoint.load_arrays(folder, weights, module.network)
+        module.lineage = Lineage.read(folder)
         return module
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -96,6 +98,7 @@ class ContrastiveCLIP(Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.save_config(folder)
+        self.lineage.public().write(folder)
         weights = KINDS[self.config.model_type].to_hub(dict(tree_flatten(self.network.parameters())))
         write_arrays(folder / "model.safetensors", weights, format="pt")
 

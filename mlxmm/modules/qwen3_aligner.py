@@ -40,6 +40,7 @@ from mlxmm.preprocessing.tokenizers import end_token, load_tokenizer
 from mlxmm.storage import checkpoint
 from mlxmm.storage.atomic import new_folder, read_arrays
 from mlxmm.storage.hub import local_folder, settings_folder
+from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.pretrained import read_config, read_weights, require_parts, write_settings
 from mlxmm.training.trainable import match_parameters, set_trainable
 
@@ -162,13 +163,14 @@ class Qwen3Aligner(CaptioningModule):
         set_dtype(module.language_model, values["language_model"])
         module.lm_config = with_dtype(module.lm_config, module.language_model)
         checkpoint.load_arrays(path, weights, module)
+        module.lineage = Lineage.read(folder)
         return module
 
     def save_pretrained(self, folder: str | Path, metrics: dict | None = None) -> None:
         """Write a new folder that `transformers.LlavaForConditionalGeneration` loads, with the same captions.
 
-        The model card lists `metrics`. LoRA layers are merged. Raises `UserError` if `folder` is not empty, or if a
-        part of this module has no counterpart in LLaVA.
+        The model card lists `metrics` and what it was trained on. LoRA layers are merged. Raises `UserError` if
+        `folder` is not empty, or if a part of this module has no counterpart in LLaVA.
         """
         llava.check(self)
         with new_folder(Path(folder)) as temporary:

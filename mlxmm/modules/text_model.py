@@ -66,3 +66,4 @@ class TextModel(Module):
         folder.mkdir(parents=True, exist_ok=True)
         save_language_model(folder, self.language_model, self.hub_config)
         self.tokenizer.save_pretrained(str(folder))
+        self.lineage.public().write(folder)

@@ -119,6 +119,26 @@ def dataset_head(repo_id: str) -> str | None:
         return None
 
 
+def dataset_commit(repo_id: str, revision: str | None = None) -> str | None:
+    """The commit that a revision of the data set `repo_id` names; None if the Hub does not answer."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().repo_info(repo_id, repo_type="dataset", revision=revision).sha
+    except Exception:  # the client and the network raise a dozen kinds
+        return None
+
+
+def dataset_card(repo_id: str, revision: str | None = None) -> str:
+    """The card of the data set `repo_id`; empty if it has none, or is not to be had."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision)).read_text()
+    except Exception:  # the client and the network raise a dozen kinds
+        return ""
+
+
 def create_dataset(repo_id: str, *, public: bool) -> None:
     """Create the repository of a data set; one that exists keeps its visibility."""
     from huggingface_hub import HfApi

@@ -1,12 +1,12 @@
 """A run's folder: made once, never overwritten, and found again to be resumed.
 
-runs/<recipe>/<name>/config.json  metrics.jsonl  events.out.tfevents.*  checkpoints/  summary.json
+runs/<recipe>/<name>/config.json  data.json  metrics.jsonl  events.out.tfevents.*  checkpoints/  summary.json
 """
 
 import contextlib
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, count
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
 from mlxmm.storage.atomic import remove_leftovers, write_json
+from mlxmm.storage.lineage import DATA, Lineage
 
 RUNS = Path("runs")
 LOGS = ("metrics.jsonl", "events.out.tfevents.*")
@@ -64,6 +65,11 @@ class Run:
     def report(self, metrics: dict) -> None:
         """Add to the metrics of the run's end: numbers are printed then, all JSON values come into summary.json."""
         self.metrics |= metrics
+
+    def save_lineage(self, sources: Sequence[dict]) -> None:
+        """Write what the run is trained on as `data.json`; of a resumed run it stays, whose data may not change."""
+        if self.is_global_zero and (self.ckpt_path is None or not (self.folder / DATA).exists()):
+            Lineage(tuple(sources)).write(self.folder)
 
     def save(self) -> None:
         """Write what was reported so far as `summary.json`: before something that takes long or may fail."""
@@ -175,8 +181,8 @@ def _reopen(folder: Path, ckpt_path: Path | None) -> tuple[Path, Path | None]:
 
 
 def _remove_if_unused(folder: Path) -> None:
-    """Remove the folder of a run that failed before it wrote anything but its settings."""
-    if [path.name for path in folder.iterdir()] == ["config.json"]:
+    """Remove the folder of a run that failed before it wrote anything but its settings and what its data are."""
+    if {path.name for path in folder.iterdir()} <= {"config.json", DATA}:
         shutil.rmtree(folder)
 
 

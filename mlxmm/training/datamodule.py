@@ -28,6 +28,13 @@ class DataModule:
     def teardown(self, stage: str) -> None:
         """Close what `setup` opened, after a stage that ended without an exception."""
 
+    def state_dict(self) -> dict:
+        """JSON values that a checkpoint keeps: what a resumed run must find the same, for example."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take back what `state_dict` gave, before anything else of the checkpoint is loaded; it may be empty."""
+
     def train_dataloader(self):
         """Called at the start of every epoch."""
 
@@ -55,6 +62,11 @@ class Loaders(DataModule):
             _check_loader(stage, loader)
         if self.train is not None and is_spent_once(self.val):
             raise UserError(f"the val data are a {type(self.val).__name__}, which is read once: {AGAIN}")
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None: ...
 
     def train_dataloader(self):
         return self.train

@@ -14,6 +14,7 @@ from mlxmm.compute.precision import ComputeDtypes
 from mlxmm.config import to_json
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
+from mlxmm.storage.lineage import Lineage
 from mlxmm.training import lightning_words
 
 
@@ -28,6 +29,7 @@ class Module(nn.Module):
     """
 
     trainer: Any = None  # the Trainer that fits this module
+    lineage = Lineage()  # the data that this module was trained on, as far as it is known
     compute_dtypes = ComputeDtypes()  # see there; replaced as a whole, not changed
 
     def __getattr__(self, name: str):

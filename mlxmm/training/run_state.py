@@ -23,6 +23,7 @@ def dump(trainer) -> dict[str, dict]:
         "callback_metrics": trainer.callback_metrics,
         "trainable": trainable_names(trainer.module),
         "callbacks": {callback.state_key: callback.state_dict() for callback in trainer.callbacks},
+        "datamodule": trainer.datamodule.state_dict(),
         "loggers": [logger.position() for logger in trainer.loggers],
     }
     return checkpoint.contents(trainer.module, trainer.optimizer, state)
@@ -34,6 +35,7 @@ def restore(trainer, saved: dict[str, dict], on_load: Callable[[], None]) -> Non
     `on_load` runs once callbacks have their state, before the module gets its weights.
     """
     state = saved["state"]
+    trainer.datamodule.load_state_dict(state.get("datamodule", {}))  # refuses other data before anything is changed
     trainer.progress.load_state_dict(state)
     trainer.callback_metrics = state["callback_metrics"]
     for callback in trainer.callbacks:

@@ -51,9 +51,7 @@ def plan_alignment(config: AlignmentConfig, aligner: Qwen3Aligner, num_rows: int
 
 # 48 pictures an update. What a batch of 16 needs is in docs/on-a-mac.md; the names say for which machine.
 FLICKR30K = AlignmentConfig(
-    data=CaptionDataConfig(
-        source="nlphuji/flickr30k", revision="refs/convert/parquet", split_column="split", batch_size=16
-    ),
+    data=CaptionDataConfig(source="nlphuji/flickr30k@refs/convert/parquet", split_column="split", batch_size=16),
     module=Qwen3AlignerConfig(
         vision="openai/clip-vit-base-patch32",
         lm="Qwen/Qwen3-0.6B-Base",

@@ -48,7 +48,9 @@ class CaptionerConfig:
 class JobConfig:
     """What all shards of a job have in common."""
 
-    data: CaptionDataConfig = section(CaptionDataConfig(), without=("batch_size", "random_crop", "caption_column"))
+    data: CaptionDataConfig = section(
+        CaptionDataConfig(), without=("batch_size", "random_crop", "caption_column", "weights", "where")
+    )
     captioner: CaptionerConfig = section(CaptionerConfig())
     sampling: Sampling = section(Sampling())
     split: str = option("train", "split whose pictures get captions: train, val, test, or all", first=True)
@@ -90,7 +92,7 @@ def open_captioner(config: CaptionerConfig, data: CaptionDataConfig, seed: int, 
     batch_size = config.batch_size or 64
     if config.model != GRAMMAR:
         return OwnWriter.from_pretrained(config.model, batch_size)
-    if data.source != GRAMMAR:
-        raise UserError(f"--captioner.model shapes knows the pictures that it draws, not those of {data.source}")
+    if data.only_source != GRAMMAR:
+        raise UserError(f"--captioner.model shapes knows the pictures that it draws, not those of {data.only_source}")
     rows = ShapesGrammar(data.shapes, seed).rows(seed)[split]
     return GrammarWriter(rows, lies=config.lies, seed=seed, batch_size=batch_size)

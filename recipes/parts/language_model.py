@@ -8,10 +8,11 @@ from mlxmm import Trainer, TrainerConfig
 from mlxmm.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, TQDMProgressBar
 from mlxmm.config import option, section, to_json
 from mlxmm.data.caption_source import CaptionSource
-from mlxmm.data.loader import Loader
+from mlxmm.data.text_data import TextData
 from mlxmm.modules.text_model import TextModel, TextModelConfig
 from mlxmm.preprocessing.tokenizers import token_length, train_tokenizer
 from mlxmm.storage.cache import cached
+from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.runs import Run
 
 
@@ -44,14 +45,8 @@ def train(config: LanguageModelConfig, source: CaptionSource, run: Run, seed: in
     longest = token_length(tokenizer, sample) + 2  # start and end
     mx.random.seed(seed)
     model = TextModel(attrs.evolve(config.module, max_tokens=longest), tokenizer)
-    loader = Loader(
-        rows=source.texts(),
-        transform=lambda text, rng: model.transform(text),
-        batch_size=config.batch_size,
-        seed=seed,
-        shuffle=True,
-        drop_last=True,
-    )
+    model.lineage = Lineage(source.lineage)
+    data = TextData(source, transform=model.transform, batch_size=config.batch_size)
     trainer = Trainer(
         attrs.evolve(config.trainer, seed=seed, default_root_dir=run.folder),
         callbacks=[
@@ -61,5 +56,5 @@ def train(config: LanguageModelConfig, source: CaptionSource, run: Run, seed: in
             ModelCheckpoint(every_n_train_steps=200),
         ],
     )
-    trainer.fit(model, train_dataloaders=loader, ckpt_path=run.ckpt_path)
+    trainer.fit(model, data, ckpt_path=run.ckpt_path)
     return model, dict(trainer.callback_metrics)

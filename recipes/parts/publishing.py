@@ -78,7 +78,7 @@ def make_dataset(config: DatasetConfig, job: JobConfig, seed: int, captions: Cap
     clip = None if config.filters.clip is None else ContrastiveCLIP.from_pretrained(config.filters.clip)
     verdicts, counts = judge(config, captions, clip, _held_out(job.data, seed, config.filters))
     folder = run.folder / "dataset"
-    origin = Origin(job.data.source, "train" if job.split == ALL else job.split, job.data.revision)
+    origin = Origin(job.data.only_source, "train" if job.split == ALL else job.split, job.data.revision)
     sizes = write_folder(config, captions, origin, verdicts, counts, folder)
     run.report({f"dataset/{name}": number for name, number in sizes.items()})
     run.report({f"filters/{name}": number for name, number in counts.items()})

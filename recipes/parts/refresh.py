@@ -13,6 +13,7 @@ from mlxmm.captioners.refresh import CaptionRefresh
 from mlxmm.data.caption_source import CaptionDataConfig, CaptionSource
 from mlxmm.data.pictures import pictures_of, unlabelled_pictures
 from mlxmm.modules.captioning_module import CaptioningModule
+from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.runs import Run
 from mlxmm.training.module import Module
 
@@ -37,6 +38,9 @@ def refreshing(config: RefreshConfig, source: CaptionSource, run: Run, module: M
     finally:
         refresh.close()
         pusher.close()
+    module.lineage = Lineage((*module.lineage.sources, *refresh.lineage()))
+    if run.is_global_zero:
+        module.lineage.write(run.folder)
 
 
 def open_refresh(
@@ -57,7 +61,7 @@ def open_refresh(
         weight=config.weight,
         pictures=None if config.source is None else unlabelled_pictures(config.source, config.image_column),
         held_out=held_out,
-        judge=RefreshJudge(config, config.source or source.config.source, source, writer),
+        judge=RefreshJudge(config, config.source or ", ".join(source.config.source), source, writer),
         on_complete=pusher,
         seed=source.seed,
         **every,

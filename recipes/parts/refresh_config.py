@@ -102,7 +102,7 @@ def _writer_faults(
         yield "captioner.url: servers do not write by the captioner in training, name theirs"
     if config.is_of_itself and trainer.strategy == "fsdp":
         yield "captioner.model itself does not write with strategy fsdp: use ddp"
-    if captioner.model == GRAMMAR and not captioner.url and (data.source != GRAMMAR or config.source):
+    if captioner.model == GRAMMAR and not captioner.url and (data.source != (GRAMMAR,) or config.source):
         yield "captioner.model shapes knows the drawn pictures of training alone"
     if (config.include_images or config.public or config.licence) and not config.push_to:
         yield "push-to is missing: include-images, public and licence are of what is pushed"
@@ -119,6 +119,8 @@ def _rows_faults(config: RefreshConfig, data: CaptionDataConfig, trainer: Traine
         yield "source shapes: drawn pictures have captions already"
     if config.source and trainer.max_steps < 0:
         yield "source makes epochs longer: say how long to train with --max-steps"
+    if config.source and data.weights:
+        yield "source adds pictures, and --data.weights counts those of --data.source alone: set one of them"
     if config.source and cached:
         yield "source adds other pictures in every epoch, whose features cannot be cached: add --no-cached-features"
 

@@ -15,6 +15,7 @@ from mlxmm.preprocessing.images import ImageProcessor
 from mlxmm.preprocessing.tokenizers import token_length, train_tokenizer
 from mlxmm.storage.atomic import write_json
 from mlxmm.storage.cache import cached
+from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.pretrained import read_json
 from mlxmm.storage.runs import Run
 
@@ -60,6 +61,7 @@ def train(
 ) -> tuple[ContrastiveCLIP, dict]:
     """Train a CLIP on `source`; returns it with the metrics of the run's end."""
     clip = build(config, source, seed)
+    clip.lineage = Lineage(source.lineage)
     data = CaptionData(source, transform=clip.transform)
     with refreshing(refresh or RefreshConfig(), source, run, clip) as callbacks:
         trainer = Trainer(

@@ -4,6 +4,7 @@ import attrs
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from small_sources import write_source
 from test_captioner import make
 
 from callbacks import CachedFeatures, FreezeSchedule, SyntheticRefresh
@@ -139,3 +140,18 @@ class NoValidation:
 
     def val_dataloader(self):
         return None
+
+
+def test_a_weighted_mixture_trains_on_kept_features_as_on_pictures(tmp_path):
+    other = write_source(tmp_path / "other.parquet", range(20), "a red square")
+    config = CaptionDataConfig(source=("shapes", other), weights=(1, 0.5), shapes=SHAPES, batch_size=16)
+
+    def trained(*callbacks):
+        module = make()
+        data = CaptionData(open_source(config, 0), transform=module.transform)
+        Trainer(max_epochs=2, logger=False, callbacks=callbacks, num_sanity_val_steps=0).fit(module, data)
+        return weights(module)
+
+    plain, kept = trained(), trained(CachedFeatures(tmp_path / "kept"))
+    for name, array in plain.items():
+        np.testing.assert_allclose(array, kept[name], atol=0.02, err_msg=name)

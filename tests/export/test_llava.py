@@ -29,6 +29,7 @@ from mlxmm.networks.language_model import build_language_model, head, hidden_sta
 from mlxmm.networks.pretrained_vision import build_vision_tower
 from mlxmm.preprocessing.images import ImageProcessor
 from mlxmm.storage import hub
+from mlxmm.storage.lineage import Lineage
 
 ROOT = Path(__file__).parents[2]
 CASES = json.loads((Path(__file__).parents[1] / "fixtures" / "llava.json").read_text())
@@ -272,6 +273,30 @@ def test_the_card_says_how_to_run_it_and_names_no_folder_of_this_machine(tmp_pat
     assert "| test/bleu | 0.2500 |" in card and "skipped" not in card
     compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
     assert not [path for path in (tmp_path / "to").iterdir() if str(tmp_path).encode() in path.read_bytes()]
+
+
+def test_the_card_names_the_data_their_versions_and_who_wrote_the_captions(tmp_path):
+    import yaml
+
+    writers = [{"captioner": "Qwen/Qwen2.5-VL-3B-Instruct", "revision": "abc", "quantization": None, "captions": 7}]
+    own = {"config_name": None, "fingerprint": 64 * "1", "weight": 1.0, "rows": {"train": 9}, "where": {}}
+    plain = own | {"source": str(tmp_path / "pictures"), "revision": None, "captioners": [], "filters": {}}
+    made = {"config_name": "refresh-2", "weight": 0.5, "where": {"a|b>=0.6": 3}, "filters": {"refusal": 4}}
+    written = own | made | {"source": "alice/captions@main", "revision": "0123", "captioners": writers}
+    aligner = aligner_of("clip")
+    aligner.lineage = Lineage((plain, written))
+    aligner.save_pretrained(tmp_path / "to")
+    card = (tmp_path / "to" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["datasets"] == ["alice/captions"]
+    assert f"| pictures | 9 | fingerprint {16 * '1'} |" in card
+    assert (
+        "| alice/captions@main | 9 | revision 0123; configuration refresh-2; weight 0.5; "
+        "where a\\|b>=0.6 (3 rows left out); filtered by refusal (4 dropped); "
+        f"captions by Qwen/Qwen2.5-VL-3B-Instruct at abc (7 captions); fingerprint {16 * '1'} |"
+    ) in card
+    assert str(tmp_path) not in card + (tmp_path / "to" / "data.json").read_text()
+    again = Qwen3Aligner.from_pretrained(tmp_path / "to")
+    assert again.lineage == Lineage((plain | {"source": "pictures"}, written))
 
 
 @pytest.fixture(scope="module")

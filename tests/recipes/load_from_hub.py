@@ -62,12 +62,14 @@ def main(root: Path) -> dict:
     for name in ("openai/nothing", "openai/clip-vit-base-patch32@refs/pr/2"):
         refused[name] = refusal(local_folder, name)
     loaders = {name: tower for name in TOWERS} | {name: language_model for name in LANGUAGE_MODELS}
-    rows = open_source(CaptionDataConfig(**settings, revision="refs/convert/parquet"), 0).rows
+    source = open_source(CaptionDataConfig(**settings, revision="refs/convert/parquet"), 0)
+    rows = source.rows
     return {
         "same": {name: same(load(local_folder(name)), load(root / name)) for name, load in loaders.items()},
         "files": {name: sorted(path.name for path in local_folder(name).iterdir()) for name in loaders},
         "rows": {split: len(part) for split, part in rows.items()},
         "captions": {split: len(part[0]["captions"]) for split, part in rows.items()},
+        "commits": [one["revision"] for one in source.lineage],
         "refused": refused,
     }
 

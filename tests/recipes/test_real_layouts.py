@@ -95,6 +95,10 @@ def test_the_splits_of_flickr30k_are_those_of_its_column(loaded):
     assert set(loaded["captions"].values()) == {5}
 
 
+def test_lineage_has_the_commit_that_data_were_read_at(loaded, hub):
+    assert loaded["commits"] == [hub.commit("datasets", "nlphuji/flickr30k", "refs/convert/parquet")]
+
+
 @pytest.mark.parametrize(
     ("name", "line"),
     [

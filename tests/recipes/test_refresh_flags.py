@@ -132,10 +132,15 @@ def test_unlabelled_pictures_are_captioned_filtered_and_trained_on_and_those_of_
     scores = versions[1]["metrics"]["clip_score_before"], versions[0]["metrics"]["clip_score_after"]
     assert all(0 <= score <= 2.5 for score in scores)
     assert make_rows.metrics["refresh/clip_score_before"] == scores[0]
+    lineage = make_rows.lineage()
+    assert [one["rows"]["train"] for one in lineage] == [len(values["captions"]) for values in versions]
+    assert {one["captioners"][0]["captioner"] for one in lineage} == {captioner.name}
+    assert lineage[0]["filters"]["best"] == versions[0]["metrics"]["dropped_best"]
 
 
 PUSHES = """
 import os, sys
+from mlxmm import Module
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.data.sources.shapes import ShapesConfig
 from mlxmm.storage.runs import Run
@@ -146,7 +151,7 @@ source = open_source(CaptionDataConfig(shapes=ShapesConfig(image_size=16, num_tr
 config = RefreshConfig(captioner=RefreshCaptionerConfig(model="shapes"), push_to="someone/captions")
 for token, epochs in (("hf_read", 3), ("hf_write", 4)):
     os.environ["HF_TOKEN"] = token
-    with refreshing(config, source, Run(Path(sys.argv[1])), None) as [callback]:
+    with refreshing(config, source, Run(Path(sys.argv[1])), Module()) as [callback]:
         for epoch in range(epochs):
             rows = callback.make_rows(epoch)
             callback.make_rows.wait()

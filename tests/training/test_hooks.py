@@ -7,6 +7,7 @@ from conftest import DistinctBatches, TinyRegression
 from mlxmm import Callback
 from mlxmm.errors import UserError
 from mlxmm.training.callback import HOOKS
+from mlxmm.training.datamodule import DataModule
 
 
 def recorder(name: str, calls: list):
@@ -40,7 +41,7 @@ for hook in set(HOOKS) - {"on_before_optimizer_step"}:
     setattr(Recorded, hook, lambda self, *args, hook=hook: self.note(("module", hook)))
 
 
-class NotedData:
+class NotedData(DataModule):
     """Two training and two validation batches from a DataModule that notes what is asked of it."""
 
     def __init__(self, calls: list):

@@ -20,6 +20,7 @@ from mlxmm import Callback
 from mlxmm.compute.deterministic import repeats_to_the_bit
 from mlxmm.distributed.signals import Interrupted
 from mlxmm.storage import checkpoint
+from mlxmm.training.datamodule import DataModule
 from tools.chaos import agree
 
 
@@ -173,13 +174,10 @@ def test_should_stop_in_an_epoch_validates_once_and_ends_in_order(make_trainer):
 
 
 def test_new_rows_of_an_epoch_are_the_same_rows_after_a_resume(make_trainer, tmp_path):
-    class Data:
+    class Data(DataModule):
         def __init__(self):
             self.rows = {"train": None}
 
-        prepare_data = lambda self: None
-        setup = teardown = lambda self, stage: None
-        val_dataloader = lambda self: None
         train_dataloader = lambda self: self.rows["train"]
 
         def replace_rows(self, split, rows):

@@ -5,7 +5,9 @@ A row is `{"image": PIL, "captions": [str], "id": str}`.
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +15,16 @@ import attrs
 import numpy as np
 
 from mlxmm.data.sources.decodable import undecodable_places
-from mlxmm.data.sources.tables import SPLITS, Columns, captions_in_cell, check_splits, open_tables, reading_errors
+from mlxmm.data.sources.tables import (
+    SPLITS,
+    Columns,
+    captions_in_row,
+    check_splits,
+    column_names,
+    open_tables,
+    reading_errors,
+)
+from mlxmm.data.sources.where import Condition
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import SUFFIXES, UndecodableImage, decode_image
 
@@ -66,15 +77,15 @@ class CaptionRows(Sequence):
         row = self.table[index]
         return {
             "image": decode_image(row[self.columns.image]),
-            "captions": self._captions(row[self.columns.caption], index),
+            "captions": self._captions(row, index),
             "id": self.name(place),
         }
 
     def without_image(self, place: int) -> dict:
         """The row without its image, which is not decoded."""
         index = int(self.indices[place])
-        captions = self.table.select_columns([self.columns.caption])[index][self.columns.caption]
-        return {"captions": self._captions(captions, index), "id": self.name(place)}
+        row = self.table.select_columns(self.columns.of_captions)[index]
+        return {"captions": self._captions(row, index), "id": self.name(place)}
 
     def fingerprint(self) -> bytes:
         """A checksum of the images in their order: of their bytes, or of name, size and time of their files."""
@@ -84,11 +95,53 @@ class CaptionRows(Sequence):
             digest.update(_identity(pictures[int(index)][self.columns.image]))
         return digest.digest()
 
+    def checksum(self):
+        """A SHA-256 of images and captions in their order, the same wherever their files lie: of files that are named
+        alone, their sizes count."""
+        digest = hashlib.sha256()
+        for values in self._values([self.columns.image, *self.columns.of_captions]):
+            texts = self._texts(values)
+            digest.update(_content(values[self.columns.image]) + json.dumps(texts).encode())
+        return digest
+
     def captions(self) -> list[str]:
         """Every caption, without touching an image."""
-        column = self.table.select_columns([self.columns.caption]).select(self.indices)
-        rows = column[self.columns.caption]
-        return [text for index, row in zip(self.indices, rows) for text in self._captions(row, index)]
+        rows = zip(self.indices, self._values(self.columns.of_captions))
+        return [text for index, row in rows for text in self._captions(row, index)]
+
+    def where(self, conditions: Sequence[Condition]) -> tuple["CaptionRows", dict[str, int]]:
+        """The rows, and of each the captions, that meet those of `conditions` that are on a column of this table; and
+        how many rows each of these left out. Raises `UserError` where a condition does not fit its column."""
+        rows, left_out = self, {}
+        for condition in conditions:
+            if condition.column in self.table.column_names:
+                meeting = rows._where(condition.typed(self.table.features[condition.column]))
+                left_out[str(condition)] = len(rows) - len(meeting)
+                rows = meeting
+        return rows, left_out
+
+    def _where(self, condition: Condition) -> "CaptionRows":
+        columns = attrs.evolve(self.columns, conditions=(*self.columns.conditions, condition))
+        kept = [columns.keep(values) for values in self._values(columns.of_captions)]
+        return attrs.evolve(self, columns=columns, indices=self.indices[np.array(kept, dtype=bool)])
+
+    def caption_facts(self, columns: Sequence[str]) -> Counter:
+        """How many captions have each combination of values in `columns`; empty if there is no such column."""
+        facts: Counter = Counter()
+        for values in self._values([*self.columns.of_captions, *columns]) if self._has(columns) else ():
+            met = self.columns.met(values)
+            cells = (values[name] if isinstance(values[name], list) else [values[name]] * len(met) for name in columns)
+            facts.update(fact for fact, is_met in zip(zip(*cells), met) if is_met)
+        return facts
+
+    def _has(self, columns: Sequence[str]) -> bool:
+        return set(columns) <= set(self.table.column_names)
+
+    def _values(self, columns: Sequence[str]) -> Iterator[dict]:
+        """The values in `columns`, row by row."""
+        names = list(dict.fromkeys(columns))
+        table = self.table.select_columns(names).select(self.indices)
+        return (dict(zip(names, row)) for row in zip(*(table[name] for name in names)))
 
     def first_of_each(self, column: str) -> "CaptionRows":
         """The first row of each value of `column`. Raises `UserError` if there is no such column."""
@@ -101,13 +154,13 @@ class CaptionRows(Sequence):
             places.setdefault(value, place)
         return attrs.evolve(self, indices=self.indices[list(places.values())])
 
-    def _captions(self, value, index: int) -> list[str]:
-        if texts := self._texts(value):
+    def _captions(self, values: dict, index: int) -> list[str]:
+        if texts := self._texts(values):
             return texts
         raise UserError(f"row {index} has no caption")
 
-    def _texts(self, value) -> list[str]:
-        return captions_in_cell(value, self.table.features[self.columns.caption])
+    def _texts(self, values: dict) -> list[str]:
+        return captions_in_row(values, self.columns, self.table.features)
 
     def name(self, place: int) -> str:
         """What a person finds the row by: its file, if it has one, and its number."""
@@ -125,8 +178,8 @@ class CaptionRows(Sequence):
 
     def without_captionless(self) -> tuple["CaptionRows", list[str]]:
         """The rows that have a caption, and the names of the others. Raises as `without_undecodable` does."""
-        column = self.table.select_columns([self.columns.caption]).select(self.indices)
-        bad = [place for place, value in enumerate(column[self.columns.caption]) if not self._texts(value)]
+        rows = self._values(self.columns.of_captions)
+        bad = [place for place, values in enumerate(rows) if not self._texts(values)]
         return self._without(bad, "rows have no caption")
 
     def _without(self, bad: Sequence[int], fault: str) -> tuple["CaptionRows", list[str]]:
@@ -159,6 +212,14 @@ def _identity(image: dict | None) -> bytes:
     return f"{image['path']}:{stat.st_size}:{stat.st_mtime_ns}\n".encode()
 
 
+def _content(image: dict) -> bytes:
+    """What tells an image from others, on any machine."""
+    if image["bytes"] is not None:
+        return hashlib.sha256(image["bytes"]).digest()
+    path = Path(image["path"])
+    return f"{path.name}:{path.stat().st_size if path.is_file() else 0}\n".encode()
+
+
 def open_rows(
     source: str, columns: Columns, *, revision: str | None, seed: int, config_name: str | None = None
 ) -> dict[str, CaptionRows]:
@@ -173,6 +234,28 @@ def open_rows(
     rows = {split: CaptionRows(table, indices, columns) for split, (table, indices) in parts.items()}
     check_splits(source, [split for split in rows if len(rows[split])], tables)
     return rows
+
+
+def open_training_rows(
+    source: str, columns: Columns, *, revision: str | None, seed: int, config_name: str | None = None
+) -> CaptionRows:
+    """The training rows of `source`; all of its rows, if it has one split. It need not have the split column.
+
+    Raises `UserError` as `open_rows` does, and if there are none.
+    """
+    with reading_errors(source):
+        tables = open_tables(source, attrs.evolve(columns, split=None), revision=revision, config_name=config_name)
+    if columns.split not in column_names(tables):
+        columns = attrs.evolve(columns, split=None)
+    if columns.split is None and len(tables) == 1:
+        table = next(iter(tables.values()))
+        parts = {"train": (table, np.arange(len(table)))}
+    else:
+        parts = split_tables(tables, columns.split, seed)
+    table, indices = parts.get("train", (None, ()))
+    if not len(indices):
+        raise UserError(f"{source} has no rows for train; its splits are {', '.join(tables)}")
+    return CaptionRows(table, indices, columns)
 
 
 def unlisted_pictures(folder: Path, rows: dict[str, CaptionRows]) -> list[Path]:

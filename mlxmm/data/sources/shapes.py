@@ -158,20 +158,23 @@ class ShapesRows(Sequence):
         return self.num_rows
 
     def __getitem__(self, index: int) -> dict:
+        scene, rng = self._scene(index)
+        return {"image": draw(scene, self.grammar.config.image_size, rng)} | self._without_image(scene, index)
+
+    def without_image(self, index: int) -> dict:
+        """The row without its picture, which is not drawn."""
+        return self._without_image(self._scene(index)[0], index)
+
+    def _scene(self, index: int) -> tuple[Scene, np.random.Generator]:
+        """The scene, and the generator that draws it."""
         if not 0 <= index < self.num_rows:
             raise IndexError(index)
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), self.epoch, index])
-        scene = self.grammar.sample(rng, self.split)
-        captions = scene.captions()
-        return {
-            "image": draw(scene, self.grammar.config.image_size, rng),
-            "captions": list(captions[:1] if self.split == "train" else captions),
-            "id": self.name(index),
-        }
+        return self.grammar.sample(rng, self.split), rng
 
-    def without_image(self, index: int) -> dict:
-        """The row without its picture."""
-        return {name: value for name, value in self[index].items() if name != "image"}
+    def _without_image(self, scene: Scene, index: int) -> dict:
+        captions = scene.captions()
+        return {"captions": list(captions[:1] if self.split == "train" else captions), "id": self.name(index)}
 
     def captions(self) -> Iterator[str]:
         """Every caption."""
@@ -183,7 +186,9 @@ class ShapesRows(Sequence):
 
     def fingerprint(self) -> bytes:
         """What the pictures are a function of."""
-        return f"{self.grammar.config} {self.split} {self.seed} {self.num_rows} {self.epoch}".encode()
+        config = self.grammar.config
+        parts = config.image_size, config.max_objects, self.split, self.seed, self.num_rows, self.epoch
+        return " ".join(map(str, parts)).encode()
 
 
 @attrs.frozen

@@ -3,7 +3,7 @@
 A stream has no length and no random access. Rows are shuffled within a buffer of consecutive rows of the files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -14,13 +14,15 @@ from mlxmm.data.sources.rows import CaptionRows
 from mlxmm.data.sources.tables import (
     SPLITS,
     Columns,
-    captions_in_cell,
+    captions_in_row,
     check_splits,
+    column_names,
     in_memory,
     open_tables,
     reading_errors,
     with_bytes,
 )
+from mlxmm.data.sources.where import Condition
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import UndecodableImage, decode_image
@@ -42,7 +44,7 @@ class StreamRows:
     def captions(self) -> Iterator[str]:
         """Every caption, in the order of the files."""
         with reading_errors(self.source):
-            for values in self.table.select_columns([self.columns.caption]):
+            for values in self.table.select_columns(self.columns.of_captions):
                 yield from self._captions(values)
 
     def shuffled(self, seed: int, buffer_size: int) -> Iterator[dict]:
@@ -66,7 +68,7 @@ class StreamRows:
             raise UnusableRow(f"cannot be decoded: {name}: {error}") from None
 
     def _captions(self, values: dict) -> list[str]:
-        return captions_in_cell(values[self.columns.caption], self.table.features[self.columns.caption])
+        return captions_in_row(values, self.columns, self.table.features)
 
 
 class UnusableRow(Exception):
@@ -74,14 +76,23 @@ class UnusableRow(Exception):
 
 
 def open_stream(
-    source: str, columns: Columns, *, revision: str | None, num_held_out: int, config_name: str | None = None
+    source: str,
+    columns: Columns,
+    *,
+    revision: str | None,
+    num_held_out: int,
+    config_name: str | None = None,
+    conditions: Sequence[Condition] = (),
 ) -> dict:
     """`StreamRows` of `source` for "train"; for "val" and "test" their first `num_held_out` rows, in memory.
+
+    Rows that do not meet the `conditions` on columns of this source are passed over while it is read.
 
     Raises `UserError` as `open_rows` does, and if `source` has neither splits nor a split column.
     """
     with reading_errors(source):
         tables = open_tables(source, columns, revision=revision, config_name=config_name, streaming=True)
+        columns, tables = _where(conditions, columns, tables)
         if columns.split is None and len(tables) == 1:
             raise UserError(f"a stream cannot be split at random: {source} needs --data.split-column, or own splits")
         most = {"train": 1, "val": num_held_out, "test": num_held_out}
@@ -96,6 +107,16 @@ def open_stream(
         check_splits(source, [split for split in first if first[split]], tables)
         rows = {split: _held_out(first[split], named[split], columns) for split in ("val", "test")}
         return {"train": StreamRows(source=source, table=named["train"], columns=columns)} | rows
+
+
+def _where(conditions: Sequence[Condition], columns: Columns, tables: dict) -> tuple[Columns, dict]:
+    names, features = column_names(tables), next(iter(tables.values())).features
+    typed = tuple(one.typed(features[one.column]) for one in conditions if one.column in names)
+    if not typed:
+        return columns, tables
+    columns = attrs.evolve(columns, conditions=typed)
+    keep = lambda *values: columns.keep(dict(zip(columns.of_captions, values)))
+    return columns, {name: table.filter(keep, input_columns=columns.of_captions) for name, table in tables.items()}
 
 
 def _first_rows(table, column: str, most: dict[str, int]) -> dict[str, list[dict]]:

@@ -2,11 +2,13 @@
 
 import contextlib
 import glob
+import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import attrs
 
+from mlxmm.data.sources.where import Condition, all_met
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import SUFFIXES
 from mlxmm.storage.hub import card_configs, is_hub_id, split_revision
@@ -14,6 +16,7 @@ from mlxmm.storage.hub import card_configs, is_hub_id, split_revision
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
 PACKED = (".parquet", ".zip", ".tar", ".gz")  # other files of a folder that may hold images
 FOLDER = f"a folder holds {', '.join(SUFFIXES)}, and a metadata.jsonl or .csv with the columns file_name and caption"
+WITHOUT_PICTURES = ": captions without their pictures, which write_captions adds with --include-images"
 
 
 @attrs.frozen(kw_only=True)
@@ -23,6 +26,21 @@ class Columns:
     image: str
     caption: str | None  # None: captions are not read
     split: str | None
+    conditions: tuple[Condition, ...] = ()  # which captions are read: typed ones, on columns that are there
+
+    @property
+    def of_captions(self) -> list[str]:
+        """The columns that say which captions a row has."""
+        return list(dict.fromkeys([self.caption, *(condition.column for condition in self.conditions)]))
+
+    def met(self, values: dict) -> list[bool]:
+        """For each caption of the row with these values, whether it is read."""
+        return all_met(self.conditions, values, values[self.caption])
+
+    def keep(self, values: dict) -> bool:
+        """Whether a row is read: a caption of it is, or it has none, which is another fault."""
+        met = self.met(values)
+        return not met or any(met)
 
 
 def open_tables(source: str, columns: Columns, *, streaming: bool = False, **options) -> dict:
@@ -37,10 +55,10 @@ def open_tables(source: str, columns: Columns, *, streaming: bool = False, **opt
     if Path(source).is_dir() and not _has_files(Path(source), (*SUFFIXES, *PACKED)):
         raise UserError(f"{source} holds no pictures: {FOLDER}")
     tables = _load(source, streaming=streaming, **options)
-    names = next(iter(tables.values())).column_names or []  # unknown for streams of some file types
+    names = column_names(tables)
     for column in (columns.image, columns.caption, columns.split):
         if column is not None and column not in names:
-            hint = f"; {FOLDER}" if Path(source).is_dir() else ""
+            hint = WITHOUT_PICTURES if "image_sha256" in names else f"; {FOLDER}" if Path(source).is_dir() else ""
             raise UserError(f"{source} has no column {column!r}; it has {', '.join(names)}{hint}")
     kind = None if columns.caption is None else next(iter(tables.values())).features[columns.caption]
     if kind is not None and not _holds_captions(kind):
@@ -125,6 +143,25 @@ def check_splits(source: str, found: Collection[str], tables: dict) -> None:
     """Raise `UserError` if one of train, val and test has no rows."""
     if empty := [split for split in SPLITS if split not in found]:
         raise UserError(f"{source} has no rows for {', '.join(empty)}; its splits are {', '.join(tables)}")
+
+
+def column_names(tables: dict) -> list[str]:
+    """The columns of a source's tables; empty for streams of some file types, where they are not known."""
+    return next(iter(tables.values())).column_names or []
+
+
+def commit_of(table) -> str | None:
+    """The commit that a `datasets.Dataset` of the Hub was read at: the folder of its cache is named after it."""
+    folders = [Path(file["filename"]).parent.name for file in table.cache_files]
+    return next((name for name in folders if re.fullmatch("[0-9a-f]{40}", name)), None)
+
+
+def captions_in_row(values: dict, columns: Columns, features: dict) -> list[str]:
+    """The captions of the row with these `values` that the conditions of `columns` leave."""
+    cell, met = values[columns.caption], columns.met(values)
+    if isinstance(cell, list):
+        cell = [text for text, is_met in zip(cell, met) if is_met]
+    return captions_in_cell(cell if any(met) else None, features[columns.caption])
 
 
 def captions_in_cell(value, kind) -> list[str]:

@@ -1,0 +1,125 @@
+"""Which pictures and captions a run reads, and how they become batches: settings."""
+
+import math
+
+import attrs
+from attrs.validators import ge
+
+from mlxmm.config import option, section, texts
+from mlxmm.data.sources.shapes import ShapesConfig
+from mlxmm.data.sources.where import Condition
+from mlxmm.distributed import collectives
+from mlxmm.errors import UserError
+from mlxmm.storage.hub import is_hub_id, split_revision
+
+MAX_THREADS = 8  # each holds a batch that it prepares
+SHAPES = "shapes"  # the source that is drawn
+
+
+@attrs.frozen(kw_only=True)
+class BatchConfig:
+    """How pictures with captions become batches, wherever they come from."""
+
+    batch_size: int = option(64, "pictures in a batch of each process", ge(1), flag="--batch-size", first=True)
+    num_threads: int = option(
+        0, f"threads that decode pictures ahead; 0: one for each core of this process, at most {MAX_THREADS}", ge(0)
+    )
+    random_crop: bool = option(False, "train on a random square of each picture, not on its middle")
+    shuffle_buffer: int = option(1_000, "pictures of a stream that the next one is drawn from", ge(1), rare=True)
+
+    @property
+    def num_decoding_threads(self) -> int:
+        """`num_threads`, or as many as this machine has for this process. What they make does not depend on it."""
+        return self.num_threads or min(MAX_THREADS, collectives.cores_per_process())
+
+
+@attrs.frozen(kw_only=True)
+class CaptionDataConfig(BatchConfig):
+    """Which pictures and captions, and how they become batches. A lone `source` may be given as a string."""
+
+    source: tuple[str, ...] = option(
+        (SHAPES,),
+        "`shapes` (drawn), a parquet file or glob, a folder of images with metadata, or a data set on the Hub "
+        "(user/name, user/name@revision); of several, all give training pictures, the first alone val and test",
+        first=True,
+        converter=texts,
+    )
+    weights: tuple[float, ...] = option(
+        (), "how often an epoch has each training row, source by source: 0.5 takes a new half each time; none: once"
+    )
+    where: tuple[str, ...] = option(
+        (), "conditions on columns, as clip_score>=0.6: other rows of sources with that column are left out"
+    )
+    revision: str | None = option(None, "commit, tag or branch of a data set on the Hub, if its id names none")
+    config_name: tuple[str, ...] = option(
+        (),
+        "configuration of a data set on the Hub, or of a folder with a card, one for each source; none: its default",
+        converter=texts,
+    )
+    image_column: str = option("image", "column that holds the picture")
+    caption_column: str = option("caption", "column that holds a caption or a list of captions")
+    split_column: str | None = option(None, "column that says train, val or test; none: the source's own splits")
+    streaming: bool = option(False, "train on pictures as they are read, without loading all of them first")
+    held_out: int = option(
+        1_000, "most pictures of a stream's val and test splits, which are kept in memory", ge(1), rare=True
+    )
+    shapes: ShapesConfig = section(ShapesConfig(), rare=True)
+
+    def __attrs_post_init__(self):
+        if not self.source:
+            raise UserError("--data.source names nothing: name one source, or several")
+        if self.streaming and SHAPES in self.source:
+            raise UserError("streaming needs a source: `shapes` are drawn, not read")
+        self._check_mixture()
+        self._check_weights()
+        _ = self.conditions
+        for source in self.source:
+            if is_hub_id(source):
+                split_revision(source, self.revision)  # two are refused as soon as the flags are read
+
+    def _check_mixture(self) -> None:
+        is_mixture, names = len(self.source) > 1, len(self.config_name)
+        if self.streaming and (is_mixture or self.weights):
+            raise UserError("a stream is not mixed with other sources, and has no weight: leave out --data.streaming")
+        if is_mixture and self.revision is not None:
+            raise UserError("--data.revision is for one source: of several, write each as user/name@revision")
+        if names not in (0, len(self.source)):
+            raise UserError(f"--data.config-name: {names} names, {len(self.source)} sources; `default` is a default's")
+
+    def _check_weights(self) -> None:
+        given = f"--data.weights {' '.join(f'{weight:g}' for weight in self.weights)}"
+        if self.weights and len(self.weights) != len(self.source):
+            raise UserError(f"{given}: give one for each source, {len(self.source)} in all")
+        if not all(math.isfinite(weight) and weight >= 0 for weight in self.weights):
+            raise UserError(f"{given}: a weight cannot be negative or without end")
+        if self.weights and not any(self.weights):
+            raise UserError(f"{given}: nothing would be trained on")
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """Those of `where`."""
+        return tuple(map(Condition.parse, self.where))
+
+    def require_one_source(self) -> None:
+        """Raise `UserError` if there are several."""
+        if (number := len(self.source)) > 1:
+            raise UserError(f"--data.source: one is wanted here, these are {number}: {', '.join(self.source)}")
+
+    @property
+    def only_source(self) -> str:
+        """The one source, where more cannot be."""
+        self.require_one_source()
+        return self.source[0]
+
+    @property
+    def only_config_name(self) -> str | None:
+        """The configuration of the one source; None: its default."""
+        return self.config_name[0] if self.config_name else None
+
+    def each(self) -> list["CaptionDataConfig"]:
+        """The settings of each source alone, without its weight."""
+        if len(self.source) == 1:
+            return [attrs.evolve(self, weights=())]
+        names = self.config_name or ("default",) * len(self.source)
+        own = [() if name == "default" else name for name in names]
+        return [attrs.evolve(self, source=one, weights=(), config_name=name) for one, name in zip(self.source, own)]

@@ -1,0 +1,96 @@
+"""The rows of each split of each source, without those that conditions leave out or that cannot be used."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from mlxmm.data.caption_config import SHAPES, CaptionDataConfig
+from mlxmm.data.sources.rows import CaptionRows, open_rows, open_training_rows, unlisted_pictures
+from mlxmm.data.sources.shapes import ShapesGrammar
+from mlxmm.data.sources.stream import open_stream
+from mlxmm.data.sources.tables import Columns
+from mlxmm.distributed import collectives
+from mlxmm.errors import UserError
+
+
+@attrs.frozen
+class OpenedSource:
+    """The rows of one source by split, the names of those that cannot be used, and how many training rows each
+    condition left out."""
+
+    rows: dict[str, Any]
+    skipped: list[str]
+    left_out: dict[str, int]
+
+
+def open_splits(config: CaptionDataConfig, seed: int) -> list[OpenedSource]:
+    """Each source that `config` names: the first with all its splits, the others with their training rows. A collective
+    call. Raises `UserError` where one, a column or a split is missing or damaged."""
+    configs = config.each()
+    opened = [_open(one, seed, is_first=not place) for place, one in enumerate(configs)]
+    _check_conditions(config, opened)
+    if isinstance(opened[0]["train"], CaptionRows):
+        _report_unlisted(config.source[0], opened[0])
+    return [_usable(one, rows) for one, rows in zip(configs, opened)]
+
+
+def _open(config: CaptionDataConfig, seed: int, *, is_first: bool) -> dict[str, Any]:
+    """The rows of each split of one source; of one beside the first those of training alone."""
+    columns = Columns(image=config.image_column, caption=config.caption_column, split=config.split_column)
+    source, which = config.only_source, {"revision": config.revision, "config_name": config.only_config_name}
+    if source == SHAPES:
+        rows: dict[str, Any] = ShapesGrammar(config.shapes, seed).rows(seed)
+        return rows if is_first else {"train": rows["train"]}
+    if config.streaming:
+        return open_stream(source, columns, num_held_out=config.held_out, conditions=config.conditions, **which)
+    if is_first:
+        return open_rows(source, columns, seed=seed, **which)
+    return {"train": open_training_rows(source, columns, seed=seed, **which)}
+
+
+def _check_conditions(config: CaptionDataConfig, opened: Sequence[dict[str, Any]]) -> None:
+    """Raise `UserError` where a condition is on a column that no source has."""
+    tables = [getattr(rows["train"], "table", None) for rows in opened]
+    names = list(dict.fromkeys(name for table in tables if table is not None for name in table.column_names or ()))
+    for condition in config.conditions:
+        if condition.column not in names:
+            raise UserError(
+                f"--data.where {condition}: no source has that column; there are {', '.join(names) or 'none'}"
+            )
+
+
+def _usable(config: CaptionDataConfig, opened: dict[str, Any]) -> OpenedSource:
+    usable, skipped, left_out = dict(opened), [], {}
+    for split, part in opened.items():
+        if not isinstance(part, CaptionRows):  # drawn; or a stream, whose rows are checked as they are read
+            continue
+        part, not_met = part.where(config.conditions)
+        _report_conditions(config.only_source, split, len(opened[split]), len(part), not_met)
+        left_out = not_met if split == "train" else left_out
+        part, captionless = part.without_captionless()
+        usable[split], undecodable = part.without_undecodable(config.num_decoding_threads)
+        skipped += captionless + undecodable
+        _report_skipped("has no caption", captionless)
+        _report_skipped("cannot be decoded", undecodable)
+    return OpenedSource(usable, skipped, left_out)
+
+
+def _report_conditions(source: str, split: str, num_before: int, num_rows: int, left_out: dict[str, int]) -> None:
+    """Print how many rows each condition left out. Raises `UserError` if no row is left."""
+    for condition, number in left_out.items() if collectives.rank() == 0 else ():
+        print(f"--data.where {condition} leaves out {number} of {num_before} {split} rows of {source}")
+    if left_out and not num_rows:
+        raise UserError(f"--data.where {' '.join(left_out)} leaves no {split} rows of {source}")
+
+
+def _report_unlisted(source: str, rows: dict[str, CaptionRows]) -> None:
+    if unlisted := unlisted_pictures(Path(source), rows):
+        first = ", ".join(map(str, unlisted[:5]))
+        _report_skipped(f"{len(unlisted)} pictures that the metadata do not name", [first])
+
+
+def _report_skipped(why: str, names: Sequence[str]) -> None:
+    for name in names if collectives.rank() == 0 else ():
+        print(f"skipped, {why}: {name}")

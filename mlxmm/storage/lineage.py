@@ -1,0 +1,83 @@
+"""Lineage: what a module was trained on, source by source, as JSON values.
+
+    {"source": …, "config_name": …, "revision": commit of the Hub, "fingerprint": of the training rows, "weight": …,
+     "rows": by split, "where": training rows that each condition left out,
+     "captioners": who wrote how many captions, "filters": captions dropped by each when they were made}
+
+It is in the checkpoints of a run, and as data.json in its folder and in those of exported models.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import attrs
+
+from mlxmm.storage.atomic import write_json
+from mlxmm.storage.hub import is_hub_id
+
+DATA = "data.json"
+FILTERS = re.compile(
+    r"^### Filters$(.*?)(?=^#|\Z)", re.MULTILINE | re.DOTALL
+)  # as `export/dataset_card.py` writes them
+
+
+@attrs.frozen
+class Lineage:
+    """The data that a module was trained on; empty where that is not known."""
+
+    sources: tuple[dict, ...] = ()
+
+    @classmethod
+    def read(cls, folder: Path) -> "Lineage":
+        """That of a model's folder, or of a checkpoint."""
+        own, checkpoint = folder / DATA, folder / "state.json"
+        if own.is_file():
+            values = json.loads(own.read_text())
+        else:
+            state = json.loads(checkpoint.read_text()) if checkpoint.is_file() else {}
+            values = state.get("datamodule", {}).get("lineage")
+        is_ours = isinstance(values, list) and all(isinstance(v, dict) and "fingerprint" in v for v in values)
+        return cls(tuple(values) if is_ours else ())
+
+    def write(self, folder: Path) -> None:
+        """Write data.json, whole or not at all, if anything is known."""
+        if self.sources:
+            write_json(folder / DATA, self.sources)
+
+    def public(self) -> "Lineage":
+        """As it may be published: of a local path its last part alone."""
+        names = (one["source"] for one in self.sources)
+        short = (name if is_hub_id(name) else Path(name).name for name in names)
+        return Lineage(tuple(one | {"source": name} for one, name in zip(self.sources, short)))
+
+
+def changes(old: Sequence[dict], new: Sequence[dict]) -> str:
+    """What is trained on now that was not trained on before, in words; empty if nothing changed."""
+    if len(old) != len(new):
+        return f"it was trained on {_names(old)}, now on {_names(new)}"
+    return "; ".join(filter(None, map(_change, old, new)))
+
+
+def _change(old: dict, new: dict) -> str:
+    name, before, now = new["source"], old["rows"]["train"], new["rows"]["train"]
+    if before != now:
+        return f"{name} gave {before} training rows, and gives {now}"
+    if old["weight"] != new["weight"]:
+        return f"{name} had the weight {old['weight']:g}, and has {new['weight']:g}"
+    if old["fingerprint"] != new["fingerprint"]:
+        return f"{name} has other pictures or captions than before"
+    return ""
+
+
+def _names(sources: Sequence[dict]) -> str:
+    return " and ".join(one["source"] for one in sources)
+
+
+def filters_in_card(card: str, config_name: str) -> dict[str, int]:
+    """How many captions each filter dropped, as the card of a data set of captions says of one configuration."""
+    sections = re.split(r"^## Configuration ", card, flags=re.MULTILINE)
+    section = next((text for text in sections if text.startswith(f"`{config_name}`")), "")
+    table = found[1] if (found := FILTERS.search(section)) else ""
+    return {name: int(count) for name, count in re.findall(r"^\| (\w+) \| (\d+) \|$", table, re.MULTILINE)}
