@@ -55,7 +55,7 @@ class Journal:
         return set(self._connection.execute(f"SELECT image, prompt FROM captions WHERE {_OWN}", self.own))
 
     def add(self, captions: Iterable[tuple[str, str, WrittenCaption]]) -> None:
-        """Add (image, prompt, caption) in one transaction, on the disk when this returns."""
+        """Add (image, prompt, caption) in one transaction, on the disk when this returns. Raises `UserError`."""
         now = time.time()
         rows = [
             (image, prompt, *self.own, c.text, c.num_tokens, c.finish_reason, "", c.width, c.height, now)
@@ -93,8 +93,11 @@ class Journal:
         self._connection.close()
 
     def _insert(self, rows: list[tuple]) -> None:
-        with self._connection:  # a second caption of one key is an error here, and never an overwrite
-            self._connection.executemany(f"INSERT INTO captions VALUES ({', '.join('?' * 12)})", rows)
+        try:
+            with self._connection:  # a second caption of one key is an error here, and never an overwrite
+                self._connection.executemany(f"INSERT INTO captions VALUES ({', '.join('?' * 12)})", rows)
+        except sqlite3.OperationalError as error:
+            raise UserError(f"{self.path} cannot be written: {error}; what it holds stays") from None
 
 
 def identity_of(path: Path) -> tuple[str, str, Sampling]:

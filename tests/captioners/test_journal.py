@@ -103,3 +103,13 @@ def test_prompts_have_ids_and_an_unknown_one_is_refused():
 )
 def test_the_first_sentence(text, first):
     assert first_sentence(text) == first
+
+
+def test_a_full_disk_is_one_line_and_what_was_added_stays(tmp_path):
+    journal = Journal(tmp_path / "captions.sqlite", **OWN)
+    journal.add([("a", "short", caption("one"))])
+    journal._connection.execute("PRAGMA max_page_count = 1")  # SQLite then says what it says on a full disk
+    with pytest.raises(UserError, match="captions.sqlite cannot be written: database or disk is full"):
+        journal.add([(str(i), "short", caption("two " * 500)) for i in range(50)])
+    assert [entry.text for entry in journal.entries()] == ["one"]
+    journal.close()
