@@ -14,7 +14,7 @@ READY := .venv/ready$(BACKEND:%=-%)
 # Threads of a BLAS that wait for each other on a busy machine cost more than they give in small tests.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-slow test-browser lint chaos bench real prove resolve clean
+.PHONY: demo test test-slow test-browser docs lint chaos bench real prove resolve clean
 
 demo: $(READY)
 	$(BIN)/python -m recipes.align_qwen3
@@ -29,6 +29,10 @@ test-slow: $(READY)
 test-browser: $(READY)
 	$(BIN)/python -m pip install --quiet "playwright>=1.50"
 	$(TEST_ENV) $(BIN)/python -m pytest -m browser
+
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet "mkdocs-material>=9.5"
+	$(BIN)/mkdocs build --strict --quiet
 
 chaos: $(READY)
 	$(BIN)/python tools/chaos.py --kills 5
@@ -65,4 +69,4 @@ $(READY): setup.cfg pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache runs
+	rm -rf .venv .mypy_cache runs site

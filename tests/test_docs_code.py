@@ -52,17 +52,18 @@ def test_the_python_of_a_page_runs(page, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def test_python_of_the_readme_that_needs_weights_imports_what_exists():
-    """Such blocks are marked `py`, not `python`: they start from a trained run, which nobody has here."""
-    names = imported_names(code_of((ROOT / "README.md").read_text(), "py"))
+@pytest.mark.parametrize("page", ["README.md", "docs/export.md"])
+def test_python_that_needs_weights_imports_what_exists(page):
+    """Such blocks are marked `py`, not `python`: they start from a trained run or the Hub, which nobody has here."""
+    names = imported_names(code_of((ROOT / page).read_text(), "py"))
     assert names and not [pair for pair in names if not hasattr(importlib.import_module(pair[0]), pair[1])]
 
 
 def test_every_block_of_the_pages_has_a_language_that_says_what_it_is():
     """A block in another spelling of Python would be skipped without a word. That of serve.md, which asks a server, is
-    run by tests/serving."""
+    run by tests/serving; that of export.md starts from a trained run."""
     for page in (ROOT / "docs").glob("*.md"):
-        known = {"python", "mermaid"} | ({"py"} if page.name == "serve.md" else set())
+        known = {"python", "mermaid"} | ({"py"} if page.name in ("serve.md", "export.md") else set())
         assert set(re.findall(r"^```(\w+)", page.read_text(), re.MULTILINE)) <= known, page
     assert set(re.findall(r"^```(\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)) == {"python", "py"}
 

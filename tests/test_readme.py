@@ -1,4 +1,4 @@
-"""The README and the page for Macs tell the truth: commands parse, flags, paths and names exist, a callback runs."""
+"""The README and the pages of docs/ tell the truth: commands parse, flags, paths, names and links lead somewhere."""
 
 import importlib
 import re
@@ -16,6 +16,8 @@ from mlxmm.config import Preset
 
 ROOT = Path(__file__).parents[1]
 README, MAC = (ROOT / "README.md").read_text(), (ROOT / "docs/on-a-mac.md").read_text()
+PAGES = {page.name: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+ALL = "\n".join(PAGES.values())
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("[!_]*.py"))
 COMMON_FLAGS = {"preset", "help", "help-all"}  # of every recipe, beside its settings
 
@@ -26,7 +28,8 @@ def commands(text: str) -> list[tuple[str, str]]:
     found = []
     for command in (block.strip(" `") for block in blocks):
         if match := re.search(r"(?:python -m recipes\.|^mlxmm )([\w-]+)(.*)", command):
-            found.append((match[1].replace("-", "_"), match[2]))
+            if "…" not in command:  # which stands for flags of the reader
+                found.append((match[1].replace("-", "_"), match[2]))
     return found
 
 
@@ -44,8 +47,8 @@ def parse(recipe: str, arguments: str):
     return parse_config(recipe, presets(recipe), argv)
 
 
-@pytest.mark.parametrize(("recipe", "arguments"), commands(README) + commands(MAC))
-def test_a_command_of_the_readme_is_one_that_its_recipe_takes(recipe, arguments, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("recipe", "arguments"), sorted(set(commands(ALL))))
+def test_a_command_of_a_page_is_one_that_its_recipe_takes(recipe, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert parse(recipe, arguments)
 
@@ -56,7 +59,7 @@ def test_commands_under_both_names_are_found_and_every_recipe_but_the_inner_one_
     assert {recipe for recipe, _ in commands(README)} == set(RECIPES) - {"train_language_model"}
 
 
-def test_a_flag_of_the_readme_is_a_flag_of_a_recipe_or_of_a_tool():
+def test_a_flag_of_a_page_is_a_flag_of_a_recipe_or_of_a_tool():
     known = COMMON_FLAGS | {
         name
         for recipe in RECIPES
@@ -65,18 +68,20 @@ def test_a_flag_of_the_readme_is_a_flag_of_a_recipe_or_of_a_tool():
     }
     tools = "".join(path.read_text() for path in (ROOT / "tools").glob("*.py"))
     known |= set(re.findall(r'"--([\w-]+)"', tools)) | {"backend", "hosts"}  # mlx.launch has the last two
-    known |= {"install", "logdir"}  # of xcode-select and tensorboard
-    named = set(re.findall(r"--([a-z][\w.-]+)", README + MAC))
+    known |= {"install", "logdir", "array", "wrap"}  # of xcode-select, tensorboard and sbatch
+    named = set(re.findall(r"--([a-z][\w.-]+)", ALL))
     assert len(named) > 20 and named <= known, named - known
 
 
-def test_what_the_readme_names_is_there():
-    paths = re.findall(r"`((?:mlxmm|callbacks|recipes|tools|tests|docs)/[\w/.-]*|\w+\.md)`", README + MAC)
-    paths += re.findall(r"python (tools/\w+\.py)", README)
-    paths += [f"tools/{name}.py" for name in re.findall(r"python -m tools\.(\w+)", README + MAC)]
-    assert len(paths) > 30 and not [path for path in paths if not (ROOT / path).exists()]
+def test_what_a_page_names_is_there():
+    paths = re.findall(r"`((?:mlxmm|callbacks|recipes|tools|tests|docs)/[\w/.-]*|\w+\.md)`", ALL)
+    paths += re.findall(r"python (tools/\w+\.py)", ALL)
+    paths += [f"tools/{name}.py" for name in re.findall(r"python -m tools\.(\w+)", ALL)]
+    written = {"recipes/train_colours.py"}  # by the reader of write-a-recipe.md
+    exists = lambda path: path in written or (ROOT / path).exists() or (ROOT / f"{path}.py").exists()
+    assert len(paths) > 30 and not [path for path in paths if not exists(path)]
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"(?:^    |`)make (\w+)", README + MAC, re.MULTILINE))
+    targets = set(re.findall(r"(?:^    |`)make (\w+)", ALL, re.MULTILINE))
     assert targets >= {"demo", "test", "prove"} and not [name for name in targets if f"\n{name}:" not in makefile]
 
 
@@ -104,3 +109,15 @@ def test_the_callback_of_the_readme_runs_and_stops_a_run(tmp_path, monkeypatch):
     data = DistinctBatches()
     trainer.fit(TinyRegression(), train_dataloaders=data, val_dataloaders=data)
     assert trainer.global_step == 3
+
+
+def test_a_link_of_a_page_leads_somewhere():
+    links = [(name, target) for name, text in PAGES.items() for target in re.findall(r"\]\(([^)#\s]+)", text)]
+    inside = [(name, target) for name, target in links if not target.startswith("http")]
+    folder = lambda name: ROOT if name == "README.md" else ROOT / "docs"
+    assert len(inside) > 20 and not [pair for pair in inside if not (folder(pair[0]) / pair[1]).exists()]
+
+
+def test_every_page_is_in_the_menu_of_the_site_and_no_other():
+    menu = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(menu) == sorted(set(PAGES) - {"README.md"})

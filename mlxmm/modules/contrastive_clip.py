@@ -23,7 +23,7 @@ from mlxmm.networks import clip, siglip
 from mlxmm.networks.towers import TextConfig, VisionConfig, config_from_hub
 from mlxmm.optimizers import OptimizerConfig
 from mlxmm.preprocessing.images import ImageProcessor, as_images
-from mlxmm.preprocessing.tokenizers import load_tokenizer
+from mlxmm.preprocessing.tokenizers import load_tokenizer, token_length, train_tokenizer
 from mlxmm.storage import checkpoint
 from mlxmm.storage.hub import local_folder
 from mlxmm.storage.lineage import Lineage
@@ -76,6 +76,28 @@ class ContrastiveCLIP(Module):
         self.network = NETWORKS[config.model_type](config.vision, config.text, config.projection_dim)
         if config.initialization == "openai":
             clip.initialize(self.network)
+
+    @classmethod
+    def from_scratch(
+        cls,
+        config: CLIPConfig,
+        captions: Sequence[str],
+        *,
+        vocab_size: int = 2_000,
+        max_tokens: int = 77,
+        processor: ImageProcessor | None = None,
+    ) -> "ContrastiveCLIP":
+        """Fresh weights, with a tokenizer that is trained on `captions`: of `vocab_size` tokens at most, for texts of
+        `max_tokens` at most. Pictures are prepared as CLIP's are, unless by `processor`."""
+        tokenizer = train_tokenizer(captions, vocab_size, adds_start_and_end=True)
+        text = attrs.evolve(
+            config.text,
+            vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            max_position_embeddings=min(max_tokens, token_length(tokenizer, captions)),
+        )
+        processor = processor or ImageProcessor.square(config.vision.image_size)
+        return cls(attrs.evolve(config, text=text), tokenizer, processor)
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, revision: str | None = None) -> "ContrastiveCLIP":

@@ -12,7 +12,6 @@ from mlxmm.data.caption_source import CaptionSource
 from mlxmm.evaluation.clip import evaluate_shapes, retrieval_metrics
 from mlxmm.modules.contrastive_clip import CLIPConfig, ContrastiveCLIP
 from mlxmm.preprocessing.images import ImageProcessor
-from mlxmm.preprocessing.tokenizers import token_length, train_tokenizer
 from mlxmm.storage.atomic import write_json
 from mlxmm.storage.cache import cached
 from mlxmm.storage.lineage import Lineage
@@ -91,16 +90,9 @@ def build(config: TowerConfig, source: CaptionSource, seed: int) -> ContrastiveC
         clip.resize_images(size)
         clip.config = attrs.evolve(clip.config, **{name: getattr(config.module, name) for name in TRAINING_SETTINGS})
         return clip
-    captions = source.sample_captions()
-    tokenizer = train_tokenizer(captions, config.vocab_size, adds_start_and_end=True)
-    text = attrs.evolve(
-        config.module.text,
-        vocab_size=len(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        max_position_embeddings=min(config.max_tokens, token_length(tokenizer, captions)),
-    )
     processor = ImageProcessor.square(size)
     if source.is_synthetic:
         processor = attrs.evolve(processor, mean=LIGHT_MEAN, std=UNIT_STD)
     mx.random.seed(seed)
-    return ContrastiveCLIP(attrs.evolve(config.module, text=text), tokenizer, processor)
+    sizes = {"vocab_size": config.vocab_size, "max_tokens": config.max_tokens}
+    return ContrastiveCLIP.from_scratch(config.module, source.sample_captions(), processor=processor, **sizes)
