@@ -5,7 +5,7 @@ from mlxmm import backends, environment, version
 environment.quiet_libraries()  # before anything imports it
 backends.require_backend()
 
-from mlxmm.compute import linux_blas
+from mlxmm.compute import linux_blas, linux_malloc
 from mlxmm.evaluation.zero_shot import ZeroShotClassifier
 from mlxmm.modules.caption_decoder import CaptionDecoder
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
@@ -36,6 +36,8 @@ __all__ = [
 
 if environment.uses_linux_blas():
     linux_blas.enable()
+if environment.uses_linux_functions():
+    linux_malloc.enable()
 
 
 def __getattr__(name: str) -> str:

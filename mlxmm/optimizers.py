@@ -52,8 +52,8 @@ class AdamW(optim.AdamW):
         count = (self.step - state["start"]).astype(mx.float32)
         state["m"] = m = b1 * state["m"] + (1 - b1) * gradient
         state["v"] = v = b2 * state["v"] + (1 - b2) * mx.square(gradient)
-        c1 = (rate / (1 - b1**count)).astype(gradient.dtype)
-        c2 = mx.rsqrt(1 - b2**count).astype(gradient.dtype)
+        # Stacked, so that they are computed once: MLX would fuse the powers into the kernel, for every element.
+        c1, c2 = mx.stack([rate / (1 - b1**count), mx.rsqrt(1 - b2**count)]).astype(gradient.dtype)
         kept = parameter if parameter.ndim < 2 else parameter * (1 - rate * self.weight_decay)
         return kept - c1 * m / (mx.sqrt(v) * c2 + self.eps)
 

@@ -56,11 +56,20 @@ def decode_image(value) -> Image.Image:
             image = value if isinstance(value, Image.Image) else Image.open(_opened(value))
             if image.width * image.height > MAX_PIXELS:
                 raise UndecodableImage(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return _to_rgb(_upright(image, is_own=image is not value))
     except UnidentifiedImageError:  # which names an address in memory
         raise UndecodableImage("not a picture that can be decoded: it is of no known format") from None
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
         raise UndecodableImage(f"not a picture that can be decoded: {error}") from None
+
+
+def _upright(image: Image.Image, *, is_own: bool) -> Image.Image:
+    """The image, rotated as its EXIF says; in place if it is ours, which copies nothing where it is upright."""
+    if not is_own:
+        return ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
+    image.load()  # a truncated file is found here
+    return image
 
 
 def as_images(images) -> Sequence:
@@ -93,8 +102,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(white, image)
+    return as_rgb(image)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The image itself if it is RGB, which `convert` would copy."""
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def random_square(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -183,7 +197,7 @@ class ImageProcessor:
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """(image_size, image_size, 3) uint8: loaders pass bytes on, a quarter of the size of floats."""
-        image = image.convert("RGB")
+        image = as_rgb(image)
         if isinstance(self.resize, tuple):
             height, width = self.resize
         else:
