@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from mlxmm.config import to_json
 from mlxmm.data.caption_source import CaptionSource
 from mlxmm.data.loader import Loader, StreamLoader
 from mlxmm.data.sources.rows import Rows, is_stream
@@ -37,6 +38,11 @@ class CaptionData(DataModule):
         if self._by_module:
             module = self.trainer.module
             self.transform, self.collate = require_transform(module), getattr(module, "collate", None)
+
+    @property
+    def hparams(self) -> dict:
+        """The settings that loggers write: which pictures, and how they become batches."""
+        return to_json(self.source.config)
 
     @property
     def rows(self) -> Mapping[str, Rows]:
