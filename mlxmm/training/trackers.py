@@ -30,7 +30,7 @@ class _Tracker(Logger):
         if self._run is None:
             settings = {
                 "project": self.project,
-                "name": f"{self.folder.parent.name}-{self.folder.name}",
+                "name": "-".join(self.folder.resolve().parts[-2:]),
                 "config": self._params,
             }
             self._run = self._init(self._import(), **settings, **self.settings)
