@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import mlx.core as mx
 
 from mlxmm.compute import memory
@@ -369,8 +370,12 @@ class Trainer(TrainerProperties):
         self.configure_optimizer(saved and saved["optimizer"])
         self.schedule.check_interval()
         for logger in self.loggers:
-            data = getattr(self.datamodule, "hparams", {})
-            logger.log_hyperparams({"data": data, "module": self.module.hparams, "trainer": to_json(self.config)})
+            logger.log_hyperparams(self._hparams())
+
+    def _hparams(self) -> dict:
+        config = attrs.evolve(self.config, default_root_dir=None)  # loggers know their folder
+        data = getattr(self.datamodule, "hparams", {})
+        return {"data": data, "module": self.module.hparams, "trainer": to_json(config)}
 
     def _build_train_step(self) -> None:
         """Compile for what is trainable now. Moments already there stay; new parameters get their own."""
