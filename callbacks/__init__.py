@@ -17,8 +17,10 @@ from .cached_features import CachedFeatures
 from .device_stats_monitor import DeviceStatsMonitor
 from .early_stopping import EarlyStopping
 from .ema_weight_averaging import EMAWeightAveraging
+from .embedding_projector import EmbeddingProjector
 from .freeze_schedule import FreezeSchedule
 from .gradient_accumulation_scheduler import GradientAccumulationScheduler
+from .gradient_histograms import GradientHistograms
 from .lambda_callback import LambdaCallback
 from .learning_rate_finder import LearningRateFinder
 from .learning_rate_monitor import LearningRateMonitor
@@ -27,9 +29,11 @@ from .loss_spike_guard import LossSpikeError, LossSpikeGuard
 from .on_exception_checkpoint import OnExceptionCheckpoint
 from .retrieval_evaluation import RetrievalEvaluation
 from .sample_captions import SampleCaptions
+from .similarity_matrix import SimilarityMatrix
 from .synthetic_refresh import SyntheticRefresh
 from .throughput_monitor import ThroughputMonitor
 from .timer import Timer
+from .weight_histograms import WeightHistograms
 from .zero_shot_evaluation import ZeroShotEvaluation
 
 __all__ = [
@@ -38,8 +42,10 @@ __all__ = [
     "DeviceStatsMonitor",
     "EMAWeightAveraging",
     "EarlyStopping",
+    "EmbeddingProjector",
     "FreezeSchedule",
     "GradientAccumulationScheduler",
+    "GradientHistograms",
     "LambdaCallback",
     "LearningRateFinder",
     "LearningRateMonitor",
@@ -51,9 +57,11 @@ __all__ = [
     "OnExceptionCheckpoint",
     "RetrievalEvaluation",
     "SampleCaptions",
+    "SimilarityMatrix",
     "SyntheticRefresh",
     "TQDMProgressBar",
     "ThroughputMonitor",
     "Timer",
+    "WeightHistograms",
     "ZeroShotEvaluation",
 ]

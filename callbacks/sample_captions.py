@@ -22,9 +22,8 @@ class SampleCaptions(Callback):
     def on_validation_end(self, trainer, module, metrics):
         rows = [self.rows[i] for i in range(min(self.num_samples, len(self.rows)))]
         captions = module.caption([row["image"] for row in rows])
-        lines = [f"| {i} | {row['captions'][0]} | {text} |" for i, (row, text) in enumerate(zip(rows, captions))]
-        table = "\n".join(["| | expected | generated |", "| --- | --- | --- |", *lines])
+        table = [(i, row["captions"][0], text) for i, (row, text) in enumerate(zip(rows, captions))]
         sheet = np.asarray(contact_sheet([Section("validation", rows, captions)]))
         for logger in trainer.loggers:
-            logger.log_images("samples", sheet[None], trainer.global_step)
-            logger.log_text("samples", table, trainer.global_step)
+            logger.log_images("val/samples", sheet[None], trainer.global_step)
+            logger.log_table("val/samples", ("", "expected", "generated"), table, trainer.global_step)

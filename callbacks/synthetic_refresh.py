@@ -40,7 +40,8 @@ class SyntheticRefresh(Callback):
 
     `make_rows` must give the same rows for an epoch when a resumed run calls it again: a function of the epoch, or
     `VersionedRows` as a `CaptionRefresh`, which writes new captions and keeps them. Of these, checkpoints hold the
-    version, and metrics and samples are logged at the start of each epoch.
+    version, and metrics and samples are logged at the start of each epoch; of a function, its `epoch` is, as
+    "refresh/epoch".
     """
 
     make_rows: Callable[[int], Sequence]
@@ -64,8 +65,8 @@ class SyntheticRefresh(Callback):
         if rows is not self._rows:  # the same rows may have features that a callback has cached
             trainer.datamodule.replace_rows("train", rows)
         self._rows = rows
-        if self._versions is not None and trainer.batch_idx == 0:  # a run resumed within the epoch has logged it
-            trainer.log(self._versions.metrics)
+        if trainer.batch_idx == 0:  # a run resumed within the epoch has logged it
+            self._log_rows(trainer, epoch)
             self._log_samples(trainer, module)
 
     def state_dict(self):
@@ -79,18 +80,18 @@ class SyntheticRefresh(Callback):
         if self._versions is not None:
             self._versions.advance(trainer.global_step)
 
+    def _log_rows(self, trainer, epoch: int) -> None:
+        if self._versions is not None:
+            trainer.log(self._versions.metrics)
+        for logger in trainer.loggers if self._versions is None else ():  # a mark, no result
+            logger.log_metrics({"refresh/epoch": float(epoch)}, trainer.global_step, trainer.current_epoch)
+
     def _log_samples(self, trainer, module) -> None:
         samples = self._versions.samples(NUM_SAMPLES) if self._versions and trainer.loggers else []
         if not samples:
             return
-        lines = [f"| {i} | {_cell(old)} | {_cell(new)} |" for i, (_, old, new) in enumerate(samples)]
-        table = "\n".join(["| | old | new |", "| --- | --- | --- |", *lines])
+        table = [(i, old, new) for i, (_, old, new) in enumerate(samples)]
         pixels = np.stack([module.processor.pixels(image) for image, _, _ in samples])
         for logger in trainer.loggers:
             logger.log_images("refresh/samples", pixels, trainer.global_step)
-            logger.log_text("refresh/samples", table, trainer.global_step)
-
-
-def _cell(text: str) -> str:
-    """A caption as a cell of a table in Markdown."""
-    return " ".join(text.split()).replace("|", "\\|")
+            logger.log_table("refresh/samples", ("", "old", "new"), table, trainer.global_step)

@@ -13,7 +13,7 @@ from mlxmm.modules.qwen3_aligner import Qwen3Aligner
 from mlxmm.training import lightning_words
 from mlxmm.training.callback import Callback
 from mlxmm.training.datamodule import DataModule
-from mlxmm.training.loggers import JSONLLogger, TensorBoardLogger
+from mlxmm.training.loggers import JSONLLogger, TensorBoardLogger, TrackioLogger, WandbLogger
 from mlxmm.training.module import Module
 from mlxmm.training.randomness import seed_everything
 from mlxmm.training.trainer import Trainer
@@ -28,8 +28,10 @@ __all__ = [
     "Module",
     "Qwen3Aligner",
     "TensorBoardLogger",
+    "TrackioLogger",
     "Trainer",
     "TrainerConfig",
+    "WandbLogger",
     "ZeroShotClassifier",
     "seed_everything",
 ]

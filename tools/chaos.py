@@ -27,6 +27,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxmm.compute.deterministic import repeats_to_the_bit
+from mlxmm.training.logger import repeatable
 
 ALIGN = """
     --preset tiny
@@ -266,7 +267,7 @@ def arrays(run: Path, name: str) -> dict[str, mx.array]:
 
 def rows(run: Path) -> list[dict]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "time"} for line in lines]
+    return [{k: v for k, v in repeatable(json.loads(line)).items() if k != "time"} for line in lines]
 
 
 def named(run: Path, exact: bool) -> dict[str, str]:

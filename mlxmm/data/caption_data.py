@@ -6,6 +6,7 @@ from types import MappingProxyType
 import attrs
 import numpy as np
 
+from mlxmm.config import to_json
 from mlxmm.data.caption_source import CaptionSource
 from mlxmm.data.loader import Loader, StreamLoader
 from mlxmm.data.source_data import SourceData
@@ -39,6 +40,11 @@ class CaptionData(SourceData):
         if self._by_module:
             module = self.trainer.module
             self.transform, self.collate = require_transform(module), getattr(module, "collate", None)
+
+    @property
+    def hparams(self) -> dict:
+        """The settings that loggers write: which pictures, and how they become batches."""
+        return to_json(self.source.config)
 
     @property
     def rows(self) -> Mapping[str, Rows]:

@@ -47,7 +47,9 @@ def contact_sheet(sections: Iterable[Section]) -> Image.Image:
     marks = any(any(section.is_right) for section in sections)
     heights = [TITLE + -(-len(section.rows) // COLUMNS) * CELL[1] for section in sections]
     sheet = Image.new("RGB", (COLUMNS * CELL[0], TITLE + sum(heights)), "white")
-    _write(ImageDraw.Draw(sheet), (MARGIN, MARGIN), LEGEND if marks else LEGEND.partition(", with")[0], "dimgray")
+    _write(
+        ImageDraw.Draw(sheet), (MARGIN, MARGIN), LEGEND if marks else LEGEND.partition(", with")[0], "dimgray", lines=1
+    )
     top = TITLE
     for section, height in zip(sections, heights):
         _draw_section(sheet, section, top, marks)
@@ -58,7 +60,7 @@ def contact_sheet(sections: Iterable[Section]) -> Image.Image:
 def _draw_section(sheet: Image.Image, section: Section, top: int, marks: bool) -> None:
     pen = ImageDraw.Draw(sheet)
     pen.line([(MARGIN, top), (sheet.width - MARGIN, top)], "lightgray")
-    _write(pen, (MARGIN, top + MARGIN), section.title, "black")
+    _write(pen, (MARGIN, top + MARGIN), section.title, "black", lines=1)
     for i, (row, said, is_right) in enumerate(zip(section.rows, section.said, section.is_right)):
         left = i % COLUMNS * CELL[0] + MARGIN
         above = top + TITLE + i // COLUMNS * CELL[1]
@@ -79,9 +81,11 @@ def _thumbnail(image: Image.Image) -> Image.Image:
     return image.resize(tuple(max(1, round(edge * scale)) for edge in image.size), how)
 
 
-def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, colour: str) -> None:
-    lines = textwrap.wrap(text, NUM_LETTERS, max_lines=NUM_LINES, placeholder=" …") if colour != "dimgray" else [text]
-    pen.text(place, "\n".join(lines), fill=colour, font=font_for(text, LETTER))
+def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, colour: str, lines: int = NUM_LINES) -> None:
+    """A caption in at most `lines`; one line has the width of the sheet."""
+    if lines > 1:
+        text = "\n".join(textwrap.wrap(text, NUM_LETTERS, max_lines=lines, placeholder=" …"))
+    pen.text(place, text, fill=colour, font=font_for(text, LETTER))
 
 
 def _mark(pen: ImageDraw.ImageDraw, place: tuple[int, int], is_right: bool, colour: str) -> None:

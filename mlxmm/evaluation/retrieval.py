@@ -50,6 +50,13 @@ def class_labels(names: Sequence[str], labels: Sequence[str]) -> np.ndarray:
     return np.arange(len(names)) == np.array([places[label] for label in labels])[:, None]
 
 
+def confusion(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+    """(N, N) counts of Q queries: rows are their class, columns the class of their highest score."""
+    counts = np.zeros((relevant.shape[1],) * 2, dtype=np.int64)
+    np.add.at(counts, (relevant.argmax(1), scores.argmax(1)), 1)
+    return counts
+
+
 def top_k(scores: np.ndarray, relevant: np.ndarray) -> dict[str, float]:
     """Accuracy by the first and the first five of N classes: "top1", "top5", and chance for each."""
     ranks = best_ranks(scores, relevant)

@@ -74,8 +74,11 @@ class ZeroShotClassifier:
 
     def top_k(self, images: Iterable, labels: Sequence[str]) -> dict[str, float]:
         """Accuracy over images with class names: "top1", "top5", "top1_chance", "top5_chance"."""
-        cosines = np.array(self.cosines(self._features(images)))
-        return top_k(cosines, class_labels(self.class_names, labels))
+        return top_k(self.scores(images), class_labels(self.class_names, labels))
+
+    def scores(self, images: Iterable) -> np.ndarray:
+        """PIL images to cosines (B, C)."""
+        return np.array(self.cosines(self._features(images)))
 
     def _features(self, images: Iterable) -> mx.array:
         if self.clip is None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import attrs
 
+from mlxmm.config import to_json
 from mlxmm.errors import UserError
 
 AGAIN = "give a list, or an object whose __iter__ begins again"
@@ -14,6 +15,12 @@ class DataModule:
     """Provides the loaders of all stages: Lightning's `LightningDataModule`. A missing loader is None."""
 
     trainer: Any = None  # the Trainer whose stage it serves; `trainer.module` is the module
+
+    @property
+    def hparams(self) -> dict:
+        """The settings that loggers write: those of `config`, if the data have one."""
+        config = vars(self).get("config")
+        return to_json(config) if attrs.has(type(config)) else {}
 
     def __getstate__(self) -> dict:
         """What copies and pickles have: not the trainer, which is not theirs."""

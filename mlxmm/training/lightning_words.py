@@ -198,9 +198,8 @@ HOOKS_OF_MODULES = HOOKS | {  # and these, of a module
 PACKAGE = {  # names that people look for in `mlxmm`, or in `lightning`
     "LightningModule": "write mlxmm.Module",
     "LightningDataModule": "write mlxmm.DataModule",
-    "loggers": "write mlxmm.JSONLLogger and mlxmm.TensorBoardLogger",
+    "loggers": "write mlxmm.TensorBoardLogger, or WandbLogger, TrackioLogger or JSONLLogger",
     "CSVLogger": "write mlxmm.JSONLLogger",
-    "WandbLogger": "write a subclass of mlxmm.training.loggers.Logger",
     "Tuner": "write the callbacks LearningRateFinder and BatchSizeFinder",
     "callbacks": "write import mlxmm.callbacks",
     "Fabric": "write mlxmm.Trainer, or a loop of your own with mlx.nn.value_and_grad",

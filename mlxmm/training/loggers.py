@@ -1,53 +1,24 @@
-"""Loggers: metrics as JSON lines, and TensorBoard's event files."""
+"""The loggers of a Trainer, by name or as given; and the one that every run has, of JSON lines."""
 
 import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
-from mlxmm.training import lightning_words
+from mlxmm.training.logger import Logger
+from mlxmm.training.logger_names import logger_names
+from mlxmm.training.tensorboard_logger import TensorBoardLogger
+from mlxmm.training.trackers import TrackioLogger, WandbLogger
 
-
-class Logger:
-    """What a `Trainer` writes to. `metrics` maps names to Python floats."""
-
-    def __new__(cls, *args, **settings):
-        lightning_words.refuse_arguments(cls.__name__, cls.__init__, settings, lightning_words.CONSTRUCTORS)
-        return super().__new__(cls)
-
-    def __init__(self) -> None:
-        """Takes nothing: `object` would take anything, because of `__new__`."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int, epoch: int) -> None:
-        """Write scalars; `step` counts updates."""
-
-    def log_hyperparams(self, params: dict) -> None:
-        """Write the settings of a run, a nested dict."""
-
-    def log_images(self, name: str, images: np.ndarray, step: int) -> None:
-        """Write images (N, H, W, 3), uint8."""
-
-    def log_text(self, name: str, text: str, step: int) -> None:
-        """Write Markdown."""
-
-    def flush(self) -> None:
-        """Write everything to disk: a checkpoint is about to be saved."""
-
-    def finalize(self, status: str) -> None:
-        """The run has ended; `status` is "success" or "failed"."""
-
-    def position(self) -> int:
-        """The size of the logger's file, in bytes."""
-        return 0
-
-    def rewind(self, position: int, step: int) -> None:
-        """Discard what was written after `position`, at which `step` updates were done: a run resumes there."""
+VIEWERS: dict[str, Callable[[Path | str], Logger]] = {
+    "tensorboard": TensorBoardLogger,
+    "wandb": WandbLogger,
+    "trackio": TrackioLogger,
+}
 
 
 class JSONLLogger(Logger):
@@ -73,71 +44,18 @@ class JSONLLogger(Logger):
             os.truncate(self.path, min(position, self.path.stat().st_size))
 
 
-class TensorBoardLogger(Logger):
-    """TensorBoard's event files in `folder`: scalars, images, text, hyper-parameters."""
+def make_loggers(logger: Logger | Sequence[Logger] | str | bool, root: Path | None) -> list[Logger]:
+    """The loggers of a Trainer's `logger` argument; none on ranks other than 0, which alone writes.
 
-    def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
-        self._writer = None
-        self._purge_step = None
-
-    @property
-    def writer(self):
-        """The tensorboardX writer, created at the first write, so that no empty file is left."""
-        if self._writer is None:
-            from tensorboardX import SummaryWriter
-
-            self._writer = SummaryWriter(str(self.folder), purge_step=self._purge_step)
-        return self._writer
-
-    def log_metrics(self, metrics, step, epoch):
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.add_scalar("epoch", epoch, step)
-
-    def log_hyperparams(self, params):
-        from tensorboardX.summary import hparams
-
-        # `add_hparams` would open a second run beside this one.
-        for summary in hparams(dict(_flatten(params)), {}):
-            self.writer.file_writer.add_summary(summary)
-
-    def log_images(self, name, images, step):
-        self.writer.add_images(name, images, step, dataformats="NHWC")
-
-    def log_text(self, name, text, step):
-        self.writer.add_text(name, text, step)
-
-    def flush(self):
-        if self._writer is not None:
-            self._writer.flush()
-
-    def finalize(self, status):
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-    def rewind(self, position, step):
-        self._purge_step = step + 1  # from this step on, TensorBoard hides what older files hold
-
-
-def _flatten(params: dict, prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:
-    """Dotted names, and values of types that TensorBoard's table of hyper-parameters shows."""
-    for name, value in params.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value if isinstance(value, bool | int | float | str) else str(value)
-
-
-def make_loggers(logger: Logger | Sequence[Logger] | bool, root: Path | None) -> list[Logger]:
-    """The loggers of a Trainer's `logger` argument; none on ranks other than 0, which alone writes."""
-    if logger is False or collectives.rank() > 0 or (logger is True and root is None):
+    Names, as `logger_names` takes them, stand for JSON lines too, in the folder `root`.
+    """
+    names = logger_names(logger) if isinstance(logger, str) else None
+    if logger is False or collectives.rank() > 0 or (names is not None and root is None):
         return []
-    if logger is True:
-        return [JSONLLogger(root), TensorBoardLogger(root)]
+    if names is not None:
+        return [JSONLLogger(root), *(VIEWERS[name](root) for name in names)]
     loggers = list(logger) if isinstance(logger, list | tuple) else [logger]
     for one in loggers:
         if not isinstance(one, Logger):
-            raise UserError(f"Trainer(logger=...) takes True, False, a mlxmm Logger or several of them: {one!r}")
+            raise UserError(f"Trainer(logger=...) takes True, False, names, a mlxmm Logger or several of them: {one!r}")
     return loggers

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import mlx.core as mx
 
 from mlxmm.compute import memory
@@ -30,7 +31,8 @@ from mlxmm.training.checks import as_callbacks, check_optimizer, check_stage, ch
 from mlxmm.training.datamodule import DataModule, as_datamodule, train_loader, why_empty
 from mlxmm.training.default_callbacks import with_defaults
 from mlxmm.training.eval_loop import Evaluator
-from mlxmm.training.loggers import Logger, make_loggers
+from mlxmm.training.logger import Logger
+from mlxmm.training.loggers import make_loggers
 from mlxmm.training.module import Module
 from mlxmm.training.profiler import NoProfiler, Profiler, make_profiler
 from mlxmm.training.progress import Progress
@@ -48,8 +50,9 @@ class Trainer(TrainerProperties):
 
     `callbacks` are called in the order given, those that save checkpoints last. A `ModelSummary`, a `TQDMProgressBar`
     and a `ModelCheckpoint` are added where none is given, unless `enable_model_summary` etc. are off. `logger` is one
-    Logger or several; True stands for JSON lines and TensorBoard in the run's folder, False for none. Settings of
-    `TrainerConfig` may be given by name, Lightning's spellings among them (docs/from-lightning.md).
+    Logger or several, or names ("tensorboard,wandb"), which stand for JSON lines too, in the run's folder; True for the
+    names that `config.logger` has, False for none. Settings of `TrainerConfig` may be given by name, Lightning's
+    spellings among them (docs/from-lightning.md).
 
     The run's folder is `default_root_dir`, or else the next runs/<Module>/version_N, which each `fit` makes.
     """
@@ -59,7 +62,7 @@ class Trainer(TrainerProperties):
         config: TrainerConfig | None = None,
         *,
         callbacks: Callback | Sequence[Callback] | None = None,
-        logger: Logger | Sequence[Logger] | bool | None = True,
+        logger: Logger | Sequence[Logger] | str | bool | None = True,
         **settings,
     ):
         self.config = lightning_words.configured(config or TrainerConfig(), settings)
@@ -68,7 +71,8 @@ class Trainer(TrainerProperties):
         self.callbacks = arrange_callbacks(self._own_callbacks)
         note_first_state(self.callbacks)
         self.log_dir = self.config.default_root_dir  # the folder of the run; without this setting, `fit` makes one
-        self._logger = False if self.config.fast_dev_run else logger is None or logger
+        logger = self.config.logger if logger is None or logger is True else logger
+        self._logger = False if self.config.fast_dev_run else logger
         self.loggers = make_loggers(self._logger, self.log_dir)
         self.profiler = make_profiler(self.config.profiler, self.config.default_root_dir)
         self._restart()
@@ -160,13 +164,18 @@ class Trainer(TrainerProperties):
         return contents
 
     def log(self, metrics: dict) -> None:
-        """Write scalars under the current step. `float` waits for the device: do not log every update."""
+        """Write scalars under the current step. `float` waits for the device: do not log every update.
+
+        What is logged after a run, as results of a test, is on disk when this returns.
+        """
         with self.profiler.phase("logging"):
             values = {name: float(value) for name, value in metrics.items()}
             self.callback_metrics |= values
             self.logged_metrics |= values
             for logger in self.loggers:
                 logger.log_metrics(values, self.global_step, self.current_epoch)
+                if self.state == "finished":
+                    logger.finalize("success")
 
     # ------------------------------------------------------------------ what callbacks may change
 
@@ -361,7 +370,12 @@ class Trainer(TrainerProperties):
         self.configure_optimizer(saved and saved["optimizer"])
         self.schedule.check_interval()
         for logger in self.loggers:
-            logger.log_hyperparams({"module": self.module.hparams, "trainer": to_json(self.config)})
+            logger.log_hyperparams(self._hparams())
+
+    def _hparams(self) -> dict:
+        config = attrs.evolve(self.config, default_root_dir=None)  # loggers know their folder
+        data = getattr(self.datamodule, "hparams", {})
+        return {"data": data, "module": self.module.hparams, "trainer": to_json(config)}
 
     def _build_train_step(self) -> None:
         """Compile for what is trainable now. Moments already there stay; new parameters get their own."""

@@ -11,8 +11,14 @@ from attrs.validators import ge, in_, optional
 from mlxmm.compute.precision import PRECISIONS
 from mlxmm.config import option
 from mlxmm.errors import UserError
+from mlxmm.training.logger_names import logger_names
 
 SHARE = "batches of an epoch, as a number or a fraction"
+
+
+def is_logger(instance, attribute, value) -> None:
+    """Names of loggers whose packages are installed."""
+    logger_names(value)
 
 
 def duration_text(value: str | timedelta | Mapping[str, float]) -> str:
@@ -101,6 +107,13 @@ class TrainerConfig:
         False, "store only each layer's input, and compute the rest again in the backward pass: saves memory"
     )
     log_every_n_steps: int = option(50, "updates between logs of training metrics", ge(1))
+    logger: str = option(
+        "tensorboard",
+        "where to look at the run, beside its metrics.jsonl: tensorboard, wandb, trackio, several with commas between, "
+        "or none",
+        is_logger,
+        flag="--logger",
+    )
     seed: int = option(0, "seed of data order, dropout and everything else that is random", ge(0))
     compile: bool = option(True, "compile each update; without, it runs as plain Python", rare=True)
     max_compiled_variants: int = option(

@@ -6,7 +6,7 @@ from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.training import lightning_words
 from mlxmm.training.callback import Callback
-from mlxmm.training.loggers import Logger
+from mlxmm.training.logger import Logger
 from mlxmm.training.model_checkpoint import ModelCheckpoint
 from mlxmm.training.trainer_config import TrainerConfig
 
@@ -66,8 +66,8 @@ class TrainerProperties:
 
     @property
     def wants_default_loggers(self) -> bool:
-        """Whether JSON lines and TensorBoard are written into the run's folder."""
-        return self._logger is True
+        """Whether JSON lines, and what `config.logger` names, are written into the run's folder."""
+        return isinstance(self._logger, str)
 
     @property
     def logger(self) -> Logger | None:

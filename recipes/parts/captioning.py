@@ -3,14 +3,7 @@
 import attrs
 
 from mlxmm import Callback, Trainer
-from mlxmm.callbacks import (
-    CachedFeatures,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    ModelSummary,
-    SampleCaptions,
-    TQDMProgressBar,
-)
+from mlxmm.callbacks import CachedFeatures, ModelCheckpoint, SampleCaptions
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionSource
 from mlxmm.evaluation.caption_metrics import bleu, exact_match
@@ -20,7 +13,9 @@ from mlxmm.modules.captioning_module import CaptioningModule
 from mlxmm.preprocessing.tokenizers import token_length
 from mlxmm.storage.atomic import atomic_file
 from mlxmm.storage.runs import Run
+from mlxmm.training.logger import repeatable
 
+from .monitoring import log_results, monitors
 from .refresh import refreshing
 
 SHEET_ROWS = 12  # of each test split
@@ -52,15 +47,13 @@ def fit(config, captioner: CaptioningModule, source: CaptionSource, run: Run, na
                 *refresh,
                 *callbacks,
                 *features,
-                ModelSummary(),
-                LearningRateMonitor(),
-                TQDMProgressBar(name),
+                *monitors(name),
                 SampleCaptions(source.rows["val"]),
                 ModelCheckpoint(every_n_train_steps=config.checkpoint_every, monitor="val/loss"),
             ],
         )
         trainer.fit(captioner, data, ckpt_path=run.ckpt_path)
-    run.report(trainer.callback_metrics)
+    run.report(repeatable(trainer.callback_metrics))
     run.save()  # captioning takes long, and may fail
 
 
@@ -81,6 +74,8 @@ def evaluate(config, captioner: CaptioningModule, source: CaptionSource, run: Ru
             others = shuffled(captions)
             run.report({"test/exact_match_shuffled": exact_match(others, references)})
             run.report({"test/bleu": bleu(captions, references), "test/bleu_shuffled": bleu(others, references)})
+    samples = contact_sheet(sheet)
     with atomic_file(run.folder / "samples.png") as path:
-        contact_sheet(sheet).save(path)
+        samples.save(path)
+    log_results(captioner.trainer, {k: v for k, v in run.metrics.items() if k.startswith("test/")}, samples)
     run.report({"data/skipped": len(source.skipped), "data/skipped_rows": list(source.skipped)})

@@ -5,7 +5,7 @@ import mlx.core as mx
 from attrs.validators import ge
 
 from mlxmm import Trainer, TrainerConfig
-from mlxmm.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, TQDMProgressBar
+from mlxmm.callbacks import ModelCheckpoint
 from mlxmm.config import option, section, to_json
 from mlxmm.data.caption_source import CaptionSource
 from mlxmm.data.text_data import TextData
@@ -14,6 +14,9 @@ from mlxmm.preprocessing.tokenizers import token_length, train_tokenizer
 from mlxmm.storage.cache import cached
 from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.runs import Run
+from mlxmm.training.logger import repeatable
+
+from .monitoring import monitors
 
 
 @attrs.frozen(kw_only=True, slots=False)  # recipes derive their Config from two of these
@@ -50,11 +53,9 @@ def train(config: LanguageModelConfig, source: CaptionSource, run: Run, seed: in
     trainer = Trainer(
         attrs.evolve(config.trainer, seed=seed, default_root_dir=run.folder),
         callbacks=[
-            ModelSummary(),
-            LearningRateMonitor(),
-            TQDMProgressBar("language model"),
+            *monitors("language model"),
             ModelCheckpoint(every_n_train_steps=200),
         ],
     )
     trainer.fit(model, data, ckpt_path=run.ckpt_path)
-    return model, dict(trainer.callback_metrics)
+    return model, repeatable(trainer.callback_metrics)

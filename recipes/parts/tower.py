@@ -4,12 +4,14 @@ import attrs
 import mlx.core as mx
 from attrs.validators import ge
 
-from mlxmm import Trainer, TrainerConfig
-from mlxmm.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, TQDMProgressBar
+from mlxmm import Callback, Trainer, TrainerConfig
+from mlxmm.callbacks import EmbeddingProjector, ModelCheckpoint, SimilarityMatrix, ZeroShotEvaluation
 from mlxmm.config import option, section, to_json
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionSource
+from mlxmm.data.sources.shapes import single_objects
 from mlxmm.evaluation.clip import evaluate_shapes, retrieval_metrics
+from mlxmm.evaluation.prompt_templates import TEMPLATES
 from mlxmm.modules.contrastive_clip import CLIPConfig, ContrastiveCLIP
 from mlxmm.preprocessing.images import ImageProcessor
 from mlxmm.storage.atomic import write_json
@@ -17,12 +19,16 @@ from mlxmm.storage.cache import cached
 from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.pretrained import read_json
 from mlxmm.storage.runs import Run
+from mlxmm.training.logger import repeatable
 
+from .monitoring import log_results, monitors
 from .refresh import refreshing
 from .refresh_config import RefreshConfig
 
 # For pictures on a light ground: about zero where the ground is.
 LIGHT_MEAN, UNIT_STD = (0.88, 0.88, 0.88), (1.0, 1.0, 1.0)
+NUM_EACH = 4  # pictures of each object of `shapes` in a validation
+OTHER_PICTURES = 2**24  # added to a seed, all of which are smaller: other pictures than those of the test
 TRAINING_SETTINGS = ("chunk_size", "patch_dropout", "locked", "optimizer")  # these count for a pretrained CLIP too
 FROM_TOKENIZER = ("vocab_size", "eos_token_id", "max_position_embeddings")
 
@@ -37,6 +43,12 @@ class TowerConfig:
     )
     vocab_size: int = option(2_000, "most tokens of the tokenizer that is trained on the captions", ge(1), rare=True)
     max_tokens: int = option(77, "longest text, in tokens; shorter where all captions are", ge(2), rare=True)
+    log_embeddings: int = option(
+        0,
+        "held-out pictures whose features, and those of their captions, go to TensorBoard's projector",
+        ge(0),
+        rare=True,
+    )
     trainer: TrainerConfig = section(TrainerConfig(max_steps=700), without=("seed", "default_root_dir"))
 
 
@@ -67,18 +79,32 @@ def train(
             attrs.evolve(config.trainer, seed=seed, default_root_dir=run.folder),
             callbacks=[
                 *callbacks,
-                ModelSummary(),
-                LearningRateMonitor(),
-                TQDMProgressBar("tower"),
+                *monitors("tower"),
+                *pictures(config, source, seed),
                 # The loss may rise with the temperature while more and more pictures find their captions.
                 ModelCheckpoint(every_n_train_steps=200, monitor="val/accuracy", mode="max"),
             ],
         )
         trainer.fit(clip, data, ckpt_path=run.ckpt_path)
-    metrics = dict(trainer.callback_metrics)
+    metrics = repeatable(trainer.callback_metrics)
     if source.is_synthetic and run.is_global_zero:
-        metrics |= evaluate_shapes(clip, source, seed) | retrieval_metrics(clip, source.rows["test"])
+        results = evaluate_shapes(clip, source, seed) | retrieval_metrics(clip, source.rows["test"])
+        log_results(trainer, results)
+        metrics |= results
     return clip, metrics
+
+
+def pictures(config: TowerConfig, source: CaptionSource, seed: int) -> list[Callback]:
+    """Callbacks that log what the CLIP takes for similar; on `shapes` also which objects it takes for which."""
+    callbacks: list[Callback] = [SimilarityMatrix(source.rows["val"])]
+    if config.log_embeddings:
+        callbacks.append(EmbeddingProjector(source.rows["val"], num_samples=config.log_embeddings))
+    if source.is_synthetic:
+        images, things = zip(*single_objects(source.grammar, seed + OTHER_PICTURES, NUM_EACH))
+        names = list(map(str, source.grammar.trainable_things()))
+        labels = list(map(str, things))
+        callbacks.append(ZeroShotEvaluation(images, labels, names, TEMPLATES["name"], "val/zero_shot"))
+    return callbacks
 
 
 def build(config: TowerConfig, source: CaptionSource, seed: int) -> ContrastiveCLIP:

@@ -134,4 +134,4 @@ def test_samples_of_a_new_version_go_to_the_loggers(tmp_path):
     assert Kept.images == [("refresh/samples", (8, 16, 16, 3), 2)]
     [(name, text, step)] = Kept.texts
     assert name == "refresh/samples" and step == 2
-    assert text.startswith("| | old | new |") and len(text.splitlines()) == 10
+    assert text.startswith("|  | old | new |") and len(text.splitlines()) == 10

@@ -55,12 +55,30 @@ def test_tensorboard_reads_scalars_images_text_and_settings(finished):
     events = EventAccumulator(str(finished[0]))
     events.Reload()
     tags = events.Tags()
-    assert {"train/loss", "val/loss", "lr"} <= set(tags["scalars"])
+    assert {"train/loss", "val/loss", "vitals/lr", "vitals/memory/peak_mib"} <= set(tags["scalars"])
+    assert "vitals/throughput/examples_per_second" in tags["scalars"]
     assert [event.step for event in events.Scalars("val/loss")] == [4, 8]
-    assert any(tag.startswith("samples") for tag in tags["images"])
-    assert any(tag.startswith("samples") for tag in tags["tensors"])
+    trainable = [event.value for event in events.Scalars("vitals/schedule/num_trainable")]
+    assert trainable[0] == trainable[1] < trainable[2] == trainable[3]  # the last layers from step 4 on
+    assert set(tags["images"]) == {"val/samples", "test/samples"}
+    assert {"val/samples/text_summary", "vitals/schedule/trainable/text_summary"} <= set(tags["tensors"])
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    [bleu] = events.Scalars("test/bleu")
+    assert bleu.step == 8 and bleu.value == pytest.approx(summary["test/bleu"])
     table = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
     assert table.session_start_info.hparams["module.optimizer.learning_rate"].number_value == 5e-3
+    assert table.session_start_info.hparams["data.source"].string_value == "shapes"
+
+
+def test_tensorboard_reads_what_a_clip_takes_for_similar_and_which_objects_it_confuses(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[0] / "tower"))
+    events.Reload()
+    tags = events.Tags()
+    assert set(tags["images"]) == {"val/similarity", "val/zero_shot/confusion"}
+    assert {"test/zero_shot/accuracy", "val/zero_shot/top1"} <= set(tags["scalars"])
+    assert not [tag for tag in tags["scalars"] if tag.startswith("test/") and tag.endswith("_chance")]
 
 
 def test_frozen_parts_stay_and_exactly_the_opened_layers_change(finished, cache):

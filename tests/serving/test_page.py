@@ -1,24 +1,10 @@
 """The page of `recipes.serve` in Chromium: `make test-browser`."""
 
-import os
-import shutil
-
 import pytest
+from chromium import browser  # noqa: F401  (a fixture)
 from test_serve import PICTURES, module, start  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.browser
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +15,7 @@ def address(module):  # noqa: F811
 
 
 @pytest.fixture
-def open_page(browser, address):
+def open_page(browser, address):  # noqa: F811
     """Opens the page in a window of its own, whose errors fail the test."""
     errors = []
 

@@ -1,0 +1,84 @@
+"""Logger: what a Trainer and its callbacks write metrics, images, texts and distributions to."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from mlxmm.training import lightning_words
+
+MEASURED = ("throughput/", "memory/")  # prefixes of what the machine did, which no other run repeats
+
+
+class Logger:
+    """What a `Trainer` writes to. `metrics` maps names to Python floats."""
+
+    def __new__(cls, *args, **settings):
+        lightning_words.refuse_arguments(cls.__name__, cls.__init__, settings, lightning_words.CONSTRUCTORS)
+        return super().__new__(cls)
+
+    def __init__(self) -> None:
+        """Takes nothing: `object` would take anything, because of `__new__`."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int, epoch: int) -> None:
+        """Write scalars; `step` counts updates."""
+
+    def log_hyperparams(self, params: dict) -> None:
+        """Write the settings of a run, a nested dict."""
+
+    def log_images(self, name: str, images: np.ndarray, step: int) -> None:
+        """Write images (N, H, W, 3), uint8."""
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Write Markdown."""
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence], step: int) -> None:
+        """Write a table; by default as Markdown."""
+        self.log_text(name, markdown_table(columns, rows), step)
+
+    def log_histogram(self, name: str, values: np.ndarray, step: int) -> None:
+        """Write how the finite ones of `values`, of any shape, are distributed."""
+
+    def log_embedding(
+        self, name: str, vectors: np.ndarray, columns: Sequence[str], rows: Sequence[Sequence], images, step: int
+    ) -> None:
+        """Write vectors (N, D) to be looked at in two or three dimensions, with a row of labels and an image each.
+
+        `images` is (N, H, H, 3), uint8.
+        """
+
+    def flush(self) -> None:
+        """Write everything to disk: a checkpoint is about to be saved."""
+
+    def finalize(self, status: str) -> None:
+        """The run has ended; `status` is "success" or "failed"."""
+
+    def position(self) -> int:
+        """The size of the logger's file, in bytes."""
+        return 0
+
+    def rewind(self, position: int, step: int) -> None:
+        """Discard what was written after `position`, at which `step` updates were done: a run resumes there."""
+
+
+def repeatable(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that a second run with the same settings has too: not how fast it was, nor its memory."""
+    return {name: value for name, value in metrics.items() if not name.startswith(MEASURED)}
+
+
+def flat_params(params: Mapping, prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:
+    """Nested settings by their dotted names, as values that tables of hyper-parameters show."""
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            yield from flat_params(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value if isinstance(value, bool | int | float | str) else str(value)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A table in Markdown. Texts of several lines become one."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(value) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")

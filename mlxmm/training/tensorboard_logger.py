@@ -1,0 +1,83 @@
+"""TensorBoardLogger: TensorBoard's event files."""
+
+from pathlib import Path
+
+import numpy as np
+
+from mlxmm.training.logger import Logger, flat_params
+
+# TensorBoard sorts tags by name. These say how a run went, not what it reached: they come last, after "val/…".
+VITALS = ("epoch", "lr", "memory", "refresh", "schedule", "throughput")
+
+
+class TensorBoardLogger(Logger):
+    """TensorBoard's event files in `folder`: scalars, images, text, histograms, embeddings, hyper-parameters.
+
+    Tags are the names of metrics, but "vitals/lr" for "lr", and so on for the first words in `VITALS`.
+    """
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        self._writer = None
+        self._purge_step = None
+        self._end = None  # what says that the run whose settings were written is over
+
+    @property
+    def writer(self):
+        """The tensorboardX writer, created at the first write, so that no empty file is left."""
+        if self._writer is None:
+            from tensorboardX import SummaryWriter
+
+            # Names tell the second alone: without a number, a test right after `fit` would overwrite its file.
+            number = f".{len(list(self.folder.glob('events.out.tfevents.*'))):03}"
+            self._writer = SummaryWriter(str(self.folder), purge_step=self._purge_step, filename_suffix=number)
+            self._purge_step = None  # a later file, of a test, must not hide what this one gets
+        return self._writer
+
+    def log_metrics(self, metrics, step, epoch):
+        for name, value in {**metrics, "epoch": epoch}.items():
+            self.writer.add_scalar(_tag(name), value, step)
+
+    def log_hyperparams(self, params):
+        from tensorboardX.summary import hparams
+
+        # `add_hparams` would open a second run beside this one. The first summary names the columns of the table:
+        # without it, TensorBoard takes the settings and metrics of all runs that it shows.
+        _, start, self._end = hparams(dict(flat_params(params)), {})
+        self.writer.file_writer.add_summary(start)
+
+    def log_images(self, name, images, step):
+        self.writer.add_images(_tag(name), images, step, dataformats="NHWC")
+
+    def log_text(self, name, text, step):
+        self.writer.add_text(_tag(name), text, step)
+
+    def log_histogram(self, name, values, step):
+        finite = values[np.isfinite(values)]
+        if finite.size:
+            self.writer.add_histogram(_tag(name), finite, step)
+
+    def log_embedding(self, name, vectors, columns, rows, images, step):
+        if (self.folder / f"{step:05}" / name).exists():  # written before the run was resumed
+            return
+        pixels = images.transpose(0, 3, 1, 2) / 255
+        self.writer.add_embedding(vectors, [list(row) for row in rows], pixels, step, name, list(columns))
+
+    def flush(self):
+        if self._writer is not None:
+            self._writer.flush()
+
+    def finalize(self, status):
+        if self._writer is None:
+            return
+        if status == "success" and self._end is not None:
+            self._writer.file_writer.add_summary(self._end)
+        self._writer.close()
+        self._writer = self._end = None
+
+    def rewind(self, position, step):
+        self._purge_step = step + 1  # from this step on, TensorBoard hides what older files hold
+
+
+def _tag(name: str) -> str:
+    return f"vitals/{name}" if name.split("/")[0] in VITALS else name

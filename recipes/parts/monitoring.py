@@ -1,0 +1,22 @@
+"""What the recipes that train log, so that a run can be looked at while it goes on and afterwards."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image
+
+from mlxmm import Callback, Trainer
+from mlxmm.callbacks import DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ThroughputMonitor, TQDMProgressBar
+
+
+def monitors(title: str) -> list[Callback]:
+    """A summary, a bar of this title, the learning rate, speed and memory."""
+    return [ModelSummary(), LearningRateMonitor(), ThroughputMonitor(), DeviceStatsMonitor(), TQDMProgressBar(title)]
+
+
+def log_results(trainer: Trainer, metrics: Mapping, samples: Image.Image | None = None) -> None:
+    """Log what a test gave under the last update: numbers as "test/…", but not what chance gives, and samples."""
+    for logger in trainer.loggers if samples else ():
+        logger.log_images("test/samples", np.asarray(samples)[None], trainer.global_step)
+    names = [name for name in metrics if not name.endswith("_chance")]
+    trainer.log({f"test/{name.removeprefix('test/')}": metrics[name] for name in names})
