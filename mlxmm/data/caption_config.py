@@ -22,7 +22,7 @@ class BatchConfig:
 
     batch_size: int = option(64, "pictures in a batch of each process", ge(1), flag="--batch-size", first=True)
     num_threads: int = option(
-        0, f"threads that decode pictures ahead; 0: one for each core of this process, at most {MAX_THREADS}", ge(0)
+        0, f"threads that decode pictures; 0: as many as this process has cores, at most {MAX_THREADS}", ge(0)
     )
     random_crop: bool = option(False, "train on a random square of each picture, not on its middle")
     shuffle_buffer: int = option(1_000, "pictures of a stream that the next one is drawn from", ge(1), rare=True)
@@ -39,25 +39,32 @@ class CaptionDataConfig(BatchConfig):
 
     source: tuple[str, ...] = option(
         (SHAPES,),
-        "`shapes` (drawn), a parquet file or glob, a folder of images with metadata, or a data set on the Hub "
-        "(user/name, user/name@revision); of several, all give training pictures, the first alone val and test",
+        "`shapes` (drawn), files, a folder or a data set on the Hub (user/name@revision), as docs/your-own-data.md "
+        "says; of several, all give training pictures, the first alone val and test",
         first=True,
         converter=texts,
     )
     weights: tuple[float, ...] = option(
-        (), "how often an epoch has each training row, source by source: 0.5 takes a new half each time; none: once"
+        (), "how often an epoch has each training row, by source; 0.5: a new half each time"
     )
-    where: tuple[str, ...] = option(
-        (), "conditions on columns, as clip_score>=0.6: other rows of sources with that column are left out"
-    )
+    where: tuple[str, ...] = option((), "conditions on columns, as clip_score>=0.6: other rows are left out")
     revision: str | None = option(None, "commit, tag or branch of a data set on the Hub, if its id names none")
     config_name: tuple[str, ...] = option(
         (),
-        "configuration of a data set on the Hub, or of a folder with a card, one for each source; none: its default",
+        "configuration of each source that has several; none: its default",
         converter=texts,
     )
     image_column: str = option("image", "column that holds the picture")
-    caption_column: str = option("caption", "column that holds a caption or a list of captions")
+    caption_column: tuple[str, ...] = option(
+        ("caption",),
+        "column of captions; or several, caption_*, sentences.raw",
+        converter=texts,
+    )
+    captions: tuple[str, ...] = option(
+        (),
+        "tables of captions of these pictures: parquet, jsonl, csv, json, a data set",
+        converter=texts,
+    )
     split_column: str | None = option(None, "column that says train, val or test; none: the source's own splits")
     streaming: bool = option(False, "train on pictures as they are read, without loading all of them first")
     held_out: int = option(
@@ -70,6 +77,10 @@ class CaptionDataConfig(BatchConfig):
             raise UserError("--data.source names nothing: name one source, or several")
         if self.streaming and SHAPES in self.source:
             raise UserError("streaming needs a source: `shapes` are drawn, not read")
+        if self.captions and (self.streaming or SHAPES in self.source):
+            raise UserError(
+                "--data.captions is for pictures that are read once from files: not for a stream, not for `shapes`"
+            )
         self._check_mixture()
         self._check_weights()
         _ = self.conditions

@@ -3,7 +3,6 @@
 import hashlib
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
@@ -12,6 +11,7 @@ from PIL import Image
 
 from mlxmm.data.caption_config import SHAPES, CaptionDataConfig
 from mlxmm.data.sources.mixed import MixedRows
+from mlxmm.data.sources.picture_files import file_of
 from mlxmm.data.sources.rows import CaptionRows, Rows, split_tables
 from mlxmm.data.sources.shapes import ShapesGrammar
 from mlxmm.data.sources.tables import Columns, open_tables, reading_errors
@@ -54,11 +54,7 @@ class TablePictures(Sequence):
         return decode_image(self._cell(place))
 
     def file(self, place: int) -> bytes:
-        cell = self._cell(place) or {"bytes": b""}
-        if cell["bytes"] is not None or cell["path"] is None:
-            return cell["bytes"] or b""
-        path = Path(cell["path"])
-        return path.read_bytes() if path.is_file() else b""
+        return file_of(self._cell(place))
 
     def sha256(self, place: int) -> str:
         return hashlib.sha256(self.file(place) or self.name(place).encode()).hexdigest()

@@ -15,6 +15,7 @@ import attrs
 import numpy as np
 
 from mlxmm.data.sources.decodable import undecodable_places
+from mlxmm.data.sources.joined import Join
 from mlxmm.data.sources.tables import (
     SPLITS,
     Columns,
@@ -221,15 +222,20 @@ def _content(image: dict) -> bytes:
 
 
 def open_rows(
-    source: str, columns: Columns, *, revision: str | None, seed: int, config_name: str | None = None
+    source: str,
+    columns: Columns,
+    *,
+    revision: str | None,
+    seed: int,
+    config_name: str | None = None,
+    join: Join | None = None,
 ) -> dict[str, CaptionRows]:
     """The rows of `source`, by split: "train", "val", "test".
 
     `source` is a parquet file or glob, a folder of images with metadata.jsonl or .csv, or a data set on the Hub.
     Raises `UserError` if it, a column or a split does not exist.
     """
-    with reading_errors(source):
-        tables = open_tables(source, columns, revision=revision, config_name=config_name)
+    tables = _joined_tables(source, columns, join, revision=revision, config_name=config_name)
     parts = split_tables(tables, columns.split, seed)
     rows = {split: CaptionRows(table, indices, columns) for split, (table, indices) in parts.items()}
     check_splits(source, [split for split in rows if len(rows[split])], tables)
@@ -237,14 +243,20 @@ def open_rows(
 
 
 def open_training_rows(
-    source: str, columns: Columns, *, revision: str | None, seed: int, config_name: str | None = None
+    source: str,
+    columns: Columns,
+    *,
+    revision: str | None,
+    seed: int,
+    config_name: str | None = None,
+    join: Join | None = None,
 ) -> CaptionRows:
     """The training rows of `source`; all of its rows, if it has one split. It need not have the split column.
 
     Raises `UserError` as `open_rows` does, and if there are none.
     """
-    with reading_errors(source):
-        tables = open_tables(source, attrs.evolve(columns, split=None), revision=revision, config_name=config_name)
+    which = {"revision": revision, "config_name": config_name}
+    tables = _joined_tables(source, attrs.evolve(columns, split=None), join, **which)
     if columns.split not in column_names(tables):
         columns = attrs.evolve(columns, split=None)
     if columns.split is None and len(tables) == 1:
@@ -256,6 +268,13 @@ def open_training_rows(
     if not len(indices):
         raise UserError(f"{source} has no rows for train; its splits are {', '.join(tables)}")
     return CaptionRows(table, indices, columns)
+
+
+def _joined_tables(source: str, columns: Columns, join: Join | None, **which) -> dict:
+    """The tables of a source, with captions of its own or from elsewhere."""
+    with reading_errors(source):
+        tables = open_tables(source, attrs.evolve(columns, caption=None) if join else columns, **which)
+    return join(source, tables, columns) if join else tables
 
 
 def unlisted_pictures(folder: Path, rows: dict[str, CaptionRows]) -> list[Path]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import attrs
 
+from mlxmm.data.sources.caption_tables import Entry, entries_of, is_text_table, text_rows
 from mlxmm.data.sources.where import Condition, all_met
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import SUFFIXES
@@ -16,7 +17,7 @@ from mlxmm.storage.hub import card_configs, is_hub_id, split_revision
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
 PACKED = (".parquet", ".zip", ".tar", ".gz")  # other files of a folder that may hold images
 FOLDER = f"a folder holds {', '.join(SUFFIXES)}, and a metadata.jsonl or .csv with the columns file_name and caption"
-WITHOUT_PICTURES = ": captions without their pictures, which write_captions adds with --include-images"
+WITHOUT_PICTURES = ": captions without their pictures; name these by --data.source, and give this as --data.captions"
 
 
 @attrs.frozen(kw_only=True)
@@ -170,6 +171,33 @@ def captions_in_cell(value, kind) -> list[str]:
         value = kind.int2str(value) if value >= 0 else None  # -1: no label
     texts = [value] if isinstance(value, str) else list(value or ())
     return [text.strip() for text in texts if text and text.strip()]
+
+
+def read_captions(names: Sequence[str], caption_column: str) -> list[Entry]:
+    """The captions of the tables `names`, row by row. Raises `UserError` if one cannot be read or has none."""
+    return [entry for name in names for entry in entries_of(name, _caption_rows(name), caption_column)]
+
+
+def _caption_rows(name: str) -> list[dict]:
+    """The rows of a table of captions, without its pictures if it has some."""
+    files = [Path(file) for file in sorted(glob.glob(str(Path(name).expanduser())))]
+    if is_text_table(name):
+        if not files:
+            raise UserError(f"--data.captions {name} is not there")
+        return [row for file in files for row in text_rows(file)]
+    with reading_errors(name):
+        tables = _load(name, revision=None)
+        is_picture = lambda kind: type(kind).__name__ == "Image"
+        names = [key for key, kind in next(iter(tables.values())).features.items() if not is_picture(kind)]
+        return [row for table in tables.values() for row in table.select_columns(names).to_list()]
+
+
+def with_columns(table, columns: dict[str, list]):
+    """The table with other columns; those that it has are replaced."""
+    table = table.remove_columns([name for name in columns if name in table.column_names])
+    for name, values in columns.items():
+        table = table.add_column(name, values)
+    return table
 
 
 def in_memory(rows: list[dict], like):
