@@ -1,6 +1,8 @@
 """Which pictures and captions a run reads, and how they become batches: settings."""
 
 import math
+import os
+from collections.abc import Iterable
 
 import attrs
 from attrs.validators import ge
@@ -14,6 +16,11 @@ from mlxmm.storage.hub import is_hub_id, split_revision
 
 MAX_THREADS = 8  # each holds a batch that it prepares
 SHAPES = "shapes"  # the source that is drawn
+
+
+def _paths(value: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Texts, in which ~ is the home folder."""
+    return tuple(map(os.path.expanduser, texts(value)))
 
 
 @attrs.frozen(kw_only=True)
@@ -42,7 +49,7 @@ class CaptionDataConfig(BatchConfig):
         "`shapes` (drawn), files, a folder or a data set on the Hub (user/name@revision), as docs/your-own-data.md "
         "says; of several, all give training pictures, the first alone val and test",
         first=True,
-        converter=texts,
+        converter=_paths,
     )
     weights: tuple[float, ...] = option(
         (), "how often an epoch has each training row, by source; 0.5: a new half each time"
@@ -63,8 +70,9 @@ class CaptionDataConfig(BatchConfig):
     captions: tuple[str, ...] = option(
         (),
         "tables of captions of these pictures: parquet, jsonl, csv, json, a data set",
-        converter=texts,
+        converter=_paths,
     )
+    image_folder: str | None = option(None, "folder of the pictures that a list names; none: the list's own", rare=True)
     split_column: str | None = option(None, "column that says train, val or test; none: the source's own splits")
     streaming: bool = option(False, "train on pictures as they are read, without loading all of them first")
     held_out: int = option(
@@ -126,6 +134,12 @@ class CaptionDataConfig(BatchConfig):
     def only_config_name(self) -> str | None:
         """The configuration of the one source; None: its default."""
         return self.config_name[0] if self.config_name else None
+
+    @property
+    def which(self) -> dict:
+        """Which table of the one source, and where its pictures are: options of `open_tables`."""
+        names = {"revision": self.revision, "config_name": self.only_config_name}
+        return names | {"image_folder": self.image_folder}
 
     def each(self) -> list["CaptionDataConfig"]:
         """The settings of each source alone, without its weight."""

@@ -42,7 +42,7 @@ def open_splits(config: CaptionDataConfig, seed: int) -> list[OpenedSource]:
 def _open(config: CaptionDataConfig, seed: int, join: Join | None, *, is_first: bool) -> dict[str, Any]:
     """The rows of each split of one source; of one beside the first those of training alone."""
     columns = Columns(image=config.image_column, caption=" ".join(config.caption_column), split=config.split_column)
-    source, which = config.only_source, {"revision": config.revision, "config_name": config.only_config_name}
+    source, which = config.only_source, config.which
     if source == SHAPES:
         rows: dict[str, Any] = ShapesGrammar(config.shapes, seed).rows(seed)
         return rows if is_first else {"train": rows["train"]}
