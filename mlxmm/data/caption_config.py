@@ -85,10 +85,8 @@ class CaptionDataConfig(BatchConfig):
             raise UserError("--data.source names nothing: name one source, or several")
         if self.streaming and SHAPES in self.source:
             raise UserError("streaming needs a source: `shapes` are drawn, not read")
-        if self.captions and (self.streaming or SHAPES in self.source):
-            raise UserError(
-                "--data.captions is for pictures that are read once from files: not for a stream, not for `shapes`"
-            )
+        if self.captions and self.streaming:
+            raise UserError("--data.captions is for pictures that are read once, not for a stream")
         self._check_mixture()
         self._check_weights()
         _ = self.conditions

@@ -26,9 +26,14 @@ class OpenedSource:
     left_out: dict[str, int]
 
 
-def open_splits(config: CaptionDataConfig, seed: int) -> list[OpenedSource]:
-    """Each source that `config` names: the first with all its splits, the others with their training rows. A collective
-    call. Raises `UserError` where one, a column or a split is missing or damaged."""
+def open_splits(config: CaptionDataConfig, seed: int, *, checked: bool = True) -> list[OpenedSource]:
+    """Each source that `config` names: the first with all its splits, the others with their training rows.
+
+    With `checked`, rows without a caption or with a broken picture are left out. A collective call. Raises `UserError`
+    where a source, a column or a split is missing or damaged.
+    """
+    if config.captions and SHAPES in config.source:
+        raise UserError("--data.captions is for pictures with files, not for `shapes`")
     configs = config.each()
     captions = read_captions(config.captions, " ".join(config.caption_column))
     join = Join(captions, config.captions, config.num_decoding_threads) if captions else None
@@ -36,7 +41,7 @@ def open_splits(config: CaptionDataConfig, seed: int) -> list[OpenedSource]:
     _check_conditions(config, opened)
     if isinstance(opened[0]["train"], CaptionRows) and join is None:
         _report_unlisted(config.source[0], opened[0])
-    return [_usable(one, rows) for one, rows in zip(configs, opened)]
+    return [_usable(one, rows, checked) for one, rows in zip(configs, opened)]
 
 
 def _open(config: CaptionDataConfig, seed: int, join: Join | None, *, is_first: bool) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def _check_conditions(config: CaptionDataConfig, opened: Sequence[dict[str, Any]
             )
 
 
-def _usable(config: CaptionDataConfig, opened: dict[str, Any]) -> OpenedSource:
+def _usable(config: CaptionDataConfig, opened: dict[str, Any], checked: bool) -> OpenedSource:
     usable, skipped, left_out = dict(opened), [], {}
     for split, part in opened.items():
         if not isinstance(part, CaptionRows):  # drawn; or a stream, whose rows are checked as they are read
@@ -72,6 +77,9 @@ def _usable(config: CaptionDataConfig, opened: dict[str, Any]) -> OpenedSource:
         part, not_met = part.where(config.conditions)
         _report_conditions(config.only_source, split, len(opened[split]), len(part), not_met)
         left_out = not_met if split == "train" else left_out
+        if not checked:
+            usable[split] = part
+            continue
         part, captionless = part.without_captionless()
         usable[split], undecodable = part.without_undecodable(config.num_decoding_threads)
         skipped += captionless + undecodable

@@ -1,26 +1,15 @@
 """Formats that people have are read as they are; what is not read is named; no file outside a source is opened."""
 
-import io
 import json
 import re
-import tarfile
 from pathlib import Path
 
 import datasets
 import pytest
-from small_sources import png, write_source
+from small_sources import JSON, NUM, TEXT, pictures, png, write_source, write_tar
 
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.errors import UserError
-
-NUM = 20
-
-
-def pictures(folder: Path, names=None) -> Path:
-    for i, name in enumerate(names or [f"{i}.png" for i in range(NUM)]):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(png(i))
-    return folder
 
 
 def opened(source, **settings):
@@ -45,20 +34,6 @@ def test_a_text_beside_each_picture_is_its_captions_line_by_line(tmp_path):
     for i in range(NUM):
         (folder / f"{i}.txt").write_text(f"a thing {i}\n\nanother {i}\n")
     assert captions(opened(folder)) == said() | said("another")
-
-
-def write_tar(path: Path, numbers, **texts) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for i in numbers:
-            for suffix, content in ({"jpg": png(i)} | {name: text(i) for name, text in texts.items()}).items():
-                info = tarfile.TarInfo(f"{i:05}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-
-
-TEXT = {"txt": lambda i: f"a thing {i}".encode()}
-JSON = {"json": lambda i: json.dumps({"caption": f"a thing {i}", "width": 20}).encode()}
 
 
 @pytest.mark.parametrize("texts", [TEXT, JSON, TEXT | JSON], ids=["txt", "json", "both"])

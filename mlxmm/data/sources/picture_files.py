@@ -25,6 +25,14 @@ def file_of(cell: dict | None) -> bytes:
     return path.read_bytes() if path.is_file() else b""
 
 
+def num_bytes_of(cell: dict | None) -> int:
+    """The size of the picture's file in a cell, which is not read; 0 if there is none."""
+    if not cell or cell["bytes"] is not None or cell["path"] is None:
+        return len((cell or {}).get("bytes") or b"")
+    path = Path(cell["path"])
+    return path.stat().st_size if path.is_file() else 0
+
+
 def sha256_of(cell: dict | None) -> str:
     """The SHA-256 of the picture's file, in hexadecimal; empty if there is none."""
     return hashlib.sha256(file).hexdigest() if (file := file_of(cell)) else ""

@@ -114,6 +114,14 @@ class CaptionRows(Sequence):
         rows = zip(self.indices, self._values(self.columns.of_captions))
         return [text for index, row in rows for text in self._captions(row, index)]
 
+    def caption_lists(self) -> list[list[str]]:
+        """The captions of each row; none of a row without."""
+        return [self._texts(values) for values in self._values(self.columns.of_captions)]
+
+    def cells(self) -> Sequence[dict | None]:
+        """The pictures as the table has them: {"bytes", "path"}."""
+        return self.table.select_columns([self.columns.image]).select(self.indices)[self.columns.image]
+
     def where(self, conditions: Sequence[Condition]) -> tuple["CaptionRows", dict[str, int]]:
         """The rows, and of each the captions, that meet those of `conditions` that are on a column of this table; and
         how many rows each of these left out. Raises `UserError` where a condition does not fit its column."""
@@ -328,6 +336,8 @@ def _random_split(table, seed: int) -> dict[str, np.ndarray]:
     """Rows of each split, drawn by picture: a picture with several rows is on one side."""
     pictures = _picture_numbers(table)
     num_pictures = int(pictures.max(initial=-1)) + 1
+    if num_pictures < 3:  # which cannot be divided
+        pictures, num_pictures = np.arange(len(table)), len(table)
     order = np.random.default_rng(seed).permutation(num_pictures)
     num_held_out = max(1, int(HELD_OUT * num_pictures))
     val, test, train = np.split(order, [num_held_out, 2 * num_held_out])
