@@ -60,7 +60,7 @@ def test_a_source_may_be_drawn_mixed_or_given_captions_and_not_a_stream(tmp_path
     assert "- new\n" in look(f"{source} --data.captions {tmp_path}/c.jsonl", tmp_path / "1")
     shapes = "shapes --data.shapes.num-train 6 --data.shapes.num-val 2 --data.shapes.num-test 2"
     mixed = look(shapes.replace("shapes ", f"shapes {source} ", 1), tmp_path / "2")
-    assert "shapes: 6 rows" in mixed and f"{source}: 20 rows" in mixed
+    assert "shapes: 14 rows" in mixed and f"{source}: 20 rows" in mixed
     with pytest.raises(UserError, match="a stream is not looked at"):
         look(f"--data.source {source} --data.streaming", tmp_path / "3")
 
