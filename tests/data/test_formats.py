@@ -232,6 +232,17 @@ def test_home_is_expanded_and_what_is_absent_is_named(tmp_path, monkeypatch):
             opened(name)
 
 
+def test_a_name_that_may_be_of_the_hub_is_said_to_be_no_file_here(monkeypatch):
+    def unreachable(*names, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(
+        UserError, match="data/pics is neither a file nor a folder here, and cannot be read from the Hub"
+    ):
+        opened("data/pics")
+
+
 def test_a_zip_is_to_be_unpacked(tmp_path):
     (tmp_path / "pictures.zip").write_bytes(b"PK")
     with pytest.raises(UserError, match="holds no pictures: pictures.zip is not read, unpack it; a folder holds"):

@@ -116,11 +116,8 @@ def _by_split(folder: Path, files: Sequence[Path], *, by_name: bool) -> dict[str
     splits = [split_of(path.relative_to(folder), by_name=by_name) for path in files]
     if None in splits:
         return {"train": list(map(str, files))}
-    return {
-        split: [str(path) for path, own in zip(files, splits) if own == split]
-        for split in dict.fromkeys(splits)
-        if split
-    }
+    own = {split: [str(path) for path, one in zip(files, splits) if one == split] for split in SPLITS}
+    return {split: paths for split, paths in own.items() if paths}
 
 
 def _with_texts(folder: Path, pictures: Sequence[Path]) -> Listed:
@@ -144,7 +141,7 @@ def _split_columns(columns: Mapping[str, list], splits: Sequence[str | None]) ->
     """The columns of each split; all as one, where not every row has one."""
     if None in splits:
         return Listed({"train": columns})
-    rows = {split: [row for row, own in enumerate(splits) if own == split] for split in dict.fromkeys(splits) if split}
+    rows = {split: [row for row, own in enumerate(splits) if own == split] for split in SPLITS if split in splits}
     take = lambda places: {name: [values[row] for row in places] for name, values in columns.items()}
     return Listed({split: take(places) for split, places in rows.items()})
 

@@ -254,7 +254,7 @@ def _by_folder(tables: dict, folder: Path) -> dict:
     splits = [split_of(Path(os.path.relpath(path, folder)), by_name=False) for path in paths if path]
     if None in splits or len(splits) < len(table) or not splits:
         return tables
-    rows = {split: [row for row, other in enumerate(splits) if other == split] for split in dict.fromkeys(splits)}
+    rows = {split: [row for row, other in enumerate(splits) if other == split] for split in SPLITS if split in splits}
     return {split: table.select(places) for split, places in rows.items()}
 
 
@@ -294,7 +294,11 @@ def reading_errors(source: str) -> Iterator[None]:
     except Exception as error:  # its readers' exceptions, and the network's
         error = error.__cause__ or error
         line = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"{source} cannot be read: {type(error).__name__}: {line}") from error
+        is_absent = is_hub_id(source) and type(error).__name__ in ("ConnectionError", "DatasetNotFoundError")
+        where = (
+            "is neither a file nor a folder here, and cannot be read from the Hub" if is_absent else "cannot be read"
+        )
+        raise UserError(f"{source} {where}: {type(error).__name__}: {line}") from error
 
 
 def check_splits(source: str, found: Collection[str], tables: dict) -> None:
