@@ -59,7 +59,7 @@ TINY = Config(
 )
 PRESETS = {
     "default": Preset("the demo: drawn pictures, a small tower and a small Qwen3, a few minutes", Config()),
-    "tiny": Preset("all of the demo's steps in seconds, to try things out; the captions are useless", TINY),
+    "tiny": Preset("all of the demo's steps in seconds; the captions are useless", TINY),
 }
 PRESETS |= {
     name: Preset(preset.about, Config(**attrs.asdict(preset.config, recurse=False)))

@@ -2,10 +2,14 @@
 
 import hashlib
 import io
+import json
+import tarfile
 from pathlib import Path
 
 import datasets
 from PIL import Image
+
+NUM = 20  # of pictures
 
 
 def png(number: int) -> bytes:
@@ -33,3 +37,26 @@ def write_source(path: Path, numbers, text="picture", **columns) -> str:
 def three_splits(num_train: int, num_held_out: int = 2) -> list[str]:
     """A split column: training rows first, then as many for val as for test."""
     return ["train"] * num_train + ["val"] * num_held_out + ["test"] * num_held_out
+
+
+def pictures(folder: Path, names=None) -> Path:
+    """Pictures as files in a folder, by these names or as 0.png and so on."""
+    for i, name in enumerate(names or [f"{i}.png" for i in range(NUM)]):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png(i))
+    return folder
+
+
+def write_tar(path: Path, numbers, **texts) -> None:
+    """A tar of WebDataset: the pictures `numbers`, each with `texts`, by suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for i in numbers:
+            for suffix, content in ({"jpg": png(i)} | {name: text(i) for name, text in texts.items()}).items():
+                info = tarfile.TarInfo(f"{i:05}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+TEXT = {"txt": lambda i: f"a thing {i}".encode()}
+JSON = {"json": lambda i: json.dumps({"caption": f"a thing {i}", "width": 20}).encode()}

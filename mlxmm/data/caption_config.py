@@ -1,6 +1,8 @@
 """Which pictures and captions a run reads, and how they become batches: settings."""
 
 import math
+import os
+from collections.abc import Iterable
 
 import attrs
 from attrs.validators import ge
@@ -16,13 +18,18 @@ MAX_THREADS = 8  # each holds a batch that it prepares
 SHAPES = "shapes"  # the source that is drawn
 
 
+def _paths(value: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Texts, in which ~ is the home folder."""
+    return tuple(map(os.path.expanduser, texts(value)))
+
+
 @attrs.frozen(kw_only=True)
 class BatchConfig:
     """How pictures with captions become batches, wherever they come from."""
 
     batch_size: int = option(64, "pictures in a batch of each process", ge(1), flag="--batch-size", first=True)
     num_threads: int = option(
-        0, f"threads that decode pictures ahead; 0: one for each core of this process, at most {MAX_THREADS}", ge(0)
+        0, f"threads that decode pictures; 0: as many as this process has cores, at most {MAX_THREADS}", ge(0)
     )
     random_crop: bool = option(False, "train on a random square of each picture, not on its middle")
     shuffle_buffer: int = option(1_000, "pictures of a stream that the next one is drawn from", ge(1), rare=True)
@@ -39,25 +46,33 @@ class CaptionDataConfig(BatchConfig):
 
     source: tuple[str, ...] = option(
         (SHAPES,),
-        "`shapes` (drawn), a parquet file or glob, a folder of images with metadata, or a data set on the Hub "
-        "(user/name, user/name@revision); of several, all give training pictures, the first alone val and test",
+        "`shapes` (drawn), files, a folder or a data set on the Hub (user/name@revision), as docs/your-own-data.md "
+        "says; of several, all give training pictures, the first alone val and test",
         first=True,
-        converter=texts,
+        converter=_paths,
     )
     weights: tuple[float, ...] = option(
-        (), "how often an epoch has each training row, source by source: 0.5 takes a new half each time; none: once"
+        (), "how often an epoch has each training row, by source; 0.5: a new half each time"
     )
-    where: tuple[str, ...] = option(
-        (), "conditions on columns, as clip_score>=0.6: other rows of sources with that column are left out"
-    )
+    where: tuple[str, ...] = option((), "conditions on columns, as clip_score>=0.6: other rows are left out")
     revision: str | None = option(None, "commit, tag or branch of a data set on the Hub, if its id names none")
     config_name: tuple[str, ...] = option(
         (),
-        "configuration of a data set on the Hub, or of a folder with a card, one for each source; none: its default",
+        "configuration of each source that has several; none: its default",
         converter=texts,
     )
     image_column: str = option("image", "column that holds the picture")
-    caption_column: str = option("caption", "column that holds a caption or a list of captions")
+    caption_column: tuple[str, ...] = option(
+        ("caption",),
+        "column of captions; or several, caption_*, sentences.raw",
+        converter=texts,
+    )
+    captions: tuple[str, ...] = option(
+        (),
+        "tables of captions of these pictures: parquet, jsonl, csv, json, a data set",
+        converter=_paths,
+    )
+    image_folder: str | None = option(None, "folder of the pictures that a list names; none: the list's own", rare=True)
     split_column: str | None = option(None, "column that says train, val or test; none: the source's own splits")
     streaming: bool = option(False, "train on pictures as they are read, without loading all of them first")
     held_out: int = option(
@@ -70,6 +85,8 @@ class CaptionDataConfig(BatchConfig):
             raise UserError("--data.source names nothing: name one source, or several")
         if self.streaming and SHAPES in self.source:
             raise UserError("streaming needs a source: `shapes` are drawn, not read")
+        if self.captions and self.streaming:
+            raise UserError("--data.captions is for pictures that are read once, not for a stream")
         self._check_mixture()
         self._check_weights()
         _ = self.conditions
@@ -115,6 +132,12 @@ class CaptionDataConfig(BatchConfig):
     def only_config_name(self) -> str | None:
         """The configuration of the one source; None: its default."""
         return self.config_name[0] if self.config_name else None
+
+    @property
+    def which(self) -> dict:
+        """Which table of the one source, and where its pictures are: options of `open_tables`."""
+        names = {"revision": self.revision, "config_name": self.only_config_name}
+        return names | {"image_folder": self.image_folder}
 
     def each(self) -> list["CaptionDataConfig"]:
         """The settings of each source alone, without its weight."""

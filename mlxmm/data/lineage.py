@@ -6,14 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mlxmm.data.caption_config import SHAPES, CaptionDataConfig
+from mlxmm.data.sources.caption_tables import CAPTIONER
 from mlxmm.data.sources.rows import CaptionRows, Rows, is_stream
 from mlxmm.data.sources.stream import StreamRows
 from mlxmm.data.sources.tables import commit_of
 from mlxmm.distributed import collectives
 from mlxmm.storage.hub import dataset_card, dataset_commit, is_hub_id, split_revision
 from mlxmm.storage.lineage import filters_in_card
-
-CAPTIONER = ("captioner", "captioner_revision", "quantization")  # columns that `mlxmm/export/dataset.py` writes
 
 
 def describe(config: CaptionDataConfig, rows: Mapping, left_out: Mapping[str, int], weight: float = 1.0) -> dict:
@@ -37,7 +36,7 @@ def _describe(config: CaptionDataConfig, rows: Mapping, left_out: Mapping[str, i
         "where": dict(left_out),
         "captioners": _captioners(train) if isinstance(train, CaptionRows) else [],
         "filters": {} if source == SHAPES else _filters(config, revision),
-    }
+    } | ({"captions": list(config.captions)} if config.captions else {})
 
 
 def _commit(config: CaptionDataConfig, train: Rows | StreamRows) -> str | None:

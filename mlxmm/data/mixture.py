@@ -1,14 +1,13 @@
 """A mixture: the training rows of several sources, each with its weight, and no picture of the first's val or test."""
 
-import itertools
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from mlxmm.data.loader import Part
-from mlxmm.data.pictures import Pictures, pictures_of
+from mlxmm.data.pictures import pictures_of
 from mlxmm.data.sources.mixed import MixedRows
+from mlxmm.data.sources.picture_files import hashes_of
 from mlxmm.data.sources.rows import Rows
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
@@ -45,18 +44,10 @@ def _held_out(splits: Mapping[str, Rows], num_threads: int) -> set[str]:
     hashes: set[str] = set()
     for split, rows in splits.items():
         if split != "train":
-            hashes.update(_hashes(pictures_of(rows), num_threads))
+            hashes.update(hashes_of(pictures_of(rows), num_threads))
     return hashes
 
 
 def _places_of(hashes: set[str], rows: Rows, num_threads: int) -> list[int]:
     """The places of the rows whose pictures have one of these hashes."""
-    return [place for place, sha256 in enumerate(_hashes(pictures_of(rows), num_threads)) if sha256 in hashes]
-
-
-def _hashes(pictures: Pictures, num_threads: int) -> list[str]:
-    """The SHA-256 of each picture's file. A collective call: each process reads its share."""
-    share = range(collectives.rank(), len(pictures), collectives.world_size())
-    with ThreadPoolExecutor(num_threads) as pool:
-        own = list(zip(share, pool.map(pictures.sha256, share)))
-    return [sha256 for _, sha256 in sorted(itertools.chain(*collectives.all_gather_object(own)))]
+    return [place for place, sha256 in enumerate(hashes_of(pictures_of(rows), num_threads)) if sha256 in hashes]

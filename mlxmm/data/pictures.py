@@ -2,8 +2,8 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
@@ -12,9 +12,10 @@ from PIL import Image
 
 from mlxmm.data.caption_config import SHAPES, CaptionDataConfig
 from mlxmm.data.sources.mixed import MixedRows
+from mlxmm.data.sources.picture_files import file_of
 from mlxmm.data.sources.rows import CaptionRows, Rows, split_tables
 from mlxmm.data.sources.shapes import ShapesGrammar
-from mlxmm.data.sources.tables import Columns, open_tables, reading_errors
+from mlxmm.data.sources.tables import Columns, named_splits, open_tables, reading_errors
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import decode_image
 
@@ -54,11 +55,7 @@ class TablePictures(Sequence):
         return decode_image(self._cell(place))
 
     def file(self, place: int) -> bytes:
-        cell = self._cell(place) or {"bytes": b""}
-        if cell["bytes"] is not None or cell["path"] is None:
-            return cell["bytes"] or b""
-        path = Path(cell["path"])
-        return path.read_bytes() if path.is_file() else b""
+        return file_of(self._cell(place))
 
     def sha256(self, place: int) -> str:
         return hashlib.sha256(self.file(place) or self.name(place).encode()).hexdigest()
@@ -146,7 +143,7 @@ def open_pictures(config: CaptionDataConfig, seed: int, split: str) -> Pictures:
         raise UserError("pictures of a stream have no places: leave out --data.streaming")
     columns = Columns(image=config.image_column, caption=None, split=config.split_column)
     with reading_errors(source):
-        tables = open_tables(source, columns, revision=config.revision, config_name=config.only_config_name)
+        tables = open_tables(source, columns, **config.which)
     if split == ALL:
         table = _only(tables, source)
         return TablePictures(table, np.arange(len(table)), columns.image)
@@ -158,10 +155,10 @@ def open_pictures(config: CaptionDataConfig, seed: int, split: str) -> Pictures:
 
 def unlabelled_pictures(source: str, image_column: str) -> Pictures:
     """All pictures of a source; of one that has splits, those of training. Raises `UserError` as `open_pictures`."""
-    columns = Columns(image=image_column, caption=None, split=None)
+    source, columns = os.path.expanduser(source), Columns(image=image_column, caption=None, split=None)
     with reading_errors(source):
         tables = open_tables(source, columns, revision=None, config_name=None)
-    table = next(iter(tables.values())) if len(tables) == 1 else _named(tables, "train", source)
+    table = next(iter(tables.values())) if len(tables) == 1 else _named(named_splits(tables), "train", source)
     return TablePictures(table, np.arange(len(table)), columns.image)
 
 

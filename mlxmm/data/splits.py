@@ -7,10 +7,11 @@ from typing import Any
 import attrs
 
 from mlxmm.data.caption_config import SHAPES, CaptionDataConfig
+from mlxmm.data.sources.joined import Join
 from mlxmm.data.sources.rows import CaptionRows, open_rows, open_training_rows, unlisted_pictures
 from mlxmm.data.sources.shapes import ShapesGrammar
 from mlxmm.data.sources.stream import open_stream
-from mlxmm.data.sources.tables import Columns
+from mlxmm.data.sources.tables import Columns, read_captions
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 
@@ -25,29 +26,36 @@ class OpenedSource:
     left_out: dict[str, int]
 
 
-def open_splits(config: CaptionDataConfig, seed: int) -> list[OpenedSource]:
-    """Each source that `config` names: the first with all its splits, the others with their training rows. A collective
-    call. Raises `UserError` where one, a column or a split is missing or damaged."""
+def open_splits(config: CaptionDataConfig, seed: int, *, checked: bool = True) -> list[OpenedSource]:
+    """Each source that `config` names: the first with all its splits, the others with their training rows.
+
+    With `checked`, rows without a caption or with a broken picture are left out. A collective call. Raises `UserError`
+    where a source, a column or a split is missing or damaged.
+    """
+    if config.captions and SHAPES in config.source:
+        raise UserError("--data.captions is for pictures with files, not for `shapes`")
     configs = config.each()
-    opened = [_open(one, seed, is_first=not place) for place, one in enumerate(configs)]
+    captions = read_captions(config.captions, " ".join(config.caption_column))
+    join = Join(captions, config.captions, config.num_decoding_threads) if captions else None
+    opened = [_open(one, seed, join, is_first=not place) for place, one in enumerate(configs)]
     _check_conditions(config, opened)
-    if isinstance(opened[0]["train"], CaptionRows):
+    if isinstance(opened[0]["train"], CaptionRows) and join is None:
         _report_unlisted(config.source[0], opened[0])
-    return [_usable(one, rows) for one, rows in zip(configs, opened)]
+    return [_usable(one, rows, checked) for one, rows in zip(configs, opened)]
 
 
-def _open(config: CaptionDataConfig, seed: int, *, is_first: bool) -> dict[str, Any]:
+def _open(config: CaptionDataConfig, seed: int, join: Join | None, *, is_first: bool) -> dict[str, Any]:
     """The rows of each split of one source; of one beside the first those of training alone."""
-    columns = Columns(image=config.image_column, caption=config.caption_column, split=config.split_column)
-    source, which = config.only_source, {"revision": config.revision, "config_name": config.only_config_name}
+    columns = Columns(image=config.image_column, caption=" ".join(config.caption_column), split=config.split_column)
+    source, which = config.only_source, config.which
     if source == SHAPES:
         rows: dict[str, Any] = ShapesGrammar(config.shapes, seed).rows(seed)
         return rows if is_first else {"train": rows["train"]}
     if config.streaming:
         return open_stream(source, columns, num_held_out=config.held_out, conditions=config.conditions, **which)
     if is_first:
-        return open_rows(source, columns, seed=seed, **which)
-    return {"train": open_training_rows(source, columns, seed=seed, **which)}
+        return open_rows(source, columns, seed=seed, join=join, **which)
+    return {"train": open_training_rows(source, columns, seed=seed, join=join, **which)}
 
 
 def _check_conditions(config: CaptionDataConfig, opened: Sequence[dict[str, Any]]) -> None:
@@ -61,7 +69,7 @@ def _check_conditions(config: CaptionDataConfig, opened: Sequence[dict[str, Any]
             )
 
 
-def _usable(config: CaptionDataConfig, opened: dict[str, Any]) -> OpenedSource:
+def _usable(config: CaptionDataConfig, opened: dict[str, Any], checked: bool) -> OpenedSource:
     usable, skipped, left_out = dict(opened), [], {}
     for split, part in opened.items():
         if not isinstance(part, CaptionRows):  # drawn; or a stream, whose rows are checked as they are read
@@ -69,6 +77,9 @@ def _usable(config: CaptionDataConfig, opened: dict[str, Any]) -> OpenedSource:
         part, not_met = part.where(config.conditions)
         _report_conditions(config.only_source, split, len(opened[split]), len(part), not_met)
         left_out = not_met if split == "train" else left_out
+        if not checked:
+            usable[split] = part
+            continue
         part, captionless = part.without_captionless()
         usable[split], undecodable = part.without_undecodable(config.num_decoding_threads)
         skipped += captionless + undecodable

@@ -38,8 +38,8 @@ def failures_first(title: str, rows: Sequence[dict], said: Sequence[str], *, mos
     return Section(share, [rows[i] for i in places], [said[i] for i in places])
 
 
-def contact_sheet(sections: Iterable[Section]) -> Image.Image:
-    """An RGB image: a legend, then the cells of each section under its title.
+def contact_sheet(sections: Iterable[Section], legend: str = LEGEND) -> Image.Image:
+    """An RGB image: the legend, then the cells of each section under its title.
 
     Where no caption at all equals a reference, as with free texts, nothing is marked right or wrong.
     """
@@ -47,9 +47,8 @@ def contact_sheet(sections: Iterable[Section]) -> Image.Image:
     marks = any(any(section.is_right) for section in sections)
     heights = [TITLE + -(-len(section.rows) // COLUMNS) * CELL[1] for section in sections]
     sheet = Image.new("RGB", (COLUMNS * CELL[0], TITLE + sum(heights)), "white")
-    _write(
-        ImageDraw.Draw(sheet), (MARGIN, MARGIN), LEGEND if marks else LEGEND.partition(", with")[0], "dimgray", lines=1
-    )
+    told = legend if marks else legend.partition(", with")[0]
+    _write(ImageDraw.Draw(sheet), (MARGIN, MARGIN), told, "dimgray", lines=1)
     top = TITLE
     for section, height in zip(sections, heights):
         _draw_section(sheet, section, top, marks)

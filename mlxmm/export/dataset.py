@@ -5,7 +5,7 @@
     <config of dropped>/train-….parquet         a row for each caption that a filter dropped, with the reasons
 
 Pictures go along only if asked: who may publish captions may not publish pictures. Without them,
-`mlxmm.data.sources.joined.join_pictures` finds each picture in its source by the SHA-256 of its file.
+`--data.captions` finds each picture in its source by the SHA-256 of its file.
 """
 
 import json

@@ -2,7 +2,8 @@
 
     {"source": …, "config_name": …, "revision": commit of the Hub, "fingerprint": of the training rows, "weight": …,
      "rows": by split, "where": training rows that each condition left out,
-     "captioners": who wrote how many captions, "filters": captions dropped by each when they were made}
+     "captioners": who wrote how many captions, "filters": captions dropped by each when they were made,
+     "captions": the tables that they are from, where the source has not its own}
 
 It is in the checkpoints of a run, and as data.json in its folder and in those of exported models.
 """
@@ -48,9 +49,15 @@ class Lineage:
 
     def public(self) -> "Lineage":
         """As it may be published: of a local path its last part alone."""
-        names = (one["source"] for one in self.sources)
-        short = (name if is_hub_id(name) else Path(name).name for name in names)
-        return Lineage(tuple(one | {"source": name} for one, name in zip(self.sources, short)))
+        return Lineage(tuple(one | {"source": _public(one["source"])} | _public_captions(one) for one in self.sources))
+
+
+def _public(name: str) -> str:
+    return name if is_hub_id(name) else Path(name).name
+
+
+def _public_captions(source: dict) -> dict:
+    return {"captions": [_public(name) for name in source["captions"]]} if "captions" in source else {}
 
 
 def changes(old: Sequence[dict], new: Sequence[dict]) -> str:

@@ -85,7 +85,7 @@ class TrainerConfig:
     )
     strategy: str = option(
         "auto",
-        "auto, ddp: every process holds the whole model; fsdp: the parameters of its layers are sharded",
+        "auto, ddp; fsdp: each process holds a share of the layers' parameters",
         in_(("auto", "ddp", "fsdp")),
     )
     precision: str = option(
@@ -109,8 +109,7 @@ class TrainerConfig:
     log_every_n_steps: int = option(50, "updates between logs of training metrics", ge(1))
     logger: str = option(
         "tensorboard",
-        "where to look at the run, beside its metrics.jsonl: tensorboard, wandb, trackio, several with commas between, "
-        "or none",
+        "tensorboard, wandb, trackio, several with commas between, or none",
         is_logger,
         flag="--logger",
     )

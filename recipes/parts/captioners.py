@@ -49,7 +49,7 @@ class JobConfig:
     """What all shards of a job have in common."""
 
     data: CaptionDataConfig = section(
-        CaptionDataConfig(), without=("batch_size", "random_crop", "caption_column", "weights", "where")
+        CaptionDataConfig(), without=("batch_size", "random_crop", "caption_column", "captions", "weights", "where")
     )
     captioner: CaptionerConfig = section(CaptionerConfig())
     sampling: Sampling = section(Sampling())

@@ -6,6 +6,7 @@ from mlxmm import Callback, Trainer
 from mlxmm.callbacks import CachedFeatures, ModelCheckpoint, SampleCaptions
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionSource
+from mlxmm.data.overview import training_warnings
 from mlxmm.evaluation.caption_metrics import bleu, exact_match
 from mlxmm.evaluation.captions import Images, shuffled
 from mlxmm.evaluation.contact_sheet import contact_sheet, failures_first
@@ -39,6 +40,8 @@ def report_truncation(captioner: CaptioningModule, source: CaptionSource, run: R
 def fit(config, captioner: CaptioningModule, source: CaptionSource, run: Run, name: str, *callbacks: Callback) -> None:
     """Train a captioner with the callbacks that all have, and report the metrics of the run's end."""
     data = CaptionData(source, transform=captioner.transform, collate=captioner.collate)
+    for line in training_warnings(source, contrastive=False):
+        run.print(f"warning: {line}")
     features = [CachedFeatures()] if config.cached_features else []
     with refreshing(config.refresh, source, run, captioner) as refresh:
         trainer = Trainer(

@@ -9,6 +9,7 @@ from mlxmm.callbacks import EmbeddingProjector, ModelCheckpoint, SimilarityMatri
 from mlxmm.config import option, section, to_json
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionSource
+from mlxmm.data.overview import training_warnings
 from mlxmm.data.sources.shapes import single_objects
 from mlxmm.evaluation.clip import evaluate_shapes, retrieval_metrics
 from mlxmm.evaluation.prompt_templates import TEMPLATES
@@ -74,6 +75,8 @@ def train(
     clip = build(config, source, seed)
     clip.lineage = Lineage(source.lineage)
     data = CaptionData(source, transform=clip.transform)
+    for line in training_warnings(source, contrastive=True):
+        run.print(f"warning: {line}")
     with refreshing(refresh or RefreshConfig(), source, run, clip) as callbacks:
         trainer = Trainer(
             attrs.evolve(config.trainer, seed=seed, default_root_dir=run.folder),

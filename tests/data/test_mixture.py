@@ -113,7 +113,7 @@ def test_val_and_test_rows_of_another_source_are_not_read_unless_it_has_one_spli
     (folder / "train-0.parquet").unlink()
     assert len(opened((two[0], str(folder))).rows["train"]) == 46
     write_source(folder / "validation-0.parquet", range(500, 506), "b")
-    with pytest.raises(UserError, match="has no rows for train; its splits are validation, test"):
+    with pytest.raises(UserError, match="has no rows for train; its splits are val, test"):
         opened((two[0], str(folder)))
 
 

@@ -346,7 +346,8 @@ def test_a_part_of_an_epoch_of_unknown_length_is_refused(make_folder):
         Trainer(max_steps=2, logger=False, enable_checkpointing=False, val_check_interval=0.5).fit(small_clip(), data)
 
 
-def test_a_picture_elsewhere_that_cannot_be_fetched_is_one_line(make_folder, tmp_path):
-    train = opened(make_folder()).rows["train"]
+def test_a_picture_elsewhere_that_cannot_be_fetched_is_one_line(make_folder):
+    folder = make_folder()
+    row = {"image": {"bytes": None, "path": f"zip://1.png::{folder}/gone.zip"}, "caption": ["a dog"]}
     with pytest.raises(UserError, match="pictures cannot be read: FileNotFoundError"):
-        train.row({"image": {"bytes": None, "path": f"file://{tmp_path}/gone.png"}, "caption": ["a dog"]})
+        opened(folder).rows["train"].row(row)

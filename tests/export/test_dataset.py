@@ -12,7 +12,6 @@ import yaml
 from PIL import Image
 
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
-from mlxmm.data.sources.joined import join_pictures
 from mlxmm.errors import UserError
 from mlxmm.export import dataset
 from mlxmm.export.dataset import CaptionRecord, PictureRecord, write_dataset
@@ -141,22 +140,6 @@ def test_rows_are_divided_over_shards_of_at_most_so_many_bytes(tmp_path, monkeyp
     names = sorted(path.name for path in (tmp_path / "set/default").iterdir())
     assert names == [f"train-{i:05}-of-00003.parquet" for i in range(3)]
     assert load(tmp_path / "set")["row_id"][:] == [f"row {i}" for i in range(5)]
-
-
-def test_without_pictures_each_is_found_in_its_source_wherever_it_stands(tmp_path):
-    pictures = Pictures(6)
-    write_dataset(tmp_path / "set", records(pictures), CardFacts())
-    table = load(tmp_path / "set")
-    moved = Pictures(6)
-    moved.images = Pictures(1, seed=9).images + moved.images[::-1]
-    rows = join_pictures(table, moved)
-    assert len(rows) == 6 and [rows[i]["image"].tobytes() for i in range(6)] == [i.tobytes() for i in pictures]
-    assert rows[4]["captions"] == ["caption 0 | of 4", "caption 1 | of 4"] and rows.name(4) == rows[4]["id"] == "row 4"
-    assert len(list(rows.captions())) == 12 and rows.without_image(1) == {k: rows[1][k] for k in ("captions", "id")}
-    assert rows.fingerprint() != join_pictures(table.select(range(5)), moved).fingerprint()
-    moved.images = moved.images[2:]
-    with pytest.raises(UserError, match="1 of 6 pictures are not in the source, first that of row 5"):
-        join_pictures(table, moved)
 
 
 def test_the_card_says_where_captions_come_from_and_what_was_dropped(tmp_path):

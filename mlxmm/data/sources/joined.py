@@ -1,54 +1,82 @@
-"""A data set of captions without pictures, joined with the pictures of its source by the SHA-256 of their files."""
+"""Join: the tables of a source with captions from elsewhere, each found by the hash or the name of its picture."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import attrs
-from PIL import Image
 
+from mlxmm.data.sources.caption_tables import NAMES, Entry, PictureIndex, plain_columns
+from mlxmm.data.sources.picture_files import hashes_of, sha256_of
+from mlxmm.data.sources.tables import Columns, with_columns
+from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 
 
 @attrs.frozen
-class JoinedRows(Sequence):
-    """Captions of a data set with the pictures of its source: `Rows` that a Trainer trains on."""
+class Join:
+    """Gives tables the captions of `entries`, which are of the tables of captions `names`."""
 
-    table: Sequence[dict]
-    pictures: Any  # [place] a PIL image, sha256(place)
-    places: Sequence[int]
+    entries: Sequence[Entry]
+    names: Sequence[str]
+    num_threads: int
+
+    def __call__(self, source: str, tables: dict, columns: Columns) -> dict:
+        """The rows of `tables` (by split) that have a caption, in the column `columns.caption`, and in others what is
+        known of each caption. A collective call.
+
+        Prints how many pictures have none, and how many captions no picture. Raises `UserError` if all have none.
+        """
+        index, found, num_lost = self._index(tables, columns.image), {}, 0
+        for entry in self.entries:
+            places = index.find(entry)
+            num_lost += 0 if places else len(entry.captions)
+            for place in places:
+                found.setdefault(place, []).extend(entry.captions)
+        found = {place: captions for place, captions in found.items() if captions}
+        self._report(source, len(found), sum(map(len, tables.values())), num_lost)
+        return {split: _with_captions(table, split, found, columns) for split, table in tables.items()}
+
+    def _index(self, tables: dict, image: str) -> PictureIndex:
+        index, by_hash = PictureIndex(), any(entry.sha256 for entry in self.entries)
+        for split, table in tables.items():
+            pictures = _Cells(table.select_columns([image]), image)
+            hashes = hashes_of(pictures, self.num_threads) if by_hash else [None] * len(table)
+            named = [name for name in NAMES if name in table.column_names and name != image]
+            names = zip(*(table[name] for name in named)) if named else [()] * len(table)
+            for row, (sha256, own) in enumerate(zip(hashes, names)):
+                path = (pictures.cell(row) or {}).get("path")
+                index.add((split, row), [str(name) for name in (path, *own) if name not in (None, "")], sha256)
+        return index
+
+    def _report(self, source: str, num_found: int, num_pictures: int, num_lost: int) -> None:
+        tables = ", ".join(self.names)
+        if not num_found:
+            raise UserError(f"no caption of {tables} is of a picture of {source}: compare the names or hashes of both")
+        if collectives.rank() == 0:
+            left_out = f"; {num_pictures - num_found} are left out" if num_found < num_pictures else ""
+            lost = f"; {num_lost} captions are of no picture of it" if num_lost else ""
+            print(f"{tables}: captions of {num_found} of {num_pictures} pictures of {source}{left_out}{lost}")
+
+
+@attrs.frozen
+class _Cells:
+    """The pictures of a table, as they are hashed."""
+
+    table: Sequence
+    column: str
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.table)
 
-    def __getitem__(self, place: int) -> dict:
-        image: Image.Image = self.pictures[self.places[place]]
-        return {"image": image} | self.without_image(place)
+    def cell(self, place: int) -> dict | None:
+        return self.table[place][self.column]
 
-    def without_image(self, place: int) -> dict:
-        """The row without its image, which is not decoded."""
-        row = self.table[place]
-        return {"captions": list(row["caption"]), "id": row["row_id"]}
-
-    def captions(self) -> list[str]:
-        """Every caption, without touching an image."""
-        return [text for row in self.table for text in row["caption"]]
-
-    def name(self, place: int) -> str:
-        """What a person finds the row by."""
-        return self.table[place]["row_id"]
-
-    def fingerprint(self) -> bytes:
-        """A checksum of the images in their order."""
-        return "".join(row["image_sha256"] for row in self.table).encode()
+    def sha256(self, place: int) -> str:
+        return sha256_of(self.cell(place))
 
 
-def join_pictures(table: Sequence[dict], pictures) -> JoinedRows:
-    """The rows of a data set without pictures, each with the picture of its source that has the same SHA-256.
-
-    `pictures` have a length, `[place]`, a PIL image, and `sha256(place)`, of the picture's file. Raises `UserError`
-    that names the first row whose picture is not there.
-    """
-    place_of = {pictures.sha256(place): place for place in range(len(pictures))}
-    if missing := [row["row_id"] for row in table if row["image_sha256"] not in place_of]:
-        raise UserError(f"{len(missing)} of {len(table)} pictures are not in the source, first that of {missing[0]}")
-    return JoinedRows(table, pictures, [place_of[row["image_sha256"]] for row in table])
+def _with_captions(table, split: str, found: dict, columns: Columns):
+    captions = [found.get((split, row), []) for row in range(len(table))]
+    beside = plain_columns(captions)
+    kept = {name: values for name, values in beside.items() if name not in (columns.image, columns.split)}
+    own = {columns.caption: [[one[""] for one in row] for row in captions]}
+    return with_columns(table, kept | own).select([row for row, some in enumerate(captions) if some])

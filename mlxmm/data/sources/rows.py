@@ -15,14 +15,19 @@ import attrs
 import numpy as np
 
 from mlxmm.data.sources.decodable import undecodable_places
+from mlxmm.data.sources.formats import SPLIT_OF, SPLITS, split_of_label
+from mlxmm.data.sources.joined import Join
 from mlxmm.data.sources.tables import (
-    SPLITS,
     Columns,
     captions_in_row,
     check_splits,
     column_names,
+    concatenated,
+    named_splits,
     open_tables,
     reading_errors,
+    report_restval,
+    tell,
 )
 from mlxmm.data.sources.where import Condition
 from mlxmm.errors import UserError
@@ -108,6 +113,14 @@ class CaptionRows(Sequence):
         """Every caption, without touching an image."""
         rows = zip(self.indices, self._values(self.columns.of_captions))
         return [text for index, row in rows for text in self._captions(row, index)]
+
+    def caption_lists(self) -> list[list[str]]:
+        """The captions of each row; none of a row without."""
+        return [self._texts(values) for values in self._values(self.columns.of_captions)]
+
+    def cells(self) -> Sequence[dict | None]:
+        """The pictures as the table has them: {"bytes", "path"}."""
+        return self.table.select_columns([self.columns.image]).select(self.indices)[self.columns.image]
 
     def where(self, conditions: Sequence[Condition]) -> tuple["CaptionRows", dict[str, int]]:
         """The rows, and of each the captions, that meet those of `conditions` that are on a column of this table; and
@@ -221,15 +234,23 @@ def _content(image: dict) -> bytes:
 
 
 def open_rows(
-    source: str, columns: Columns, *, revision: str | None, seed: int, config_name: str | None = None
+    source: str,
+    columns: Columns,
+    *,
+    revision: str | None,
+    seed: int,
+    config_name: str | None = None,
+    image_folder: str | None = None,
+    join: Join | None = None,
 ) -> dict[str, CaptionRows]:
     """The rows of `source`, by split: "train", "val", "test".
 
-    `source` is a parquet file or glob, a folder of images with metadata.jsonl or .csv, or a data set on the Hub.
+    `source` is a path that `formats.py` reads, or a data set on the Hub. With `join` its captions are from elsewhere.
     Raises `UserError` if it, a column or a split does not exist.
     """
-    with reading_errors(source):
-        tables = open_tables(source, columns, revision=revision, config_name=config_name)
+    tables = _joined_tables(
+        source, columns, join, revision=revision, config_name=config_name, image_folder=image_folder
+    )
     parts = split_tables(tables, columns.split, seed)
     rows = {split: CaptionRows(table, indices, columns) for split, (table, indices) in parts.items()}
     check_splits(source, [split for split in rows if len(rows[split])], tables)
@@ -237,14 +258,21 @@ def open_rows(
 
 
 def open_training_rows(
-    source: str, columns: Columns, *, revision: str | None, seed: int, config_name: str | None = None
+    source: str,
+    columns: Columns,
+    *,
+    revision: str | None,
+    seed: int,
+    config_name: str | None = None,
+    image_folder: str | None = None,
+    join: Join | None = None,
 ) -> CaptionRows:
     """The training rows of `source`; all of its rows, if it has one split. It need not have the split column.
 
     Raises `UserError` as `open_rows` does, and if there are none.
     """
-    with reading_errors(source):
-        tables = open_tables(source, attrs.evolve(columns, split=None), revision=revision, config_name=config_name)
+    which = {"revision": revision, "config_name": config_name, "image_folder": image_folder}
+    tables = _joined_tables(source, attrs.evolve(columns, split=None), join, **which)
     if columns.split not in column_names(tables):
         columns = attrs.evolve(columns, split=None)
     if columns.split is None and len(tables) == 1:
@@ -256,6 +284,13 @@ def open_training_rows(
     if not len(indices):
         raise UserError(f"{source} has no rows for train; its splits are {', '.join(tables)}")
     return CaptionRows(table, indices, columns)
+
+
+def _joined_tables(source: str, columns: Columns, join: Join | None, **which) -> dict:
+    """The tables of a source, with captions of its own or from elsewhere."""
+    with reading_errors(source):
+        tables = open_tables(source, attrs.evolve(columns, caption=None) if join else columns, **which)
+    return join(source, tables, columns) if join else tables
 
 
 def unlisted_pictures(folder: Path, rows: dict[str, CaptionRows]) -> list[Path]:
@@ -270,18 +305,60 @@ def unlisted_pictures(folder: Path, rows: dict[str, CaptionRows]) -> list[Path]:
 
 def split_tables(tables: dict, split_column: str | None, seed: int) -> dict[str, tuple]:
     """(table, indices) of each of our splits: by a column, by the source's own splits, or at random."""
-    if split_column is None and len(tables) > 1:
-        return {
-            split: (tables[name], np.arange(len(tables[name])))
-            for split, names in SPLITS.items()
-            for name in names
-            if name in tables
-        }
-    table = next(iter(tables.values()))
     if split_column is not None:
-        labels = np.array(table[split_column])
-        return {split: (table, np.flatnonzero(np.isin(labels, names))) for split, names in SPLITS.items()}
-    order = np.random.default_rng(seed).permutation(len(table))
-    num_held_out = max(1, int(HELD_OUT * len(table)))
+        table = concatenated(list(tables.values()))
+        return {split: (table, rows) for split, rows in _rows_by_label(table, split_column).items()}
+    if len(tables) > 1:
+        return {split: (table, np.arange(len(table))) for split, table in named_splits(tables).items()}
+    [(name, table)] = tables.items()
+    if SPLIT_OF.get(name) in ("val", "test"):
+        tell(f"{name} is the only split there is: its pictures are divided into train, val and test at random")
+    return {split: (table, rows) for split, rows in _random_split(table, seed).items()}
+
+
+def _rows_by_label(table, column: str) -> dict[str, np.ndarray]:
+    """The rows of each split that a column names. Labels that name none are printed, with their number."""
+    labels, kind = table[column][:], table.features[column]
+    if any(isinstance(label, list | dict) for label in labels):
+        raise UserError(f"column {column!r} must say train, val or test; it holds {labels[0]!r:.60}")
+    splits = np.array([split_of_label(label, kind) or "" for label in labels])
+    unknown = Counter(str(label) for label, split in zip(labels, splits) if not split)
+    counts = ", ".join(f"{label!r} ({number} rows)" for label, number in unknown.most_common(5))
+    if len(splits) and not any(splits):
+        raise UserError(f"column {column!r} must say train, val or test; it holds {counts}")
+    if unknown:
+        tell(f"left out, as column {column!r} says neither train, val nor test: {counts}")
+    report_restval(labels)
+    return {split: np.flatnonzero(splits == split) for split in SPLITS}
+
+
+def _random_split(table, seed: int) -> dict[str, np.ndarray]:
+    """Rows of each split, drawn by picture: a picture with several rows is on one side."""
+    pictures = _picture_numbers(table)
+    num_pictures = int(pictures.max(initial=-1)) + 1
+    if num_pictures < 3:  # which cannot be divided
+        pictures, num_pictures = np.arange(len(table)), len(table)
+    order = np.random.default_rng(seed).permutation(num_pictures)
+    num_held_out = max(1, int(HELD_OUT * num_pictures))
     val, test, train = np.split(order, [num_held_out, 2 * num_held_out])
-    return {"train": (table, np.sort(train)), "val": (table, val), "test": (table, test)}
+    if num_pictures == len(table):
+        return {"train": np.sort(train), "val": val, "test": test}
+    tell(f"{len(table)} rows are of {num_pictures} pictures: all rows of a picture are in one split")
+    parts = {"train": train, "val": val, "test": test}
+    return {split: np.flatnonzero(np.isin(pictures, own)) for split, own in parts.items()}
+
+
+def _picture_numbers(table) -> np.ndarray:
+    """For each row the number of its picture, by first appearance: rows of one file, or of one name and content."""
+    name = next((name for name, kind in table.features.items() if type(kind).__name__ == "Image"), None)
+    numbers: dict = {}
+    cells = table.select_columns([name])[name] if name else range(len(table))
+    return np.array([numbers.setdefault(_same_picture(cell, row), len(numbers)) for row, cell in enumerate(cells)], int)
+
+
+def _same_picture(cell, row: int):
+    """What rows of one picture have in common."""
+    if not isinstance(cell, dict) or (cell["bytes"] is None and cell["path"] is None):
+        return row
+    content = None if cell["bytes"] is None else hashlib.sha256(cell["bytes"]).digest()
+    return cell["path"], content

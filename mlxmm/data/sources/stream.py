@@ -10,14 +10,16 @@ from typing import Any
 import attrs
 import numpy as np
 
+from mlxmm.data.sources.formats import SPLITS, split_of_label
 from mlxmm.data.sources.rows import CaptionRows
 from mlxmm.data.sources.tables import (
-    SPLITS,
     Columns,
     captions_in_row,
     check_splits,
     column_names,
+    concatenated,
     in_memory,
+    named_splits,
     open_tables,
     reading_errors,
     with_bytes,
@@ -61,7 +63,7 @@ class StreamRows:
         if not captions:
             raise UnusableRow(f"has no caption: {name}")
         with reading_errors(self.source):
-            image = with_bytes(image)
+            image = with_bytes(image, self.source)
         try:
             return {"image": decode_image(image), "captions": captions, "id": name}
         except UndecodableImage as error:
@@ -82,6 +84,7 @@ def open_stream(
     revision: str | None,
     num_held_out: int,
     config_name: str | None = None,
+    image_folder: str | None = None,
     conditions: Sequence[Condition] = (),
 ) -> dict:
     """`StreamRows` of `source` for "train"; for "val" and "test" their first `num_held_out` rows, in memory.
@@ -90,22 +93,24 @@ def open_stream(
 
     Raises `UserError` as `open_rows` does, and if `source` has neither splits nor a split column.
     """
+    which = {"revision": revision, "config_name": config_name, "image_folder": image_folder}
     with reading_errors(source):
-        tables = open_tables(source, columns, revision=revision, config_name=config_name, streaming=True)
+        tables = open_tables(source, columns, streaming=True, **which)
         columns, tables = _where(conditions, columns, tables)
         if columns.split is None and len(tables) == 1:
             raise UserError(f"a stream cannot be split at random: {source} needs --data.split-column, or own splits")
         most = {"train": 1, "val": num_held_out, "test": num_held_out}
         if columns.split is None:
-            named = {split: tables[name] for split, names in SPLITS.items() for name in names if name in tables}
+            named = named_splits(tables)
             first = {split: list(table.take(most[split])) for split, table in named.items()}
         else:
-            [table] = tables.values()
+            table = concatenated(list(tables.values()))
+            kind = table.features[columns.split]
             first = _first_rows(table, columns.split, most)
-            train = table.filter(lambda label: label in SPLITS["train"], input_columns=[columns.split])
+            train = table.filter(lambda label: split_of_label(label, kind) == "train", input_columns=[columns.split])
             named = dict.fromkeys(SPLITS, table) | {"train": train}
         check_splits(source, [split for split in first if first[split]], tables)
-        rows = {split: _held_out(first[split], named[split], columns) for split in ("val", "test")}
+        rows = {split: _held_out(source, first[split], named[split], columns) for split in ("val", "test")}
         return {"train": StreamRows(source=source, table=named["train"], columns=columns)} | rows
 
 
@@ -122,10 +127,9 @@ def _where(conditions: Sequence[Condition], columns: Columns, tables: dict) -> t
 def _first_rows(table, column: str, most: dict[str, int]) -> dict[str, list[dict]]:
     """The first rows of each split named by `column`, at most `most[split]`: one pass, which ends once there are
     enough."""
-    split_of = {name: split for split, names in SPLITS.items() for name in names}
     first = {split: [] for split in SPLITS}
     for values in table:
-        split = split_of.get(values[column])
+        split = split_of_label(values[column], table.features[column])
         if split is not None and len(first[split]) < most[split]:
             first[split].append(values)
         if all(len(first[split]) == most[split] for split in SPLITS):
@@ -133,6 +137,6 @@ def _first_rows(table, column: str, most: dict[str, int]) -> dict[str, list[dict
     return first
 
 
-def _held_out(rows: list[dict], like, columns: Columns) -> CaptionRows:
-    rows = [values | {columns.image: with_bytes(values[columns.image])} for values in rows]
+def _held_out(source: str, rows: list[dict], like, columns: Columns) -> CaptionRows:
+    rows = [values | {columns.image: with_bytes(values[columns.image], source)} for values in rows]
     return CaptionRows(in_memory(rows, like), np.arange(len(rows)), columns)

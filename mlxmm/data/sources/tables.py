@@ -2,21 +2,34 @@
 
 import contextlib
 import glob
+import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import attrs
 
+from mlxmm.data.sources.caption_tables import TEXT_FILES, Entry, entries_of, is_text_table, text_rows
+from mlxmm.data.sources.captions import captions_at, matching
+from mlxmm.data.sources.formats import (
+    BUILDERS,
+    SPLITS,
+    Files,
+    Listed,
+    find_local,
+    has_no_captions,
+    inside,
+    split_of,
+)
 from mlxmm.data.sources.where import Condition, all_met
+from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import SUFFIXES
 from mlxmm.storage.hub import card_configs, is_hub_id, split_revision
 
-SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
-PACKED = (".parquet", ".zip", ".tar", ".gz")  # other files of a folder that may hold images
-FOLDER = f"a folder holds {', '.join(SUFFIXES)}, and a metadata.jsonl or .csv with the columns file_name and caption"
-WITHOUT_PICTURES = ": captions without their pictures, which write_captions adds with --include-images"
+REMOTE = ("hf://", "https://", "http://")
+MAX_SHOWN = 80  # letters of a value in a message
+WITHOUT_PICTURES = ": captions without their pictures; name these by --data.source, and give this as --data.captions"
 
 
 @attrs.frozen(kw_only=True)
@@ -44,27 +57,29 @@ class Columns:
 
 
 def open_tables(source: str, columns: Columns, *, streaming: bool = False, **options) -> dict:
-    """The tables of `source`, by the names of its splits: `datasets.Dataset`, or `IterableDataset` with `streaming`.
+    """The tables of `source`, by its splits: `datasets.Dataset`, or `IterableDataset` with `streaming`.
 
-    `source` is a parquet file or glob, a folder of images with metadata.jsonl or .csv, or a data set on the Hub, whose
-    id may name a revision. Raises `UserError` if it or a column does not exist.
+    `source` is what `formats.py` reads, or a data set on the Hub, whose id may name a revision. Raises `UserError` if
+    it or a column does not exist.
     """
     import datasets
 
     datasets.disable_progress_bars()
-    if Path(source).is_dir() and not _has_files(Path(source), (*SUFFIXES, *PACKED)):
-        raise UserError(f"{source} holds no pictures: {FOLDER}")
-    tables = _load(source, streaming=streaming, **options)
-    names = column_names(tables)
+    tables = _load(source, streaming=streaming, caption=columns.caption, **options)
+    tables = _natural_names(tables, columns)
+    if columns.caption is not None:
+        tables = _with_caption_column(source, tables, columns.caption)
+    names, features = column_names(tables), next(iter(tables.values())).features
     for column in (columns.image, columns.caption, columns.split):
         if column is not None and column not in names:
-            hint = WITHOUT_PICTURES if "image_sha256" in names else f"; {FOLDER}" if Path(source).is_dir() else ""
+            local = has_no_captions(source) if Path(source).is_dir() and column == columns.caption else ""
+            hint = WITHOUT_PICTURES if "image_sha256" in names else local
             raise UserError(f"{source} has no column {column!r}; it has {', '.join(names)}{hint}")
-    kind = None if columns.caption is None else next(iter(tables.values())).features[columns.caption]
-    if kind is not None and not _holds_captions(kind):
+    if columns.caption is not None and not _holds_captions(kind := features[columns.caption]):
         raise UserError(
             f"column {columns.caption!r} of {source} must hold a caption or a list of captions; it holds {kind}"
         )
+    tables = {name: _with_pictures(source, table, columns.image, streaming) for name, table in tables.items()}
     if streaming:  # otherwise images on the Hub are decoded before `cast_column` applies
         tables = {name: table.decode(False) for name, table in tables.items()}
     return {name: table.cast_column(columns.image, datasets.Image(decode=False)) for name, table in tables.items()}
@@ -74,30 +89,173 @@ def _holds_captions(kind) -> bool:
     if hasattr(kind, "int2str"):  # classes
         return True
     one = kind[0] if isinstance(kind, list) else getattr(kind, "feature", kind)
-    return getattr(one, "dtype", None) in ("string", "large_string", "null")
+    return getattr(one, "dtype", None) in ("string", "large_string", "string_view", "null")
 
 
-def _has_files(folder: Path, suffixes: Sequence[str]) -> bool:
-    return any(path.suffix.lower() in suffixes for path in folder.rglob("*"))
+def _natural_names(tables: dict, columns: Columns) -> dict:
+    """Shards of WebDataset with the names that are asked for: their columns are called after files, as jpg and txt."""
+    names, features = column_names(tables), next(iter(tables.values())).features
+    if "__key__" not in names:
+        return tables
+    own = [name for name in names if type(features[name]).__name__ == "Image"]
+    renamed = {own[0]: columns.image} if own and columns.image not in names else {}
+    if columns.caption is not None and columns.caption not in names:
+        fields = features.get("json") if isinstance(features.get("json"), dict) else {}
+        nested = next((name for name in ("caption", "text", "captions") if name in fields), None)
+        if "txt" in names:
+            renamed["txt"] = columns.caption
+        elif nested and columns.caption.partition(".")[0] not in names:
+            tables = _derived(tables, columns.caption, ["json"], lambda row: captions_at(row, f"json.{nested}"))
+    return {name: table.rename_columns(renamed) if renamed else table for name, table in tables.items()}
 
 
-def _load(source: str, *, revision: str | None, config_name: str | None = None, **options) -> dict:
+def _with_caption_column(source: str, tables: dict, wanted: str) -> dict:
+    """Tables with the captions of all columns that `wanted` names, as one column of that name; of class folders, with
+    the names of the classes."""
+    names, features = column_names(tables), next(iter(tables.values())).features
+    if wanted in names:
+        return tables
+    if all(matching(one, names) for one in wanted.split()):
+        own = list(dict.fromkeys(name if name in names else name.partition(".")[0] for name in matching(wanted, names)))
+        return _derived(tables, wanted, own, lambda row: captions_at(row, wanted))
+    if Path(source).is_dir() and "label" in names and hasattr(features["label"], "int2str"):
+        tell(f"{source} has no captions: the names of its {features['label'].num_classes} folders are taken for them")
+        return _derived(tables, wanted, ["label"], lambda row: [features["label"].int2str(row["label"])])
+    return tables
+
+
+def _derived(tables: dict, name: str, of_columns: list[str], value: Callable[[dict], list[str]]) -> dict:
+    """Tables with a column of lists of texts, each computed from the values in `of_columns` of its row."""
     import datasets
 
+    def derived(table):
+        if isinstance(table, datasets.IterableDataset):
+            features = table.features | {name: datasets.List(datasets.Value("string"))}
+            return table.map(lambda row: {name: value(row)}, features=datasets.Features(features))
+        return with_columns(table, {name: [value(row) for row in table.select_columns(of_columns)]})
+
+    return {split: derived(table) for split, table in tables.items()}
+
+
+def _with_pictures(source: str, table, column: str, streaming: bool):
+    """The table with pictures in `column`, where it has paths: of files in the folder of `source`.
+
+    Raises `UserError` if it has other things."""
+    kind = table.features[column]
+    is_picture = type(kind).__name__ == "Image" or set(kind if isinstance(kind, dict) else ()) == {"bytes", "path"}
+    if is_picture and not streaming:
+        return _with_own_files(source, table, column)
+    if is_picture or getattr(kind, "dtype", None) in ("binary", "large_binary"):
+        return table
+    if getattr(kind, "dtype", None) not in ("string", "large_string"):
+        raise UserError(f"column {column!r} of {source} does not hold pictures, but {kind}")
+    if streaming:
+        raise UserError(f"column {column!r} of {source} holds names of files, which are not streamed")
+    paths = table[column][:]
+    first = next((path for path in paths if path), "")
+    if not first.lower().split("?")[0].endswith(SUFFIXES):
+        shown = f"text of {len(first)} letters" if len(first) > MAX_SHOWN else repr(first)
+        raise UserError(f"column {column!r} of {source} does not hold pictures, but {shown}")
+    own = [_cell(source, path) for path in paths]
+    return with_columns(table, {column: own})
+
+
+def _cell(source: str, path: str | None) -> dict:
+    return {"bytes": None, "path": inside(_folder_of(source), path, source) if path else None}
+
+
+def _folder_of(source: str) -> Path:
+    """The folder that the paths in a source are below."""
     if Path(source).is_dir():
-        if files_by_split := _files_of_card(Path(source), config_name):
-            return datasets.load_dataset("parquet", data_files=files_by_split, **options)
+        return Path(source)
+    parents = [os.path.dirname(os.path.abspath(path)) for path in glob.glob(source)]
+    return Path(os.path.commonpath(parents)) if parents else Path(source)
+
+
+def _with_own_files(source: str, table, column: str):
+    """The table whose pictures without bytes are files in the folder of `source`."""
+    import datasets
+
+    cells = table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
+    if table.info.builder_name in ("imagefolder", None) or is_hub_id(source) and _is_image_folder(table):
+        return table  # datasets itself made sure of it; or it is a list, of which `formats.py` did
+    paths = []
+    for chunk in cells.with_format("arrow")[:][column].chunks if len(table) else ():
+        without = chunk.field("bytes").is_null()
+        paths += chunk.field("path").filter(without).drop_null().to_pylist()
+    if not paths:
+        return table
+    if is_hub_id(source) or len(paths) < len(table):
+        raise UserError(
+            f"column {column!r} of {source} has names of files, as {paths[0]!r}, and not the pictures themselves"
+        )
+    return with_columns(table, {column: [_cell(source, cell["path"]) for cell in cells[column]]})
+
+
+def _is_image_folder(table) -> bool:
+    return (table.info.builder_name or "").endswith("folder")
+
+
+def _load(
+    source: str,
+    *,
+    revision: str | None,
+    config_name: str | None = None,
+    image_folder: str | None = None,
+    caption: str | None = None,
+    **options,
+) -> dict:
+    import datasets
+
+    if Path(source).is_dir() and (files_by_split := _files_of_card(Path(source), config_name)):
+        return datasets.load_dataset("parquet", data_files=files_by_split, **options)
+    if (found := find_local(source, image_folder, caption)) is not None:
         _check_no_config(source, config_name)
-        files = {path.name for path in Path(source).rglob("*.parquet")} - {"metadata.parquet"}  # an image folder's own
-        kind = "parquet" if files else "imagefolder"
-        return datasets.load_dataset(kind, data_dir=source, **options)
-    if files := sorted(glob.glob(source)):
-        _check_no_config(source, config_name)
-        return datasets.load_dataset("parquet", data_files=files, **options)
-    if source.endswith(".parquet") or not is_hub_id(source):
-        raise UserError(f"{source} is not there: neither a parquet file, a glob, a folder nor a Hub id")
+        return _local_tables(source, found, **options)
+    if not is_hub_id(source) or source.lower().endswith((*BUILDERS, *TEXT_FILES)):
+        raise UserError(f"{source} is not there: neither a file, a glob, a folder nor a Hub id")
     name, revision = split_revision(source, revision)
     return datasets.load_dataset(name, name=config_name, revision=revision, **options)
+
+
+def _local_tables(source: str, found: Files | Listed, streaming: bool = False) -> dict:
+    import datasets
+
+    if streaming and isinstance(found, Listed):
+        raise UserError(
+            f"{source} is not streamed: files, folders and data sets on the Hub are; leave out --data.streaming"
+        )
+    if isinstance(found, Listed):
+        report_restval(label for columns in found.by_split.values() for label in columns.get("split", ()))
+        return {split: _listed_table(dict(columns)) for split, columns in found.by_split.items()}
+    files = {split: list(names) for split, names in found.by_split.items()}
+    tables = datasets.load_dataset(found.builder, data_files=files, streaming=streaming)
+    is_one_folder = found.builder == "imagefolder" and len(tables) == 1 and not streaming
+    return _by_folder(tables, Path(source)) if is_one_folder else tables
+
+
+def _listed_table(columns: dict[str, list]):
+    import datasets
+
+    columns["image"] = [{"bytes": None, "path": path} for path in columns["image"]]
+    table = datasets.Dataset.from_dict(columns)
+    return table.cast_column("image", datasets.Image(decode=False))
+
+
+def _by_folder(tables: dict, folder: Path) -> dict:
+    """The pictures of each split that the folders below `folder` are named after; as they are, if not each is in one:
+    the metadata of all splits may be in one file."""
+    import datasets
+
+    [table] = tables.values()
+    name = next((name for name, kind in table.features.items() if type(kind).__name__ == "Image"), None)
+    cells = table.cast_column(name, datasets.Image(decode=False))[name] if name else []
+    paths = [(cell or {}).get("path") for cell in cells]
+    splits = [split_of(Path(os.path.relpath(path, folder)), by_name=False) for path in paths if path]
+    if None in splits or len(splits) < len(table) or not splits:
+        return tables
+    rows = {split: [row for row, other in enumerate(splits) if other == split] for split in SPLITS if split in splits}
+    return {split: table.select(places) for split, places in rows.items()}
 
 
 def _check_no_config(source: str, config_name: str | None) -> None:
@@ -136,13 +294,42 @@ def reading_errors(source: str) -> Iterator[None]:
     except Exception as error:  # its readers' exceptions, and the network's
         error = error.__cause__ or error
         line = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"{source} cannot be read: {type(error).__name__}: {line}") from error
+        is_absent = is_hub_id(source) and type(error).__name__ in ("ConnectionError", "DatasetNotFoundError")
+        where = (
+            "is neither a file nor a folder here, and cannot be read from the Hub" if is_absent else "cannot be read"
+        )
+        raise UserError(f"{source} {where}: {type(error).__name__}: {line}") from error
 
 
 def check_splits(source: str, found: Collection[str], tables: dict) -> None:
     """Raise `UserError` if one of train, val and test has no rows."""
     if empty := [split for split in SPLITS if split not in found]:
         raise UserError(f"{source} has no rows for {', '.join(empty)}; its splits are {', '.join(tables)}")
+
+
+def tell(line: str) -> None:
+    """Print a line, once for all processes."""
+    if collectives.rank() == 0:
+        print(line)
+
+
+def report_restval(labels: Iterable) -> None:
+    """Print how many rows of Karpathy's restval are trained on: others leave them out."""
+    if number := sum(str(label).lower() == "restval" for label in labels):
+        tell(f"{number} rows of restval are trained on")
+
+
+def concatenated(tables: Sequence):
+    """The rows of several tables, one after the other."""
+    import datasets
+
+    return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(list(tables))
+
+
+def named_splits(tables: dict) -> dict:
+    """The tables by our names of splits, those that have one: "train", "val", "test"."""
+    by_split = {split: [tables[name] for name in names if name in tables] for split, names in SPLITS.items()}
+    return {split: concatenated(own) for split, own in by_split.items() if own}
 
 
 def column_names(tables: dict) -> list[str]:
@@ -172,6 +359,33 @@ def captions_in_cell(value, kind) -> list[str]:
     return [text.strip() for text in texts if text and text.strip()]
 
 
+def read_captions(names: Sequence[str], caption_column: str) -> list[Entry]:
+    """The captions of the tables `names`, row by row. Raises `UserError` if one cannot be read or has none."""
+    return [entry for name in names for entry in entries_of(name, _caption_rows(name), caption_column)]
+
+
+def _caption_rows(name: str) -> list[dict]:
+    """The rows of a table of captions, without its pictures if it has some."""
+    files = [Path(file) for file in sorted(glob.glob(str(Path(name).expanduser())))]
+    if is_text_table(name):
+        if not files:
+            raise UserError(f"--data.captions {name} is not there")
+        return [row for file in files for row in text_rows(file)]
+    with reading_errors(name):
+        tables = _load(name, revision=None)
+        is_picture = lambda kind: type(kind).__name__ == "Image"
+        names = [key for key, kind in next(iter(tables.values())).features.items() if not is_picture(kind)]
+        return [row for table in tables.values() for row in table.select_columns(names).to_list()]
+
+
+def with_columns(table, columns: dict[str, list]):
+    """The table with other columns; those that it has are replaced."""
+    table = table.remove_columns([name for name in columns if name in table.column_names])
+    for name, values in columns.items():
+        table = table.add_column(name, values)
+    return table
+
+
 def in_memory(rows: list[dict], like):
     """A `datasets.Dataset` of these rows, with the features of the table `like`."""
     import datasets
@@ -179,9 +393,17 @@ def in_memory(rows: list[dict], like):
     return datasets.Dataset.from_list(rows, features=like.features)
 
 
-def with_bytes(image: dict | None) -> dict | None:
-    """An image cell; if it names a remote file, with the bytes of that file."""
-    if not image or image["bytes"] is not None or "://" not in (image["path"] or ""):
+def with_bytes(image: dict | None, source: str) -> dict | None:
+    """An image cell; if it names a remote file, or one in an archive, with the bytes of that file.
+
+    Raises `UserError` if it names a local file that is not of `source`.
+    """
+    if not image or image["bytes"] is not None or not image["path"]:
+        return image
+    file = image["path"].rpartition("::")[2]
+    if not file.startswith(REMOTE):
+        inside(_folder_of(source), file, source)
+    if "://" not in image["path"]:
         return image
     from datasets.utils.file_utils import xopen
 

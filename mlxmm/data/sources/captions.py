@@ -1,0 +1,56 @@
+"""The captions in a row of a table: in one column or several, in lists, in structs.
+
+caption    caption_0 caption_1    caption_*    sentences.raw
+"""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+TEXTS = ("text", "raw", "caption")  # of a struct that stands for a caption, the field that holds it
+
+
+def matching(wanted: str, names: Sequence[str]) -> list[str]:
+    """The columns that `wanted` names: one, several with blanks between them, patterns, or paths into structs."""
+    found = [wanted] if wanted in names else []
+    for one in wanted.split() if not found else ():
+        whole = one if one in names else one.partition(".")[0]
+        found += [one] if whole in names else sorted(fnmatch.filter(names, one), key=_number)
+    return found
+
+
+def _number(name: str) -> tuple[str, int]:
+    """caption_2 stands before caption_10."""
+    stem = name.rstrip("0123456789")
+    return stem, int(name[len(stem) :] or 0)
+
+
+def value_at(row: Mapping, name: str):
+    """The value in a column, or at a path into structs and lists of structs: all of a list's. None if there is none."""
+    value = row.get(name)
+    if value is None and "." in name:
+        first, _, rest = name.partition(".")
+        inner = row.get(first)
+        if isinstance(inner, list):
+            return [value_at(one, rest) for one in inner if isinstance(one, Mapping)]
+        return value_at(inner, rest) if isinstance(inner, Mapping) else None
+    return value
+
+
+def cells_at(row: Mapping, wanted: str) -> list:
+    """What the columns `wanted` hold: one cell after the other, those of lists too."""
+    values = (value_at(row, name) for name in matching(wanted, list(row)))
+    return [cell for value in values for cell in (value if isinstance(value, list) else [value])]
+
+
+def captions_at(row: Mapping, wanted: str) -> list[str]:
+    """The captions of a row in the columns `wanted`, those without letters left out."""
+    return texts_in(cells_at(row, wanted))
+
+
+def texts_in(value) -> list[str]:
+    """The texts in a cell: a string, a struct with a text, or a list of these."""
+    if isinstance(value, Mapping):
+        value = next((value[name] for name in TEXTS if value.get(name)), None)
+    if isinstance(value, list | tuple):
+        return [text for one in value for text in texts_in(one)]
+    return [value.strip()] if isinstance(value, str) and value.strip() else []

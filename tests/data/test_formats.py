@@ -1,0 +1,317 @@
+"""Formats that people have are read as they are; what is not read is named; no file outside a source is opened."""
+
+import json
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+from small_sources import JSON, NUM, TEXT, pictures, png, write_source, write_tar
+
+from mlxmm.data.caption_source import CaptionDataConfig, open_source
+from mlxmm.errors import UserError
+
+
+def opened(source, **settings):
+    return open_source(CaptionDataConfig(source=str(source), **settings), 0)
+
+
+def sizes(source) -> list[int]:
+    return [len(rows) for rows in source.rows.values()]
+
+
+def captions(source) -> set[str]:
+    """All captions; every picture is decoded."""
+    return {text for rows in source.rows.values() for i in range(len(rows)) for text in rows[i]["captions"]}
+
+
+def said(word="a thing", numbers=range(NUM)) -> set[str]:
+    return {f"{word} {i}" for i in numbers}
+
+
+def test_a_text_beside_each_picture_is_its_captions_line_by_line(tmp_path):
+    folder = pictures(tmp_path / "pics")
+    for i in range(NUM):
+        (folder / f"{i}.txt").write_text(f"a thing {i}\n\nanother {i}\n")
+    assert captions(opened(folder)) == said() | said("another")
+
+
+@pytest.mark.parametrize("texts", [TEXT, JSON, TEXT | JSON], ids=["txt", "json", "both"])
+@pytest.mark.parametrize("name", ["00000.tar", "*.tar", ""], ids=["file", "glob", "folder"])
+def test_tars_of_webdataset_are_read(tmp_path, texts, name):
+    write_tar(tmp_path / "shards/00000.tar", range(NUM), **texts)
+    assert captions(opened(tmp_path / "shards" / name)) == said()
+
+
+def test_tars_are_streamed_and_their_names_say_their_splits(tmp_path):
+    for split, numbers in (("train", range(12)), ("val", range(12, 16)), ("test", range(16, NUM))):
+        write_tar(tmp_path / f"cc3m-{split}-0000.tar", numbers, **TEXT)
+    assert sizes(opened(tmp_path)) == [12, 4, 4]
+    stream = opened(tmp_path, streaming=True).rows["train"]
+    rows = [stream.row(values) for values in stream.shuffled(0, 4)]
+    assert {row["captions"][0] for row in rows} == said(numbers=range(12)) and rows[0]["image"].size == (20, 16)
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t"), ("csv", "\t"), ("csv", ";")])
+def test_open_clips_lists_are_read_and_rows_of_a_picture_are_one(tmp_path, suffix, separator):
+    pictures(tmp_path / "images")
+    lines = [f'images/{i}.png{separator}"a thing {i}"{separator}{i / 2}' for i in range(NUM)]
+    lines.append(separator.join(("images/0.png", "again", "0.0")))
+    path = tmp_path / f"list.{suffix}"
+    path.write_text("\n".join([separator.join(("filepath", "title", "score")), *lines]))
+    source = opened(path)
+    assert captions(source) == said() | {"again"} and sum(sizes(source)) == NUM
+    assert captions(opened(path, where=("score>=1",))) == said(numbers=range(2, NUM))
+
+
+def test_a_jsonl_and_a_json_list_of_file_names_are_read(tmp_path):
+    pictures(tmp_path)
+    rows = [
+        {"image": f"{i}.png", "caption": [f"a thing {i}"], "split": s}
+        for i, s in enumerate(["train"] * 14 + ["dev", "test"] * 3)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    for name in ("rows.jsonl", "rows.json"):
+        assert sizes(opened(tmp_path / name)) == [14, 3, 3] and captions(opened(tmp_path / name)) == said()
+
+
+def test_cocos_captions_are_read_with_the_folder_of_its_pictures(tmp_path):
+    names = [f"COCO_train2014_{i:012}.png" for i in range(NUM)]
+    pictures(tmp_path / "train2014", names)
+    images = [{"id": 100 + i, "file_name": name} for i, name in enumerate(names)]
+    annotations = [{"id": n, "image_id": 100 + n % NUM, "caption": f"a thing {n % NUM}"} for n in range(2 * NUM)]
+    (tmp_path / "annotations").mkdir()
+    path = tmp_path / "annotations/captions_train2014.json"
+    path.write_text(json.dumps({"info": {}, "images": images, "annotations": annotations}))
+    source = opened(path, image_folder=str(tmp_path / "train2014"))
+    assert captions(source) == said() and sum(sizes(source)) == NUM
+    assert len(source.rows["val"][0]["captions"]) == 2
+    with pytest.raises(UserError, match="there is no .*; --data.image-folder names the folder of its pictures"):
+        opened(path)
+    path.write_text(json.dumps({"images": images, "annotations": [{"image_id": 100, "bbox": [0, 0, 1, 1]}]}))
+    with pytest.raises(UserError, match="neither COCO's captions nor Karpathy's splits: a source is a parquet file"):
+        opened(path)
+
+
+def test_karpathys_splits_are_read_and_restval_is_trained_on(tmp_path, capsys):
+    pictures(tmp_path / "val2014")
+    splits = ["train"] * 4 + ["restval"] * 8 + ["val"] * 4 + ["test"] * 4
+    images = [
+        {
+            "filepath": "val2014",
+            "filename": f"{i}.png",
+            "split": split,
+            "sentences": [{"raw": f"a thing {i}", "tokens": ["a"]}],
+        }
+        for i, split in enumerate(splits)
+    ]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
+    source = opened(tmp_path / "dataset_coco.json")
+    assert sizes(source) == [12, 4, 4] and captions(source) == said()
+    assert "8 rows of restval are trained on" in capsys.readouterr().out
+
+
+def test_class_folders_have_their_names_as_captions_and_that_is_said(tmp_path, capsys):
+    pictures(tmp_path / "pics", [f"{('cat', 'dog', 'train')[i % 3]}/{i}.png" for i in range(NUM)])
+    assert captions(opened(tmp_path / "pics")) == {"cat", "dog", "train"}
+    assert "pics has no captions: the names of its 3 folders are taken for them\n" in capsys.readouterr().out
+
+
+def test_class_folders_below_split_folders_are_classes_of_each_split(tmp_path):
+    names = [f"{('train', 'train', 'val', 'test')[i % 4]}/{('cat', 'dog')[i // 4 % 2]}/{i}.png" for i in range(NUM)]
+    source = opened(pictures(tmp_path, names))
+    assert sizes(source) == [10, 5, 5] and captions(source) == {"cat", "dog"}
+
+
+def with_columns(path: Path, **columns) -> Path:
+    cells = [{"bytes": png(i), "path": None} for i in range(NUM)]
+    datasets.Dataset.from_dict({"image": cells} | columns).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("wanted", [("caption_0", "caption_1"), ("caption_*",)])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_captions_in_several_columns_are_those_of_one_picture(tmp_path, wanted, streaming):
+    columns = {f"caption_{n}": [f"{word} {i}" for i in range(NUM)] for n, word in enumerate(("a thing", "another"))}
+    splits = ["train"] * 10 + ["val", "test"] * 5
+    path = with_columns(tmp_path / "rows.parquet", **columns, split=splits)
+    source = opened(path, caption_column=wanted, split_column="split", streaming=streaming)
+    assert source.rows["val"][0]["captions"] == ["a thing 10", "another 10"]
+    numbers = range(10)
+    assert set(source.rows["train"].captions()) == said(numbers=numbers) | said("another", numbers)
+
+
+def test_captions_in_structs_are_read(tmp_path):
+    sentences = [[{"raw": f"a thing {i}", "id": i}, {"raw": f"another {i}", "id": i}] for i in range(NUM)]
+    path = with_columns(tmp_path / "rows.parquet", sentences=sentences)
+    assert captions(opened(path, caption_column="sentences.raw")) == said() | said("another")
+    with pytest.raises(UserError, match="has no column 'nothing.raw'; it has image, sentences"):
+        opened(path, caption_column="nothing.raw")
+
+
+@pytest.mark.parametrize("name", ["photo of a train.png", "test.png", "val.png"])
+def test_the_word_of_a_split_in_a_pictures_name_hides_nothing(tmp_path, name):
+    names = [name, *(f"COCO_train2014_{i:06}.png" for i in range(1, NUM))]
+    pictures(tmp_path, names)
+    lines = [json.dumps({"file_name": name, "caption": f"a thing {i}"}) for i, name in enumerate(names)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    assert captions(opened(tmp_path)) == said()
+
+
+def test_metadata_at_the_top_of_split_folders_are_of_all_of_them(tmp_path):
+    names = [f"{('train', 'train', 'validation', 'test')[i % 4]}/{i}.png" for i in range(NUM)]
+    lines = [json.dumps({"file_name": name, "caption": f"a thing {i}"}) for i, name in enumerate(names)]
+    (pictures(tmp_path, names) / "metadata.jsonl").write_text("\n".join(lines))
+    assert sizes(opened(tmp_path)) == [10, 5, 5] and captions(opened(tmp_path)) == said()
+
+
+def test_files_of_a_folder_that_do_not_all_name_a_split_are_all_read(tmp_path):
+    write_source(tmp_path / "a train.parquet", range(10), "a thing")
+    write_source(tmp_path / "rest.parquet", range(10, NUM), "a thing")
+    assert captions(opened(tmp_path)) == said()
+
+
+def test_a_split_column_is_of_all_files_whatever_their_names(tmp_path):
+    splits = ["train"] * 6 + ["val", "test"] * 2
+    write_source(tmp_path / "train-0.parquet", range(10), "a thing", split=splits)
+    write_source(tmp_path / "test-0.parquet", range(10, NUM), "a thing", split=splits)
+    assert sizes(opened(tmp_path, split_column="split")) == [12, 4, 4]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [["Train", "VAL", "Test"], datasets.ClassLabel(names=["train", "val", "test"])],
+    ids=["capitals", "classes"],
+)
+def test_labels_of_splits_may_be_capitals_and_classes(tmp_path, labels):
+    numbers = [0] * 10 + [1, 2] * 5
+    is_class = isinstance(labels, datasets.ClassLabel)
+    path = with_columns(
+        tmp_path / "1.parquet", caption=sorted(said()), split=numbers if is_class else [labels[n] for n in numbers]
+    )
+    if is_class:
+        datasets.Dataset.from_parquet(str(path)).cast_column("split", labels).to_parquet(path)
+    assert sizes(opened(path, split_column="split")) == [10, 5, 5]
+
+
+def test_labels_that_name_no_split_are_counted_and_if_all_do_they_are_shown(tmp_path, capsys):
+    splits = ["train"] * 8 + ["unused"] * 4 + ["val", "test"] * 4
+    path = with_columns(tmp_path / "1.parquet", caption=sorted(said()), split=splits, fold=[i % 2 for i in range(NUM)])
+    assert sizes(opened(path, split_column="split")) == [8, 4, 4]
+    assert "says neither train, val nor test: 'unused' (4 rows)" in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match=r"'fold' must say train, val or test; it holds '0' \(10 rows\), '1' \(10 rows\)"
+    ):
+        opened(path, split_column="fold")
+
+
+def test_a_source_with_nothing_but_test_says_that_it_is_divided(tmp_path, capsys):
+    write_source(tmp_path / "test-0.parquet", range(NUM), "a thing")
+    assert sum(sizes(opened(tmp_path))) == NUM
+    assert "test is the only split there is: its pictures are divided" in capsys.readouterr().out
+
+
+def test_rows_of_one_picture_are_on_one_side_of_a_split(tmp_path, capsys):
+    path = write_source(tmp_path / "rows.parquet", [i for i in range(NUM) for _ in range(5)])
+    rows = opened(path).rows
+    own = [{part.without_image(i)["captions"][0] for i in range(len(part))} for part in rows.values()]
+    assert [len(part) for part in rows.values()] == [90, 5, 5] and len(set.union(*own)) == sum(map(len, own)) == NUM
+    assert "100 rows are of 20 pictures" in capsys.readouterr().out
+
+
+# What is not read
+
+
+def test_home_is_expanded_and_what_is_absent_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_source(tmp_path / "rows.parquet", range(NUM), "a thing")
+    assert captions(opened("~/rows.parquet")) == said()
+    for name in ("~/gone.csv", "pics/gone.tar", "gone", str(tmp_path / "gone")):
+        with pytest.raises(UserError, match="gone.* is not there"):
+            opened(name)
+
+
+def test_a_name_that_may_be_of_the_hub_is_said_to_be_no_file_here(monkeypatch):
+    def unreachable(*names, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(
+        UserError, match="data/pics is neither a file nor a folder here, and cannot be read from the Hub"
+    ):
+        opened("data/pics")
+
+
+def test_a_zip_is_to_be_unpacked(tmp_path):
+    (tmp_path / "pictures.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="holds no pictures: pictures.zip is not read, unpack it; a folder holds"):
+        opened(tmp_path)
+
+
+def test_a_file_of_another_kind_is_one_line_that_lists_what_is_read(tmp_path):
+    (tmp_path / "notes.docx").write_bytes(b"PK")
+    with pytest.raises(
+        UserError, match=r"notes\.docx is not read: a source is a parquet file or glob, tar shards"
+    ) as caught:
+        opened(tmp_path / "notes.docx")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"), [("a red circle", "'a red circle'"), ("iVBORw0KGgo" * 90, "text of 990 letters")]
+)
+def test_an_image_column_that_holds_texts_is_named(tmp_path, text, shown):
+    path = with_columns(tmp_path / "rows.parquet", caption=[text] * NUM)
+    with pytest.raises(UserError, match=f"column 'caption' of .* does not hold pictures, but {shown}"):
+        opened(path, image_column="caption")
+
+
+def outside(tmp_path) -> Path:
+    """A folder with a list that names a picture beside the folder."""
+    folder = pictures(tmp_path / "source")
+    (tmp_path / "secret.png").write_bytes(png(99))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "{}/secret.png", "a/../../secret.png", "file://{}/secret.png"])
+@pytest.mark.parametrize(
+    "kind", ["list.csv", "rows.jsonl", "coco.json", "metadata.jsonl", "rows.parquet", "bytes.parquet"]
+)
+def test_no_file_outside_a_source_is_read_through_a_path(tmp_path, kind, name):
+    folder, name = outside(tmp_path), name.format(tmp_path)
+    names = [name, *(f"{i}.png" for i in range(1, NUM))]
+    path = folder / kind
+    rows = [{"file_name": one, "caption": "a thing"} for one in names]
+    if kind == "list.csv":
+        path.write_text("filepath,title\n" + "\n".join(f"{one},a thing" for one in names))
+    elif kind == "coco.json":
+        images = [{"id": i, "file_name": one} for i, one in enumerate(names)]
+        path.write_text(
+            json.dumps({"images": images, "annotations": [{"image_id": i, "caption": "x"} for i in range(NUM)]})
+        )
+    elif path.suffix == ".parquet":
+        cells = names if kind == "rows.parquet" else [{"bytes": None, "path": one} for one in names]
+        datasets.Dataset.from_dict({"image": cells, "caption": ["a thing"] * NUM}).to_parquet(path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=re.escape(name)):
+        opened(folder if kind == "metadata.jsonl" else path)
+
+
+def test_paths_in_a_parquet_file_are_below_its_folder(tmp_path):
+    folder = pictures(tmp_path / "source")
+    cells = [f"{i}.png" for i in range(NUM)]
+    for column in (cells, [{"bytes": None, "path": cell} for cell in cells]):
+        values = {"image": column, "caption": sorted(said())}
+        datasets.Dataset.from_dict(values).to_parquet(folder / "rows.parquet")
+        assert captions(opened(folder / "rows.parquet")) == said()
+
+
+def test_a_stream_reads_no_file_outside_its_source(tmp_path):
+    folder = outside(tmp_path)
+    cells = [{"bytes": None, "path": str(tmp_path / "secret.png")}] * NUM
+    values = {"image": cells, "caption": ["a thing"] * NUM, "split": ["train"] * 10 + ["val", "test"] * 5}
+    datasets.Dataset.from_dict(values).to_parquet(folder / "rows.parquet")
+    with pytest.raises(UserError, match=r"secret\.png', which is not in"):
+        opened(folder / "rows.parquet", streaming=True, split_column="split")
