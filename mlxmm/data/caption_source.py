@@ -16,7 +16,9 @@ from mlxmm.data.sources.stream import open_stream
 from mlxmm.data.sources.tables import Columns
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
+from mlxmm.progress_bar import staged
 from mlxmm.storage.hub import is_hub_id, split_revision
+from mlxmm.terminal import say
 
 MAX_THREADS = 8  # each holds a batch that it prepares
 
@@ -123,6 +125,7 @@ class CaptionSource:
         return [caption for _, caption in self.sample_texts()]
 
 
+@staged("opening data")
 def open_source(config: CaptionDataConfig, seed: int) -> CaptionSource:
     """Open what `config.source` names. A collective call.
 
@@ -160,4 +163,4 @@ def _open_splits(config: CaptionDataConfig, seed: int) -> tuple[dict[str, Rows],
 
 def _report_skipped(why: str, names: Sequence[str]) -> None:
     for name in names if collectives.rank() == 0 else ():
-        print(f"skipped, {why}: {name}")
+        say(f"skipped, {why}: {name}")

@@ -30,6 +30,14 @@ def cached(name: str, key, make: Callable[[Path], None]) -> Path:
     return collectives.broadcast_paths(lambda: [folder])[0]
 
 
+def made_in(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder` with what `make(folder)` wrote on rank 0: for what is not to be kept. A collective call."""
+    with contextlib.nullcontext(folder) if collectives.rank() == 0 else tempfile.TemporaryDirectory() as place:
+        Path(place).mkdir(parents=True, exist_ok=True)
+        make(Path(place))
+    return collectives.broadcast_paths(lambda: [folder])[0]
+
+
 def size_of(folder: Path) -> int:
     """Bytes of the files in `folder` and below; links are not followed. 0 if it is not there."""
     size = 0

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxmm.compute.precision import HALF, widen
 from mlxmm.errors import UserError
 from mlxmm.storage.atomic import atomic_folder, read_arrays, sha256, write_json
+from mlxmm.terminal import say
 
 FORMAT = 1
 WEIGHTS, STATE = "weights.safetensors", "state.json"
@@ -129,7 +130,7 @@ def latest(checkpoints: Path) -> Path | None:
             return folder
         except UserError as error:
             damage = damage or error
-            print(f"skipped: {error}")
+            say(f"skipped: {error}")
     if damage is not None:
         raise UserError(f"no checkpoint of this run is whole: {damage}")
     return None

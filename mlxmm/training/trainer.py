@@ -20,9 +20,10 @@ from mlxmm.compute.half_products import half_products
 from mlxmm.compute.precision import set_dtypes
 from mlxmm.config import to_json
 from mlxmm.distributed import collectives
-from mlxmm.distributed.signals import Interrupted, Request, end_requests
+from mlxmm.distributed.signals import Interrupted, Request, end_requests, held
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
+from mlxmm.terminal import say
 from mlxmm.training import batches, lightning_words, run_folder, run_state
 from mlxmm.training.anomaly import assert_finite, watched_outputs
 from mlxmm.training.callback import Callback, arrange_callbacks, hook_table, note_first_state, restart_callbacks
@@ -106,7 +107,8 @@ class Trainer(TrainerProperties):
         yet; "best" that of `ModelCheckpoint`. Without it each call is a run of its own, from the module's weights.
         """
         data = as_datamodule(datamodule, train=train_dataloaders, val=val_dataloaders)
-        with self._stage("fit", model, data, ckpt_path), self._layers_prepared(), end_requests() as self._request:
+        alone = collectives.world_size() == 1
+        with self._stage("fit", model, data, ckpt_path), self._layers_prepared(), end_requests(alone) as self._request:
             self._prepare_fit()
             self._call("on_fit_start")
             self._sanity_check()
@@ -200,12 +202,15 @@ class Trainer(TrainerProperties):
 
     def _train(self) -> None:
         self._agree()
+        if self.progress.validating:  # a signal ended the run in the middle of it
+            self._validate_in_fit()
+            self._call("on_save_point")
         while not self.schedule.is_done(self.should_stop):
             self._call("on_train_epoch_start")
             for group, is_last in self._updates_of_epoch():
                 is_last = self._agree(not self._update(group) or is_last)
                 if self.schedule.validation_due(is_last, self.should_stop):
-                    self._validate()
+                    self._validate_in_fit()
                 ends = is_last or self.schedule.is_done(self.should_stop)
                 if ends:
                     self._call("on_train_epoch_end")
@@ -238,8 +243,9 @@ class Trainer(TrainerProperties):
             collectives.barrier()  # a GPU must not wait inside the update for a process whose batch is late
             collectives.enter_collective()
             self.strategy.check_micro_batches(len(group))
-            metrics = self._train_step(group)
-            mx.eval(metrics, self.module.state, self.optimizer.state)
+            with held():  # an update is whole, and so are the kernels that it compiles
+                metrics = self._train_step(group)
+                mx.eval(metrics, self.module.state, self.optimizer.state)
         self.logged_metrics.clear()
         self.progress.finish_update(len(group))
         if self.global_step % self.config.log_every_n_steps == 0:
@@ -268,6 +274,11 @@ class Trainer(TrainerProperties):
             raise UserError(why_empty(loader, self.current_epoch))
         if empty:  # resumed where an exception came between the epoch's last update and its end
             self.progress.finish_epoch()
+
+    def _validate_in_fit(self) -> None:
+        self.progress.validating = True
+        self._validate()
+        self.progress.validating = False
 
     def _validate(self) -> dict[str, float]:
         if self.config.overfit_batches:
@@ -398,4 +409,4 @@ class Trainer(TrainerProperties):
         for logger in self.loggers:
             logger.finalize(status)
         if self.config.profiler and self.is_global_zero:
-            print(self.profiler.table())
+            say(self.profiler.table())
