@@ -21,7 +21,7 @@ import numpy as np
 from mlxmm.data.loader import prefetched
 from mlxmm.data.sources.rows import Rows
 from mlxmm.distributed import collectives
-from mlxmm.distributed.signals import check_end, held
+from mlxmm.distributed.signals import check_end
 from mlxmm.progress_bar import passing_bar
 from mlxmm.storage.atomic import sync
 
@@ -91,8 +91,7 @@ def _computed(rows: Rows, blocks: list[int], pixels, compute, num_threads: int) 
         with passing_bar("caching features", len(blocks), "picture", batches, unit_scale=BLOCK) as bar:
             for batch in bar:
                 check_end()  # a block that is written stays
-                with held():
-                    features = np.array(compiled(mx.array(batch["pixels"])))
+                features = np.array(compiled(mx.array(batch["pixels"])))
                 yield features
 
 

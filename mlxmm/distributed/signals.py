@@ -10,6 +10,8 @@ import attrs
 # Ctrl-C; `kill`, and a scheduler at the end; a terminal that is gone; Slurm's warning (--signal=USR1@60).
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
+NO_KERNEL = "Could not load C++ shared library"  # MLX, of what a compiler did not write
+
 
 class Ended(SystemExit):
     """A signal ends the program. The exit code is 128 + the signal's number, as shells report it."""
@@ -47,9 +49,10 @@ def check_end() -> None:
 def end_requests(alone: bool = True) -> Iterator[Request]:
     """Within the block, the signals `ENDS` are recorded instead of ending the process; a second SIGINT interrupts.
 
-    `check_end` heeds them if this process is `alone`: others must agree first. Handlers that were set before are
-    called too, and restored afterwards; signals that are ignored stay so (`nohup`). Only the main thread receives
-    signals: in any other thread this does nothing.
+    `check_end` heeds them if this process is `alone`: others must agree first. Ctrl-C in a terminal ends the compiler
+    too that MLX may be calling: its failure is the signal then, not an error. Handlers that were set before are called
+    too, and restored afterwards; signals that are ignored stay so (`nohup`). Only the main thread receives signals: in
+    any other thread this does nothing.
     """
     global _current
     request, outer = Request(), _current
@@ -66,6 +69,10 @@ def end_requests(alone: bool = True) -> Iterator[Request]:
     with _handled(before, note):
         try:
             yield request
+        except RuntimeError as error:
+            if NO_KERNEL in str(error):
+                _current.check()
+            raise
         finally:
             _current = outer
 
@@ -82,19 +89,6 @@ def raised() -> Iterator[None]:
 
 def _raise_ended(number, frame) -> None:
     raise Ended(number)
-
-
-@contextlib.contextmanager
-def held() -> Iterator[None]:
-    """Within the block this thread and the processes it starts do not receive the signals `ENDS`; they come after it.
-
-    Ctrl-C in a terminal reaches the compiler that MLX calls as well, which would leave MLX without its kernel.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _handlers() -> dict[int, Callable | int | None]:

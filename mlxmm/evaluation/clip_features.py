@@ -9,7 +9,6 @@ from itertools import islice
 import mlx.core as mx
 import numpy as np
 
-from mlxmm.distributed.signals import held
 from mlxmm.errors import UserError
 from mlxmm.evaluation.linear_probe import Labelled, linear_probe
 from mlxmm.evaluation.retrieval import captions_of, retrieval
@@ -39,8 +38,7 @@ def _features(clip: ContrastiveCLIP, unit: str, items: Iterable, encode: Callabl
     parts, total = [], len(items) if isinstance(items, Sized) else None
     with evaluating(clip), passing_bar(f"encoding {unit}s", total, unit) as bar:
         for part in _batches(iter(items)):
-            with held():
-                parts.append(np.array(encode(part).astype(mx.float32)))
+            parts.append(np.array(encode(part).astype(mx.float32)))
             bar.update(len(part))
     if not parts:
         raise UserError("there are no images or texts to compute features of")

@@ -10,7 +10,6 @@ import mlx.core as mx
 import numpy as np
 
 from mlxmm.compute.precision import autocast
-from mlxmm.distributed.signals import held
 from mlxmm.networks.generation import DecoderInterface, GenerationConfig, cache_bytes, generate, sequence_keys, stream
 from mlxmm.preprocessing.images import as_images
 from mlxmm.progress_bar import passing_bar
@@ -106,9 +105,8 @@ class CaptioningModule(Module):
                 for start in range(0, len(images), size):
                     chunk = images[start : start + size]
                     keys = sequence_keys(config.seed, indices[start : start + size])
-                    with held():
-                        prefix = self.prefix(self.features(self.processor(chunk)), prompt)
-                        rows += generate(self.decoder, prefix, config, stop_id=self.stop_id, keys=keys)
+                    prefix = self.prefix(self.features(self.processor(chunk)), prompt)
+                    rows += generate(self.decoder, prefix, config, stop_id=self.stop_id, keys=keys)
                     bar.update(len(chunk))
         mx.clear_cache()  # its arrays have other shapes than those of training
         return rows

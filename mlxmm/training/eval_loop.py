@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 import mlx.core as mx
 
 from mlxmm.distributed import collectives
-from mlxmm.distributed.signals import check_end, held
+from mlxmm.distributed.signals import check_end
 from mlxmm.errors import UserError
 from mlxmm.progress_bar import passing_bar
 from mlxmm.training import batches
@@ -46,10 +46,9 @@ class Evaluator:
             step, total = self._step(stage), None
             for batch, counts in self._bar(stage, batches.count(loader, limit), pairs):
                 check_end()
-                with held():
-                    sums = step(batch)
-                    total = add_sums(total, sums) if counts else total
-                    mx.eval(sums, total)
+                sums = step(batch)
+                total = add_sums(total, sums) if counts else total
+                mx.eval(sums, total)
             total = fill_empty_sums(total)
             with collectives.off_gpu():
                 means = {} if total is None else average_sums(total)[0]
@@ -86,8 +85,7 @@ class Evaluator:
             name = "sanity check" + ", compiling kernels" * self.trainer.compiler.enabled
             for batch, _ in self._bar(name, limit, pairs):
                 check_end()
-                with held():
-                    mx.eval(step(batch))
+                mx.eval(step(batch))
             self.call("on_sanity_check_end")
 
     def _bar(self, name: str, total: int | None, items: Iterable) -> Iterator:

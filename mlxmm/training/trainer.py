@@ -20,7 +20,7 @@ from mlxmm.compute.half_products import half_products
 from mlxmm.compute.precision import set_dtypes
 from mlxmm.config import to_json
 from mlxmm.distributed import collectives
-from mlxmm.distributed.signals import Interrupted, Request, end_requests, held
+from mlxmm.distributed.signals import Interrupted, Request, end_requests
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
 from mlxmm.terminal import say
@@ -243,9 +243,8 @@ class Trainer(TrainerProperties):
             collectives.barrier()  # a GPU must not wait inside the update for a process whose batch is late
             collectives.enter_collective()
             self.strategy.check_micro_batches(len(group))
-            with held():  # an update is whole, and so are the kernels that it compiles
-                metrics = self._train_step(group)
-                mx.eval(metrics, self.module.state, self.optimizer.state)
+            metrics = self._train_step(group)
+            mx.eval(metrics, self.module.state, self.optimizer.state)
         self.logged_metrics.clear()
         self.progress.finish_update(len(group))
         if self.global_step % self.config.log_every_n_steps == 0:
