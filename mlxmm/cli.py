@@ -5,6 +5,7 @@ import difflib
 import errno
 import inspect
 import io
+import select
 import shutil
 import signal
 import sys
@@ -41,8 +42,10 @@ def run_recipe(recipe: str, main: Callable, presets: Mapping[str, Preset]) -> No
     """
     try:
         with raised(), collectives.watched(waits=False):
-            main(parse_config(recipe, presets, sys.argv[1:]))
-            sys.stdout.flush()
+            try:
+                main(parse_config(recipe, presets, sys.argv[1:]))
+            finally:
+                sys.stdout.flush()
     except UserError as error:
         _end(f"error: {error}", 2)
     except KeyboardInterrupt as error:
@@ -50,11 +53,20 @@ def run_recipe(recipe: str, main: Callable, presets: Mapping[str, Preset]) -> No
     except Ended as error:
         _end(_interrupted(error), error.code)
     except BrokenPipeError:
+        if not _is_closed(sys.stdout):
+            raise
         _end("", 128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in OF_THE_MACHINE:
             raise
-        _end(f"error: {error.filename or 'standard output'}: {error.strerror}", 2)
+        _end(": ".join(["error", *filter(None, [error.filename, error.strerror])]), 2)
+
+
+def _is_closed(stream) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _interrupted(error: BaseException) -> str:

@@ -111,15 +111,18 @@ def test_telling_into_a_closed_pipe_is_silent_and_into_a_full_disk_one_warning(m
 
 @pytest.mark.parametrize(
     ("where", "code", "told"),
-    [("closed pipe", 128 + signal.SIGPIPE, ""), ("/dev/full", 2, "error: standard output: No space left on device\n")],
+    [("closed pipe", 128 + signal.SIGPIPE, ""), ("/dev/full", 2, "error: No space left on device\n")],
 )
-def test_help_that_nobody_reads_ends_silently_and_on_a_full_disk_with_one_line(where, code, told):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_help_that_nobody_reads_ends_silently_and_on_a_full_disk_with_one_line(where, code, told, unbuffered):
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     if where == "/dev/full":
         out = os.open(where, os.O_WRONLY)
     else:
         reader, out = os.pipe()
         os.close(reader)
-    done = python("-m", "recipes.caption", "--help", capture_output=False, stdout=out, stderr=subprocess.PIPE)
+    streams = {"capture_output": False, "stdout": out, "stderr": subprocess.PIPE}
+    done = python("-m", "recipes.caption", "--help", env=environment, **streams)
     os.close(out)
     assert (done.returncode, done.stderr) == (code, told)
 
