@@ -45,7 +45,8 @@ def run_recipe(recipe: str, main: Callable, presets: Mapping[str, Preset]) -> No
             try:
                 main(parse_config(recipe, presets, sys.argv[1:]))
             finally:
-                sys.stdout.flush()
+                if sys.stdout is not None:
+                    sys.stdout.flush()
     except UserError as error:
         _end(f"error: {error}", 2)
     except KeyboardInterrupt as error:
@@ -80,7 +81,7 @@ def _end(line: str, code: int) -> NoReturn:
         print(line, file=Forgiving(sys.stderr), flush=True)
     try:
         sys.stdout.flush()
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         discard(sys.stdout)
     raise SystemExit(code) from None
 
