@@ -100,8 +100,8 @@ class Lines(tqdm):
         super().__init__(*args, bar_format=bar_format or (LINE if total is not None else COUNT_LINE), **settings)
 
     def display(self, msg=None, pos=None):
-        """Print a line, if it is time."""
-        if time.monotonic() - Lines.printed >= LINE_SECONDS:
+        """Print a line, if it is time, and this has taken a second."""
+        if time.monotonic() - Lines.printed >= LINE_SECONDS and time.time() - self.start_t >= TICK:
             self._print()
 
     def close(self):
