@@ -1,5 +1,10 @@
 """mlxmm: multimodal training on MLX."""
 
+from mlxmm import commands, terminal
+
+if commands.is_recipe():
+    terminal.end_at_interrupt()
+
 from mlxmm import backends, environment, version
 
 environment.quiet_libraries()  # before anything imports it

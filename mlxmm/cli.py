@@ -1,41 +1,89 @@
 """The command line: flags become a config, a `UserError` becomes one line and exit code 2. tyro is used here only."""
 
 import contextlib
+import difflib
+import errno
 import inspect
 import io
+import select
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, NoReturn, get_args
 
 import attrs
 
+from mlxmm.commands import program
 from mlxmm.config import Preset, from_json
 from mlxmm.distributed import collectives
+from mlxmm.distributed.signals import Ended, raised
 from mlxmm.errors import UserError
 from mlxmm.storage.pretrained import read_json
 from mlxmm.storage.runs import find_run
+from mlxmm.terminal import Forgiving, discard
 
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 COLUMN = 42  # where the explanations of flags begin
 MAX_WIDTH = 120
+# What the machine lacks, not the program: room, rights, a disk that works.
+OF_THE_MACHINE = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG")}
 
 
 def run_recipe(recipe: str, main: Callable, presets: Mapping[str, Preset]) -> None:
     """Run `main(config)` on the command line's flags; a `UserError` becomes one line and exit code 2.
 
-    `presets` has a "default" among its names. With `--resume`, the settings that the run was started with
-    take the place of the default.
+    So does a full disk, or a folder that may not be written. A signal that ends the program becomes one line and 128 +
+    its number. A closed pipe is silent. `presets` has a "default" among its names. With `--resume`, the settings that
+    the run was started with take the place of the default.
     """
     try:
-        with collectives.watched(waits=False):
-            main(parse_config(recipe, presets, sys.argv[1:]))
+        with raised(), collectives.watched(waits=False):
+            try:
+                main(parse_config(recipe, presets, sys.argv[1:]))
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _end(f"error: {error}", 2)
+    except KeyboardInterrupt as error:
+        _end(_interrupted(error), 128 + signal.SIGINT)
+    except Ended as error:
+        _end(_interrupted(error), error.code)
+    except BrokenPipeError:
+        if not _is_closed(sys.stdout):
+            raise
+        _end("", 128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        _end(": ".join(["error", *filter(None, [error.filename, error.strerror])]), 2)
+
+
+def _is_closed(stream) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _interrupted(error: BaseException) -> str:
+    """What was kept, and how to go on: `open_run` has noted it."""
+    return f"interrupted: {'; '.join(getattr(error, '__notes__', [])) or 'nothing was begun that could be kept'}"
+
+
+def _end(line: str, code: int) -> NoReturn:
+    """End the program with a line; what standard output still holds and cannot take is dropped."""
+    if line:
+        print(line, file=Forgiving(sys.stderr), flush=True)
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        discard(sys.stdout)
+    raise SystemExit(code) from None
 
 
 def parse_config(recipe: str, presets: Mapping[str, Preset], argv: Sequence[str]):
@@ -62,7 +110,30 @@ def _parse(default, flags: Sequence[str]):
         with contextlib.redirect_stderr(explanation):
             return tyro.cli(type(default), default=default, args=flags, add_help=False, registry=_registry(default))
     except SystemExit:
-        raise UserError(_unboxed(explanation.getvalue())) from None
+        told, _, _ = _unboxed(explanation.getvalue()).partition("; Perhaps you meant")
+        raise UserError(told + _suggestion(default, flags)) from None
+
+
+def _suggestion(default, words: Sequence[str]) -> str:
+    """The flags that someone may have meant who wrote some that are not there."""
+    known = list(flags_of(default))
+    names = {f"--{name}" for flag in known for name in flag.names}
+    unknown = [word.partition("=")[0] for word in words if word.startswith("--")]
+    unknown = [word for word in unknown if word not in names and word.replace("no-", "", 1) not in names]
+    meant = dict.fromkeys(name for word in unknown for name in _nearest(word, known))
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""
+
+
+def _nearest(word: str, known: "Sequence[Flag]") -> list[str]:
+    """At most two flags whose names, or the last parts of them, are like `word`; of equals those used most."""
+    word = word.removeprefix("--")
+    likeness = lambda name: 0.9 if word in name.split("-") else difflib.SequenceMatcher(None, word, name).ratio()
+    rated = [
+        (max(map(likeness, (*flag.names, flag.path[-1].replace("_", "-")))), flag.is_first, not flag.rare, flag)
+        for flag in known
+    ]
+    best = sorted((one for one in rated if one[0] > 0.7), key=lambda one: one[:3], reverse=True)[:2]
+    return [f"--{flag.names[-1]}" for *rank, flag in best if rank == list(best[0][:3])]
 
 
 def take_flag(flag: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -107,6 +178,16 @@ class Flag:
     @property
     def name(self) -> str:
         return ".".join(self.path).replace("_", "-")
+
+    @property
+    def names(self) -> list[str]:
+        """Its name, and its short one if it has one, without the hyphens in front."""
+        return [self.name, *filter(None, [(self.field.metadata.get("flag") or "").removeprefix("--")])]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is among those used most."""
+        return bool(self.field.metadata.get("first"))
 
 
 def flags_of(config, path: tuple[str, ...] = (), rare: bool = False) -> Iterator[Flag]:
@@ -190,18 +271,11 @@ def _unboxed(box: str) -> str:
 # ---- help
 
 
-def program(recipe: str) -> str:
-    """How the recipe was called: by the command `mlxmm`, or by `python -m` in a checkout."""
-    spec = sys.modules["__main__"].__spec__
-    called_by_command = spec is not None and spec.name.startswith("mlxmm.")
-    return f"mlxmm {recipe.replace('_', '-')}" if called_by_command else f"python -m recipes.{recipe}"
-
-
 def help_text(recipe: str, default, presets: Mapping[str, Preset], *, everything: bool) -> str:
     """What a recipe is for, its presets, and its flags: those that matter first, then section by section."""
     module = sys.modules[type(default).__module__]
     flags = [flag for flag in flags_of(default) if everything or not flag.rare]
-    first = [flag for flag in flags if flag.field.metadata.get("first")]
+    first = [flag for flag in flags if flag.is_first]
     about = inspect.cleandoc(module.__doc__ or "").replace(f"python -m recipes.{recipe}", program(recipe))
     parts = [f"usage: {program(recipe)} [FLAGS]", about]
     if len(presets) > 1:

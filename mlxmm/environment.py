@@ -108,6 +108,11 @@ def openai_api_key() -> str | None:
     return os.environ.get("OPENAI_API_KEY") or None
 
 
+def is_first_process() -> bool:
+    """Whether this process is not one of `mlx.launch` or `mpirun` other than the first: the one that tells."""
+    return not (launched_rank() or mpi_share()[0])
+
+
 def quiet_libraries() -> None:
     """Keep transformers from remarking that torch is missing, and the Hub's client from drawing bars where there is no
     terminal. They read TRANSFORMERS_VERBOSITY and HF_HUB_DISABLE_PROGRESS_BARS when they are imported."""

@@ -25,6 +25,7 @@ from mlxmm.errors import UserError
 from mlxmm.export import llava
 from mlxmm.modules.qwen3_aligner import Qwen3Aligner
 from mlxmm.preprocessing.tokenizers import START, load_tokenizer
+from mlxmm.progress_bar import stage, staged
 from mlxmm.storage.hub import check_upload, local_folder, upload
 from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.runs import Run, TrainingRunConfig, open_run
@@ -33,6 +34,7 @@ from .parts.alignment import FLICKR30K_PRESETS, AlignmentConfig, plan_alignment,
 from .parts.captioning import evaluate, fit, longest_caption, report_truncation
 from .parts.language_model import LanguageModelConfig, language_model_or_train
 from .parts.named_parts import check_parts
+from .parts.next_steps import suggest_captioner, suggest_push
 from .parts.refresh_config import RefreshConfig, check_refresh, check_refresh_parts, refresh_section
 from .parts.tower import TowerConfig, tower_or_train
 
@@ -86,7 +88,10 @@ def main(config: Config) -> None:
         fit(config, aligner, source, run, "align", FreezeSchedule(stages, unit="step"))
         if run.is_global_zero:
             evaluate(config, aligner, source, run)
-    if config.push_to and run.is_global_zero:  # once the run's summary is written
+            suggest_captioner(run, config.data, config.seed)
+            if not config.push_to and _can_be_exported(aligner):
+                suggest_push(run, "align_qwen3", run.folder)
+    if config.push_to and run.keeps_files and run.is_global_zero:  # once the run's summary is written
         push(config, aligner, run)
 
 
@@ -100,10 +105,18 @@ def build(config: Config, source: CaptionSource, run: Run) -> Qwen3Aligner:
     if module.max_new_tokens == 0:
         module = attrs.evolve(module, max_new_tokens=longest_caption(load_tokenizer(local_folder(lm)), source))
     mx.random.seed(config.seed)
-    aligner = Qwen3Aligner.from_parts(module)
+    aligner = staged("loading the models")(Qwen3Aligner.from_parts)(module)
     aligner.lineage = Lineage(source.lineage)
     report_truncation(aligner, source, run)
     return aligner
+
+
+def _can_be_exported(aligner: Qwen3Aligner) -> bool:
+    try:
+        llava.check(aligner)
+    except UserError:
+        return False
+    return True
 
 
 def report_memory(config: Config, aligner: Qwen3Aligner, source: CaptionSource, run: Run) -> None:
@@ -120,8 +133,11 @@ def push(config: Config, aligner: Qwen3Aligner, run: Run) -> None:
     folder = run.folder / "export"
     if folder.exists():  # of this run, before it was resumed
         shutil.rmtree(folder)
-    aligner.save_pretrained(folder, run.metrics)
-    run.print(f"uploaded: {upload(folder, config.push_to, public=config.public)}")
+    with stage("exporting"):
+        aligner.save_pretrained(folder, run.metrics)
+    with stage("uploading"):
+        url = upload(folder, config.push_to, public=config.public)
+    run.print(f"uploaded: {url}")
 
 
 if __name__ == "__main__":

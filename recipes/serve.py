@@ -21,9 +21,9 @@ from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.modules.loading import KINDS, load_captioner
 from mlxmm.storage.hub import local_folder
 from mlxmm.storage.pretrained import read_config, read_json
+from mlxmm.storage.runs import MODELS
 
 NUM_EXAMPLES = 12
-PARTS = ("checkpoints/best", "checkpoints/last", "model")  # of a run's folder, the first that is there
 
 
 @attrs.frozen(kw_only=True)
@@ -61,7 +61,7 @@ def main(config: Config) -> None:
 
 def find_model(path_or_id: str) -> Path:
     """The folder of the model: of a run, that of its best checkpoint or its model. Raises `UserError`."""
-    inside = [Path(path_or_id) / part for part in PARTS if (Path(path_or_id) / part).exists()]
+    inside = [Path(path_or_id) / part for part in MODELS if (Path(path_or_id) / part).exists()]
     return inside[0] if inside else local_folder(path_or_id)
 
 

@@ -25,6 +25,7 @@ from mlxmm.storage.runs import Run, TrainingRunConfig, open_run
 
 from .parts.captioning import evaluate, fit, longest_caption, report_truncation
 from .parts.named_parts import check_parts
+from .parts.next_steps import suggest_captioner
 from .parts.refresh_config import RefreshConfig, check_refresh, check_refresh_parts, refresh_section
 from .parts.tower import TowerConfig, tower_or_train
 
@@ -70,6 +71,7 @@ def main(config: Config) -> None:
         fit(config, captioner, source, run, "captioner")
         if run.is_global_zero:
             evaluate(config, captioner, source, run)
+            suggest_captioner(run, config.data, config.seed)
 
 
 def build(config: Config, source: CaptionSource, run: Run) -> CaptionDecoder:

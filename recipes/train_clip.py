@@ -18,6 +18,7 @@ from mlxmm.optimizers import OptimizerConfig
 from mlxmm.storage.runs import TrainingRunConfig, open_run
 
 from .parts.named_parts import check_parts
+from .parts.next_steps import suggest_clip
 from .parts.refresh_config import RefreshConfig, check_refresh, check_refresh_parts, refresh_section
 from .parts.tower import TowerConfig, train
 
@@ -96,6 +97,7 @@ def main(config: Config) -> None:
         run.report(metrics)
         if run.is_global_zero:
             clip.save_pretrained(run.folder / "model")
+            suggest_clip(run, config.data, config.seed)
 
 
 if __name__ == "__main__":

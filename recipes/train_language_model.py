@@ -28,6 +28,7 @@ def main(config: Config) -> None:
         run.report(metrics)
         if run.is_global_zero:
             model.save_pretrained(run.folder / "model")
+            run.suggest("align it", "align_qwen3", "--module.lm", run.folder / "model")
 
 
 if __name__ == "__main__":

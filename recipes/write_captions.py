@@ -74,7 +74,8 @@ def write(config: Config, run: Run, pictures, prompts: dict, shard: Shard, write
         hashes = hashes_of(pictures, shard)
         wanted = requests(hashes, prompts, journal.written())
         run.print(f"{len(hashes)} pictures, {len(hashes) * len(prompts)} captions, {len(wanted)} of them to be written")
-        progress = write_captions(pictures, wanted, prompts, writer, journal, config.sampling, shown(len(wanted)))
+        with progress_bar("captions", len(wanted), "caption") as bar:
+            progress = write_captions(pictures, wanted, prompts, writer, journal, config.sampling, shown_on(bar))
         entries = list(journal.entries())
     except WriterFailed as error:
         raise UserError(f"{writer.name} writes no more captions: {error}; --resume last goes on from here") from None
@@ -87,9 +88,8 @@ def write(config: Config, run: Run, pictures, prompts: dict, shard: Shard, write
     return Captions(entries, pictures, hashes, provenance(writer, config.sampling))
 
 
-def shown(total: int):
-    """A bar of the captions that are written, with rates and the time that is left."""
-    bar = progress_bar("captions", total, "caption")
+def shown_on(bar):
+    """Shows on a bar which captions are written, with rates and the time that is left."""
 
     def update(progress: Progress) -> None:
         bar.set_postfix({name: f"{value:.1f}" for name, value in progress.rates().items()}, refresh=False)

@@ -33,9 +33,9 @@ LAYERS = [
     ),
     ("mlxmm/storage",),
     ("mlxmm/distributed",),
-    ("mlxmm/compute",),
+    ("mlxmm/compute", "mlxmm/progress_bar"),
     ("mlxmm/config", "mlxmm/environment", "mlxmm/backends"),
-    ("mlxmm/errors", "mlxmm/checkout", "mlxmm/progress_bar", "mlxmm/version"),
+    ("mlxmm/errors", "mlxmm/checkout", "mlxmm/commands", "mlxmm/terminal", "mlxmm/version"),
 ]
 LAYER_OF = {room: -place for place, rooms in enumerate(LAYERS) for room in rooms}
 WITHIN = {("mlxmm/data", "mlxmm/data/sources")}  # rooms of one layer of which the first may import the second

@@ -23,6 +23,7 @@ from mlxmm.data.sources.rows import Rows
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.export.dataset import public_name
+from mlxmm.terminal import say
 
 GRACE = 5.0  # seconds that a thread has to end, once its writer is closed
 
@@ -240,7 +241,7 @@ class CaptionRefresh:
         except Exception as error:  # whatever a writer or a filter raises must not stop training
             why = str(error) or type(error).__name__
             if why != self._error and not self._closed.is_set():
-                print(f"no new captions by {self.writer.name}, training goes on with those it has: {why}", flush=True)
+                say(f"no new captions by {self.writer.name}, training goes on with those it has: {why}")
             self._error = why
 
     def _make(self, version: int) -> None:
@@ -302,7 +303,7 @@ class CaptionRefresh:
                 held_out = {digest for pictures in self.held_out for digest in hashes_of(pictures, Shard())}
                 found = held_out & places.keys()
                 if found and collectives.rank() == 0:
-                    print(f"{len(found)} pictures get no new captions: they are in val or test too", flush=True)
+                    say(f"{len(found)} pictures get no new captions: they are in val or test too")
                 self._places = {digest: place for digest, place in places.items() if digest not in found}
         return self._places
 

@@ -37,6 +37,8 @@ class Compiled:
         variant = mx.compile(functools.partial(self._function), inputs=self._state, outputs=self._state)
         try:
             outputs = variant(*args)  # traces: this is the call that runs `function` as Python
+            if mx.default_device() == mx.cpu:
+                mx.eval(outputs, self._state)  # calls the C++ compiler, which Ctrl-C in a terminal ends too
         except BaseException:
             restore()  # MLX leaves its tracers in the state, which nothing can evaluate
             high, low = key.tolist()  # and in the random key, from which the next module would draw its weights

@@ -16,6 +16,7 @@ from mlxmm.data.sources.rows import Rows, is_stream
 from mlxmm.data.sources.shapes import ShapesGrammar, ShapesTexts
 from mlxmm.data.splits import open_splits
 from mlxmm.errors import UserError
+from mlxmm.progress_bar import staged
 
 
 @attrs.frozen(kw_only=True)
@@ -84,6 +85,7 @@ class CaptionSource:
         return isinstance(self.rows["train"], MixedRows)
 
 
+@staged("opening data")
 def open_source(config: CaptionDataConfig, seed: int) -> CaptionSource:
     """Open what `config.source` names: one source, or several, which are mixed. A collective call.
 

@@ -21,6 +21,8 @@ import numpy as np
 from mlxmm.data.loader import prefetched
 from mlxmm.data.sources.rows import Rows
 from mlxmm.distributed import collectives
+from mlxmm.distributed.signals import check_end
+from mlxmm.progress_bar import passing_bar
 from mlxmm.storage.atomic import sync
 
 FEATURES, JOURNAL = "features.bin", "blocks.jsonl"
@@ -85,8 +87,12 @@ def _computed(rows: Rows, blocks: list[int], pixels, compute, num_threads: int) 
     with ThreadPoolExecutor(num_threads) as pool:
         row_pixels = lambda place: pixels(rows[place])
         places = (range(block * BLOCK, min(len(rows), (block + 1) * BLOCK)) for block in blocks)
-        for batch in prefetched({"pixels": np.stack(list(pool.map(row_pixels, part)))} for part in places):
-            yield np.array(compiled(mx.array(batch["pixels"])))
+        batches = prefetched({"pixels": np.stack(list(pool.map(row_pixels, part)))} for part in places)
+        with passing_bar("caching features", len(blocks), "picture", batches, unit_scale=BLOCK) as bar:
+            for batch in bar:
+                check_end()  # a block that is written stays
+                features = np.array(compiled(mx.array(batch["pixels"])))
+                yield features
 
 
 def _opened(path: Path, shape: tuple[int, ...]) -> np.memmap:

@@ -14,6 +14,7 @@ from mlxmm.data.sources.rows import MAX_UNUSABLE
 from mlxmm.data.sources.stream import MIN_UNUSABLE, StreamRows, UnusableRow
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
+from mlxmm.terminal import say
 
 NUM_PREFETCHED = 4  # batches that are prepared ahead, or one for each thread
 
@@ -173,5 +174,5 @@ class StreamLoader:
             rng = np.random.default_rng([self.seed, epoch, collectives.rank(), place])
             return self.transform(self.rows.row(values), rng)
         except UnusableRow as error:
-            print(f"skipped, {error}")
+            say(f"skipped, {error}")
             return None

@@ -11,6 +11,7 @@ from mlxmm.data.sources.picture_files import hashes_of
 from mlxmm.data.sources.rows import Rows
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
+from mlxmm.terminal import say
 
 
 def mix(names: Sequence[str], sources: Sequence[Mapping], weights: Sequence[float], num_threads: int) -> MixedRows:
@@ -36,7 +37,7 @@ def mix(names: Sequence[str], sources: Sequence[Mapping], weights: Sequence[floa
 def _report(name: str, first: str, rows: Rows, leaks: Sequence[int]) -> None:
     if leaks and collectives.rank() == 0:
         some = ", ".join(map(rows.name, leaks[:5]))
-        print(f"left out, as {first} is evaluated on these pictures: {len(leaks)} of {len(rows)} of {name}, as {some}")
+        say(f"left out, as {first} is evaluated on these pictures: {len(leaks)} of {len(rows)} of {name}, as {some}")
 
 
 def _held_out(splits: Mapping[str, Rows], num_threads: int) -> set[str]:

@@ -14,6 +14,7 @@ from mlxmm.data.sources.stream import open_stream
 from mlxmm.data.sources.tables import Columns, read_captions
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
+from mlxmm.terminal import say
 
 
 @attrs.frozen
@@ -91,7 +92,7 @@ def _usable(config: CaptionDataConfig, opened: dict[str, Any], checked: bool) ->
 def _report_conditions(source: str, split: str, num_before: int, num_rows: int, left_out: dict[str, int]) -> None:
     """Print how many rows each condition left out. Raises `UserError` if no row is left."""
     for condition, number in left_out.items() if collectives.rank() == 0 else ():
-        print(f"--data.where {condition} leaves out {number} of {num_before} {split} rows of {source}")
+        say(f"--data.where {condition} leaves out {number} of {num_before} {split} rows of {source}")
     if left_out and not num_rows:
         raise UserError(f"--data.where {' '.join(left_out)} leaves no {split} rows of {source}")
 
@@ -104,4 +105,4 @@ def _report_unlisted(source: str, rows: dict[str, CaptionRows]) -> None:
 
 def _report_skipped(why: str, names: Sequence[str]) -> None:
     for name in names if collectives.rank() == 0 else ():
-        print(f"skipped, {why}: {name}")
+        say(f"skipped, {why}: {name}")

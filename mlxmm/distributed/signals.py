@@ -1,19 +1,28 @@
-"""Signals that end a run cleanly: after the current update, with a checkpoint."""
+"""Signals that end a run cleanly: after the current update or batch, with a checkpoint."""
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import attrs
 
+# Ctrl-C; `kill`, and a scheduler at the end; a terminal that is gone; Slurm's warning (--signal=USR1@60).
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
-class Interrupted(SystemExit):
-    """A signal asked the run to end. The exit code is 128 + the signal's number, as shells report it."""
+NO_KERNEL = "Could not load C++ shared library"  # MLX, of what a compiler did not write
+
+
+class Ended(SystemExit):
+    """A signal ends the program. The exit code is 128 + the signal's number, as shells report it."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)
         self.signal = signal.Signals(number)
+
+
+class Interrupted(Ended):
+    """A signal asked a run to end, which does so between two updates or batches: its checkpoint can be saved."""
 
 
 @attrs.define
@@ -22,31 +31,79 @@ class Request:
 
     number: int | None = None
 
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal asked for the end: for loops that may be left between two batches."""
+        if self.number is not None:
+            raise Interrupted(self.number)
+
+
+_current = Request()
+
+
+def check_end() -> None:
+    """Raise `Interrupted` where a signal asked a lone process to end. Between batches, of whatever takes long."""
+    _current.check()
+
 
 @contextlib.contextmanager
-def end_requests() -> Iterator[Request]:
-    """Within the block, SIGINT and SIGTERM are recorded instead of ending the process; a second SIGINT interrupts.
+def end_requests(alone: bool = True) -> Iterator[Request]:
+    """Within the block, the signals `ENDS` are recorded instead of ending the process; a second SIGINT interrupts.
 
-    Handlers that were set before are called too, and restored afterwards. Only the main thread receives signals: in
+    `check_end` heeds them if this process is `alone`: others must agree first. Ctrl-C in a terminal ends the compiler
+    too that MLX may be calling: its failure is the signal then, not an error. Handlers that were set before are called
+    too, and restored afterwards; signals that are ignored stay so (`nohup`). Only the main thread receives signals: in
     any other thread this does nothing.
     """
-    request = Request()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    global _current
+    request, outer = Request(), _current
+    before = _handlers()
 
     def note(number, frame):
         if request.number == number == signal.SIGINT:
             raise KeyboardInterrupt
         request.number = number
-        if callable(before[number]) and before[number] is not signal.default_int_handler:
+        if callable(before[number]) and before[number] not in (signal.default_int_handler, _raise_ended):
             before[number](number, frame)
 
+    _current = request if alone else outer
+    with _handled(before, note):
+        try:
+            yield request
+        except RuntimeError as error:
+            if NO_KERNEL in str(error):
+                _current.check()
+            raise
+        finally:
+            _current = outer
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """Within the block, the signals `ENDS` raise an exception: `KeyboardInterrupt` or `Ended`."""
+    before = _handlers()
+    with _handled(before, _raise_ended):
+        if signal.SIGINT in before:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+
+
+def _raise_ended(number, frame) -> None:
+    raise Ended(number)
+
+
+def _handlers() -> dict[int, Callable | int | None]:
+    """The handlers of the signals that this thread may handle."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: now for number in ENDS if (now := signal.getsignal(number)) is not signal.SIG_IGN}
+
+
+@contextlib.contextmanager
+def _handled(before: dict, handler: Callable) -> Iterator[None]:
     try:
         for number in before:
-            signal.signal(number, note)
-        yield request
-    finally:
-        for number, handler in before.items():
             signal.signal(number, handler)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

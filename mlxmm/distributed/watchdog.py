@@ -21,7 +21,7 @@ import attrs
 
 from mlxmm import environment
 from mlxmm.distributed.launch import Launch
-from mlxmm.distributed.signals import Interrupted
+from mlxmm.distributed.signals import Ended
 from mlxmm.errors import UserError
 
 TICK = 0.25  # seconds between reports
@@ -83,7 +83,7 @@ class Watchdog:
 
     def note(self, error: BaseException) -> None:
         """Report an error of this process to the others. Raises `PeerLost` if its cause is that another rank failed."""
-        if isinstance(error, Interrupted) or (isinstance(error, SystemExit) and not error.code):
+        if isinstance(error, Ended) or (isinstance(error, SystemExit) and not error.code):
             return  # a signal that all ranks obey, or a normal exit
         if any(tag in str(error) for tag in MLX_TAGS) and self._verdict_comes():
             raise PeerLost(f"error: {self.failure}") from error

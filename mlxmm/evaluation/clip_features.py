@@ -3,7 +3,7 @@
 N images or texts, E features of the shared space, D of the vision tower.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 
 import mlx.core as mx
@@ -13,6 +13,7 @@ from mlxmm.errors import UserError
 from mlxmm.evaluation.linear_probe import Labelled, linear_probe
 from mlxmm.evaluation.retrieval import captions_of, retrieval
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
+from mlxmm.progress_bar import passing_bar
 from mlxmm.training.module import evaluating
 
 BATCH = 256  # images or texts computed at a time
@@ -20,22 +21,25 @@ BATCH = 256  # images or texts computed at a time
 
 def image_features(clip: ContrastiveCLIP, images: Iterable) -> np.ndarray:
     """PIL images to (N, E), unit length; `BATCH` images are in memory at a time. Raises `UserError` if N is 0."""
-    return _features(clip, images, lambda part: clip.encode_image(clip.preprocess(part)))
+    return _features(clip, "picture", images, lambda part: clip.encode_image(clip.preprocess(part)))
 
 
 def tower_features(clip: ContrastiveCLIP, images: Iterable) -> np.ndarray:
     """PIL images to (N, D), before the projection: what linear probes read (CLIP, appendix A.2)."""
-    return _features(clip, images, lambda part: clip.vision(clip.preprocess(part)))
+    return _features(clip, "picture", images, lambda part: clip.vision(clip.preprocess(part)))
 
 
 def text_features(clip: ContrastiveCLIP, texts: Iterable[str]) -> np.ndarray:
     """Texts to (N, E), unit length. Raises `UserError` if N is 0."""
-    return _features(clip, texts, lambda part: clip.encode_text(clip.tokenize(part)))
+    return _features(clip, "text", texts, lambda part: clip.encode_text(clip.tokenize(part)))
 
 
-def _features(clip: ContrastiveCLIP, items: Iterable, encode: Callable[[list], mx.array]) -> np.ndarray:
-    with evaluating(clip):
-        parts = [np.array(encode(part).astype(mx.float32)) for part in _batches(iter(items))]
+def _features(clip: ContrastiveCLIP, unit: str, items: Iterable, encode: Callable[[list], mx.array]) -> np.ndarray:
+    parts, total = [], len(items) if isinstance(items, Sized) else None
+    with evaluating(clip), passing_bar(f"encoding {unit}s", total, unit) as bar:
+        for part in _batches(iter(items)):
+            parts.append(np.array(encode(part).astype(mx.float32)))
+            bar.update(len(part))
     if not parts:
         raise UserError("there are no images or texts to compute features of")
     return np.concatenate(parts)

@@ -12,6 +12,7 @@ import numpy as np
 from mlxmm.compute.precision import autocast
 from mlxmm.networks.generation import DecoderInterface, GenerationConfig, cache_bytes, generate, sequence_keys, stream
 from mlxmm.preprocessing.images import as_images
+from mlxmm.progress_bar import passing_bar
 from mlxmm.training.module import Module, evaluating
 
 BUCKET = 8  # batches are as long as a multiple of this many tokens
@@ -100,11 +101,13 @@ class CaptioningModule(Module):
         indices = range(len(images)) if indices is None else indices
         with evaluating(self), autocast(self, "32"):
             size = self._num_at_once(images[:1], prompt, config)
-            for start in range(0, len(images), size):
-                chunk = images[start : start + size]
-                keys = sequence_keys(config.seed, indices[start : start + size])
-                prefix = self.prefix(self.features(self.processor(chunk)), prompt)
-                rows += generate(self.decoder, prefix, config, stop_id=self.stop_id, keys=keys)
+            with passing_bar("captioning", len(images), "picture") as bar:
+                for start in range(0, len(images), size):
+                    chunk = images[start : start + size]
+                    keys = sequence_keys(config.seed, indices[start : start + size])
+                    prefix = self.prefix(self.features(self.processor(chunk)), prompt)
+                    rows += generate(self.decoder, prefix, config, stop_id=self.stop_id, keys=keys)
+                    bar.update(len(chunk))
         mx.clear_cache()  # its arrays have other shapes than those of training
         return rows
 

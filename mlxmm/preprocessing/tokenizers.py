@@ -5,11 +5,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mlxmm.errors import UserError
+from mlxmm.progress_bar import staged
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 IMAGES = ("<image>", "<|image_pad|>")  # image tokens of LLaVA and of Qwen's tokenizers
 
 
+@staged("loading the tokenizer")
 def load_tokenizer(folder: Path):
     """The tokenizer of a folder in the Hub's layout."""
     from transformers import AutoTokenizer
@@ -25,6 +27,7 @@ def load_tokenizer(folder: Path):
     return tokenizer
 
 
+@staged("training a tokenizer")
 def train_tokenizer(texts: Iterable[str], vocab_size: int, *, adds_start_and_end: bool = False):
     """A byte-level BPE tokenizer with at most `vocab_size` tokens, and no unknown ones.
 
@@ -70,6 +73,7 @@ def with_image_token(tokenizer):
     return tokenizer, image
 
 
+@staged("tokenizing captions")
 def token_length(tokenizer, texts: Iterable[str]) -> int:
     """The number of tokens of the longest text, rounded up to a multiple of four."""
     longest = max(map(len, tokenizer(list(texts))["input_ids"]))

@@ -1,6 +1,7 @@
 """Files that are whole or absent: written beside their place, flushed to the disk, then renamed into it."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -79,6 +80,15 @@ def read_arrays(path: Path, **options):
         return mx.load(str(path), **options)
     except RuntimeError as error:
         raise UserError(f"{path} is missing or damaged: {str(error).splitlines()[0]}") from None
+
+
+def write_arrays(path: Path, arrays: dict[str, mx.array], **options) -> None:
+    """Write a safetensors file, by `mx.save_safetensors`. Raises `OSError` if the disk is full or does not work."""
+    try:
+        mx.save_safetensors(str(path), arrays, **options)
+    except RuntimeError as error:
+        free = shutil.disk_usage(path.parent).free / 2**30
+        raise OSError(errno.EIO, f"{str(error).splitlines()[0]} {free:.1f} GiB are free", str(path)) from None
 
 
 def replace_symlink(link: Path, target: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlxmm import environment
 from mlxmm.distributed import collectives
+from mlxmm.errors import UserError
 from mlxmm.storage.atomic import atomic_folder
 
 
@@ -20,13 +21,35 @@ def cache_folder(name: str) -> Path:
 def cached(name: str, key, make: Callable[[Path], None]) -> Path:
     """The folder of what `make(folder)` wrote for `key` (JSON values), now or in an earlier run; whole or absent.
 
-    A collective call: all processes take part in the making, and rank 0 keeps what it made.
+    A collective call: all processes take part in the making, and rank 0 keeps what it made. Raises `UserError` if the
+    cache cannot be written.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder(f"{name}-{digest}")
     if not collectives.broadcast_object(folder.exists):
+        if collectives.rank() == 0:
+            _require_root()
         with atomic_folder(folder) if collectives.rank() == 0 else tempfile.TemporaryDirectory() as temporary:
             make(Path(temporary))
+    return collectives.broadcast_paths(lambda: [folder])[0]
+
+
+def _require_root() -> None:
+    """Make the root of the cache, and a file in it."""
+    root = environment.cache_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise UserError(f"the cache {root} cannot be written: {error.strerror}; name another by MLXMM_CACHE") from None
+
+
+def made_in(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder` with what `make(folder)` wrote on rank 0: for what is not to be kept. A collective call."""
+    with contextlib.nullcontext(folder) if collectives.rank() == 0 else tempfile.TemporaryDirectory() as place:
+        Path(place).mkdir(parents=True, exist_ok=True)
+        make(Path(place))
     return collectives.broadcast_paths(lambda: [folder])[0]
 
 

@@ -17,7 +17,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxmm.compute.precision import HALF, widen
 from mlxmm.errors import UserError
-from mlxmm.storage.atomic import atomic_folder, read_arrays, sha256, write_json
+from mlxmm.storage.atomic import atomic_folder, read_arrays, sha256, write_arrays, write_json
+from mlxmm.terminal import say
 
 FORMAT = 1
 WEIGHTS, STATE = "weights.safetensors", "state.json"
@@ -34,7 +35,7 @@ def save(folder: Path, checkpoint: dict[str, dict], save_config: Callable[[Path]
     with atomic_folder(folder) as temporary:
         for name, arrays in checkpoint.items():
             if name != "state":
-                mx.save_safetensors(str(temporary / f"{name}.safetensors"), arrays)
+                write_arrays(temporary / f"{name}.safetensors", arrays)
         save_config(temporary)
         files = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
         write_json(temporary / STATE, {"format": FORMAT, **checkpoint["state"], "files": files})
@@ -129,7 +130,7 @@ def latest(checkpoints: Path) -> Path | None:
             return folder
         except UserError as error:
             damage = damage or error
-            print(f"skipped: {error}")
+            say(f"skipped: {error}")
     if damage is not None:
         raise UserError(f"no checkpoint of this run is whole: {damage}")
     return None

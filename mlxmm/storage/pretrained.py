@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxmm.errors import UserError
-from mlxmm.storage import checkpoint
+from mlxmm.storage import atomic, checkpoint
 from mlxmm.storage.atomic import atomic_file, read_arrays, write_json
 from mlxmm.storage.torch_weights import read_torch_weights
 
@@ -48,7 +48,7 @@ def write_settings(folder: Path, config: dict, processor, tokenizer) -> None:
 def write_arrays(path: Path, arrays: dict[str, mx.array], **metadata: str) -> None:
     """Write a safetensors file, whole or not at all. Arrays may have been read from `path` itself."""
     with atomic_file(path) as temporary:
-        mx.save_safetensors(str(temporary), arrays, metadata=metadata or None)
+        atomic.write_arrays(temporary, arrays, metadata=metadata or None)
 
 
 def read_weights(folder: Path) -> dict[str, mx.array]:

@@ -4,7 +4,9 @@ runs/<recipe>/<name>/config.json  data.json  metrics.jsonl  events.out.tfevents.
 """
 
 import contextlib
+import shlex
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, count
@@ -13,15 +15,19 @@ from pathlib import Path
 import attrs
 from attrs.validators import ge, lt
 
+from mlxmm.commands import command, tool
 from mlxmm.config import option, to_json
 from mlxmm.distributed import collectives
+from mlxmm.distributed.signals import Ended
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
 from mlxmm.storage.atomic import remove_leftovers, write_json
 from mlxmm.storage.lineage import DATA, Lineage
+from mlxmm.terminal import say
 
 RUNS = Path("runs")
 LOGS = ("metrics.jsonl", "events.out.tfevents.*")
+MODELS = ("checkpoints/best", "checkpoints/last", "model")  # the first that is there is a run's model
 RESULTS = ("samples.png", "captions.jsonl", "model", "dataset", "summary.json")  # what the closing lines point to
 
 
@@ -46,11 +52,13 @@ class Run:
 
     folder: Path
     ckpt_path: Path | None = None
+    keeps_files: bool = True  # not with `fast_dev_run`, whose folder is deleted at the end
     metrics: dict = attrs.field(factory=dict, init=False)
+    next_steps: dict[str, str] = attrs.field(factory=dict, init=False)  # commands, by what they do
 
     def subrun(self, name: str) -> "Run":
         """A run in a folder of this one, resumed from its newest checkpoint if it has one."""
-        return Run(*collectives.broadcast_paths(lambda: _open_subrun(self.folder / name)))
+        return Run(*collectives.broadcast_paths(lambda: _open_subrun(self.folder / name)), keeps_files=self.keeps_files)
 
     @property
     def is_global_zero(self) -> bool:
@@ -60,7 +68,16 @@ class Run:
     def print(self, text: str) -> None:
         """Print on one process only."""
         if self.is_global_zero:
-            print(text, flush=True)
+            say(text)
+
+    def suggest(self, what: str, recipe: str, *arguments: str | Path) -> None:
+        """Name a command that one may want after this run: it is printed at the end."""
+        self.next_steps[what] = command(recipe, *arguments)
+
+    @property
+    def model(self) -> Path | None:
+        """The folder of the model that this run has trained: its best or last checkpoint, or its export."""
+        return next((self.folder / part for part in MODELS if (self.folder / part).exists()), None)
 
     def report(self, metrics: dict) -> None:
         """Add to the metrics of the run's end: numbers are printed then, all JSON values come into summary.json."""
@@ -83,8 +100,9 @@ def open_run(config: RunConfig, recipe: str) -> Iterator[Run]:
 
     At the beginning: makes the folder of a new run and writes its `config.json`, or finds the run to be resumed. At
     the end, once every process got there: writes `summary.json` with what was reported and the "seconds" it took
-    (which an unfinished run does not have), prints the metrics and where the results are. A new run that fails before
-    it wrote anything leaves no folder.
+    (which an unfinished run does not have), prints the metrics, where the results are and what one may do next. A new
+    run that fails before it wrote anything leaves no folder; with `fast_dev_run` none does. An exception that ends the
+    run by a signal gets a note of what was kept, and of the command that goes on.
 
     Raises `UserError` where a new run's folder exists, where a run to be resumed does not or its checkpoint is damaged,
     and where the processes cannot train by the config's strategy.
@@ -92,17 +110,50 @@ def open_run(config: RunConfig, recipe: str) -> Iterator[Run]:
     start = time.perf_counter()
     if (trainer := getattr(config, "trainer", None)) is not None:
         collectives.check_strategy(trainer.strategy)
+    if trainer is not None and trainer.fast_dev_run:
+        with _tried(start) as run:
+            yield run
+        return
     run = Run(*collectives.broadcast_paths(lambda: _open(config, recipe)))
+    run.print(f"run: {run.folder}")
     try:
         yield run
         collectives.barrier()
-    except BaseException:
+    except BaseException as error:
         if run.is_global_zero and run.ckpt_path is None:
             _remove_if_unused(run.folder)
+        if isinstance(error, KeyboardInterrupt | Ended):
+            error.add_note(_kept(run, recipe, resumable=hasattr(config, "resume")))
         raise
     run.report({"seconds": time.perf_counter() - start})
     if run.is_global_zero:
         _close(run)
+
+
+@contextlib.contextmanager
+def _tried(start: float) -> Iterator[Run]:
+    """A run that leaves no files: all are in a temporary folder until its end."""
+    made = tempfile.mkdtemp(prefix="mlxmm-") if collectives.rank() == 0 else None
+    [folder] = collectives.broadcast_paths(lambda: [Path(str(made))])
+    try:
+        run = Run(folder, keeps_files=False)
+        yield run
+        collectives.barrier()
+    finally:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+    run.report({"seconds": time.perf_counter() - start})
+    run.print(f"{table(run.metrics)}\nfast_dev_run: everything ran, and no files were written")
+
+
+def _kept(run: Run, recipe: str, *, resumable: bool) -> str:
+    """What a run that was interrupted has kept, and the command that goes on from there."""
+    if not run.folder.exists():
+        return "nothing was kept"
+    saved = sorted(run.folder.glob("**/checkpoints/last"), key=lambda link: link.lstat().st_mtime)
+    kept = f"kept {saved[-1].parent / saved[-1].readlink() if saved else run.folder}"
+    go_on = command(recipe, "--run-dir", run.folder, "--resume", "last")
+    return f"{kept}; go on with: {go_on}" if resumable else kept
 
 
 def find_run(recipe: str, resume: str, run_dir: Path | None) -> Path:
@@ -188,12 +239,20 @@ def _remove_if_unused(folder: Path) -> None:
 
 def _close(run: Run) -> None:
     run.save()
-    print(table(run.metrics))
-    for name in RESULTS:
-        if (run.folder / name).exists():
-            print(f"{name.partition('.')[0]}: {run.folder / name}")
+    lines = [table(run.metrics)]
+    lines += [f"{name.partition('.')[0]}: {run.folder / name}" for name in RESULTS if (run.folder / name).exists()]
     if any(run.folder.glob(LOGS[1])):
-        print(f"curves: tensorboard --logdir {run.folder}")
+        run.next_steps["see the curves"] = _tensorboard(run.folder)
+    if run.next_steps:
+        lines += ["next:", *(f"  {what:<16}{command}" for what, command in run.next_steps.items())]
+    say("\n".join(filter(None, lines)))
+
+
+def _tensorboard(folder: Path) -> str:
+    program, told = tool("tensorboard"), ""
+    if program is None:
+        program, told = "tensorboard", "  # once there is one: pip install tensorboard"
+    return shlex.join([program, "--logdir", str(folder)]) + told
 
 
 def table(metrics: dict) -> str:

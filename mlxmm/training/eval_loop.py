@@ -1,11 +1,13 @@
 """The loops over held-out data: validation, test, prediction, and the sanity check before training."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import mlx.core as mx
 
 from mlxmm.distributed import collectives
+from mlxmm.distributed.signals import check_end
 from mlxmm.errors import UserError
+from mlxmm.progress_bar import passing_bar
 from mlxmm.training import batches
 from mlxmm.training.module import evaluating
 from mlxmm.training.randomness import isolated_random_state
@@ -39,9 +41,11 @@ class Evaluator:
         trainer, prefix = self.trainer, PREFIXES[stage]
         if loader is None or collectives.all_max(batches.count(loader, limit) != 0) == [0]:
             return Metrics()
+        pairs = trainer.strategy.lockstep(self._with_hooks(stage, loader, limit))
         with trainer.profiler.phase(stage), evaluating(trainer.module):
             step, total = self._step(stage), None
-            for batch, counts in trainer.strategy.lockstep(self._with_hooks(stage, loader, limit)):
+            for batch, counts in self._bar(stage, batches.count(loader, limit), pairs):
+                check_end()
                 sums = step(batch)
                 total = add_sums(total, sums) if counts else total
                 mx.eval(sums, total)
@@ -58,12 +62,12 @@ class Evaluator:
     def predict(self, loader, limit: int | float) -> list:
         """What `predict_step` returns for each batch, evaluated."""
         module, results = self.trainer.module, []
-        if loader is None or batches.count(loader, limit) == 0:
+        if loader is None or (count := batches.count(loader, limit)) == 0:
             return results
         with self.trainer.profiler.phase("predict"), evaluating(module):
             self.call("on_predict_start")
             self.call("on_predict_epoch_start")
-            for batch_idx, batch in enumerate(batches.epoch(loader, 0, limit=limit)):
+            for batch_idx, batch in enumerate(self._bar("prediction", count, batches.epoch(loader, 0, limit=limit))):
                 self.call("on_predict_batch_start", batch, batch_idx)
                 results.append(module.predict_step(batch))
                 mx.eval(results[-1])
@@ -77,9 +81,16 @@ class Evaluator:
         with isolated_random_state(), evaluating(self.trainer.module):
             self.call("on_sanity_check_start")
             step = self._step("validation")
-            for batch, _ in self.trainer.strategy.lockstep(batches.epoch(loader, 0, limit=limit)):
+            pairs = self.trainer.strategy.lockstep(batches.epoch(loader, 0, limit=limit))
+            name = "sanity check" + ", compiling kernels" * self.trainer.compiler.enabled
+            for batch, _ in self._bar(name, limit, pairs):
+                check_end()
                 mx.eval(step(batch))
             self.call("on_sanity_check_end")
+
+    def _bar(self, name: str, total: int | None, items: Iterable) -> Iterator:
+        with passing_bar(name, total, "batch", items, shown=self.trainer.config.enable_progress_bar) as bar:
+            yield from bar
 
     def _with_hooks(self, stage: str, loader, limit: int | float) -> Iterator:
         """The batches; runs the hooks at the start of the stage, and before and after each batch."""

@@ -127,7 +127,8 @@ class ModelCheckpoint(Callback):
         )
 
     def _save(self, trainer) -> None:
-        if self.dirpath is None or self.last_step == trainer.global_step:
+        is_saved = self.last_step == trainer.global_step and not self._validated  # a later score makes it another
+        if self.dirpath is None or is_saved:
             return
         before = {self.last_step, *self.scores} - {None}
         self.last_step, self._saved_at = trainer.global_step, trainer.training_seconds

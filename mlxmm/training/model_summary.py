@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from mlx.utils import tree_flatten
 
 from mlxmm.compute.precision import dtype_name
+from mlxmm.terminal import say
 from mlxmm.training.callback import Callback
 
 
@@ -13,7 +14,7 @@ class ModelSummary(Callback):
 
     def on_train_start(self, trainer, module):
         if trainer.config.enable_model_summary and trainer.is_global_zero:
-            print(summary(module))
+            say(summary(module))
 
 
 def summary(module) -> str:
@@ -22,7 +23,7 @@ def summary(module) -> str:
     parts: dict[str, list[str]] = {}
     for name in arrays:
         parts.setdefault(name.split(".")[0], []).append(name)
-    lines = [f"{'part':<20}{'parameters':>14}{'trainable':>14}  dtypes"]
+    lines = [f"{type(module).__name__}:", f"{'part':<20}{'parameters':>14}{'trainable':>14}  dtypes"]
     return "\n".join(
         lines + [_line(part, names, arrays, trained) for part, names in (*parts.items(), ("total", arrays))]
     )

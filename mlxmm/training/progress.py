@@ -11,6 +11,7 @@ class Progress:
     current_epoch: int = 0
     batch_idx: int = 0  # micro-batches of this epoch that are done
     seconds: float = 0.0  # of training, those before a resume included
+    validating: bool = False  # the validation after this update has begun and not ended
 
     def finish_update(self, num_batches: int) -> None:
         """Count an update made from `num_batches` micro-batches."""
@@ -28,4 +29,4 @@ class Progress:
     def load_state_dict(self, state: dict) -> None:
         """Take back what `state_dict` gave; other entries of `state` are ignored."""
         for field in attrs.fields(type(self)):
-            setattr(self, field.name, state[field.name])
+            setattr(self, field.name, state.get(field.name, field.default))

@@ -24,6 +24,7 @@ from mlxmm.distributed import collectives
 from mlxmm.distributed.signals import Interrupted, Request, end_requests
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
+from mlxmm.terminal import say
 from mlxmm.training import batches, lightning_words, run_folder, run_state
 from mlxmm.training.anomaly import assert_finite, watched_outputs
 from mlxmm.training.callback import Callback, arrange_callbacks, hook_table, note_first_state, restart_callbacks
@@ -110,7 +111,8 @@ class Trainer(TrainerProperties):
         yet; "best" that of `ModelCheckpoint`. Without it each call is a run of its own, from the module's weights.
         """
         data = as_datamodule(datamodule, train=train_dataloaders, val=val_dataloaders)
-        with self._stage("fit", model, data, ckpt_path), self._layers_prepared(), end_requests() as self._request:
+        alone = collectives.world_size() == 1
+        with self._stage("fit", model, data, ckpt_path), self._layers_prepared(), end_requests(alone) as self._request:
             self._prepare_fit()
             self._call("on_fit_start")
             self._sanity_check()
@@ -209,12 +211,15 @@ class Trainer(TrainerProperties):
 
     def _train(self) -> None:
         self._agree()
+        if self.progress.validating:  # a signal ended the run in the middle of it
+            self._validate_in_fit()
+            self._call("on_save_point")
         while not self.schedule.is_done(self.should_stop):
             self._call("on_train_epoch_start")
             for group, is_last in self._updates_of_epoch():
                 is_last = self._agree(not self._update(group) or is_last)
                 if self.schedule.validation_due(is_last, self.should_stop):
-                    self._validate()
+                    self._validate_in_fit()
                 ends = is_last or self.schedule.is_done(self.should_stop)
                 if ends:
                     self._call("on_train_epoch_end")
@@ -277,6 +282,11 @@ class Trainer(TrainerProperties):
             raise UserError(why_empty(loader, self.current_epoch))
         if empty:  # resumed where an exception came between the epoch's last update and its end
             self.progress.finish_epoch()
+
+    def _validate_in_fit(self) -> None:
+        self.progress.validating = True
+        self._validate()
+        self.progress.validating = False
 
     def _validate(self) -> dict[str, float]:
         if self.config.overfit_batches:
@@ -412,4 +422,4 @@ class Trainer(TrainerProperties):
         for logger in self.loggers:
             logger.finalize(status)
         if self.config.profiler and self.is_global_zero:
-            print(self.profiler.table())
+            say(self.profiler.table())

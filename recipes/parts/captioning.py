@@ -12,6 +12,7 @@ from mlxmm.evaluation.captions import Images, shuffled
 from mlxmm.evaluation.contact_sheet import contact_sheet, failures_first
 from mlxmm.modules.captioning_module import CaptioningModule
 from mlxmm.preprocessing.tokenizers import token_length
+from mlxmm.progress_bar import stage
 from mlxmm.storage.atomic import atomic_file
 from mlxmm.storage.runs import Run
 from mlxmm.training.logger import repeatable
@@ -30,8 +31,9 @@ def longest_caption(tokenizer, source: CaptionSource) -> int:
 
 def report_truncation(captioner: CaptioningModule, source: CaptionSource, run: Run) -> None:
     """Print how many of the first captions are longer than those that `captioner` is trained on."""
-    texts, length = source.sample_captions(), captioner.max_new_tokens
-    tokens = captioner.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    with stage("tokenizing captions"):
+        texts, length = source.sample_captions(), captioner.max_new_tokens
+        tokens = captioner.tokenizer(texts, add_special_tokens=False)["input_ids"]
     if num_cut := sum(len(ids) >= length for ids in tokens):
         flag = "--module.max-new-tokens"
         run.print(f"cut: {num_cut} of {len(texts)} captions do not end within {length} tokens, see {flag}")
@@ -65,10 +67,12 @@ def evaluate(config, captioner: CaptioningModule, source: CaptionSource, run: Ru
 
     The control ("_shuffled") holds each caption against another picture's references.
     """
-    sheet = []
+    sheet, most = [], config.max_test
+    if config.trainer.fast_dev_run:
+        most = min(most, config.trainer.fast_dev_run * config.data.batch_size)
     for split in source.test_splits:
         rows = source.rows[split]
-        images = Images(rows, most=config.max_test)
+        images = Images(rows, most=most)
         captions = captioner.caption(images)
         references = [rows.without_image(i)["captions"] for i in range(len(images))]
         run.report({f"test/exact_match{split.removeprefix('test')}": exact_match(captions, references)})
@@ -78,7 +82,7 @@ def evaluate(config, captioner: CaptioningModule, source: CaptionSource, run: Ru
             run.report({"test/exact_match_shuffled": exact_match(others, references)})
             run.report({"test/bleu": bleu(captions, references), "test/bleu_shuffled": bleu(others, references)})
     samples = contact_sheet(sheet)
-    with atomic_file(run.folder / "samples.png") as path:
+    with stage("drawing samples.png"), atomic_file(run.folder / "samples.png") as path:
         samples.save(path)
     log_results(captioner.trainer, {k: v for k, v in run.metrics.items() if k.startswith("test/")}, samples)
     run.report({"data/skipped": len(source.skipped), "data/skipped_rows": list(source.skipped)})

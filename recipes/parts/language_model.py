@@ -11,11 +11,12 @@ from mlxmm.data.caption_source import CaptionSource
 from mlxmm.data.text_data import TextData
 from mlxmm.modules.text_model import TextModel, TextModelConfig
 from mlxmm.preprocessing.tokenizers import token_length, train_tokenizer
-from mlxmm.storage.cache import cached
+from mlxmm.storage.cache import cached, made_in
 from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.runs import Run
 from mlxmm.training.logger import repeatable
 
+from .fast_dev_run import tried_too
 from .monitoring import monitors
 
 
@@ -34,11 +35,17 @@ def language_model_or_train(config, source: CaptionSource, run: Run) -> str:
     if config.module.lm is not None:
         return config.module.lm
 
+    language_model = attrs.evolve(
+        config.language_model, trainer=tried_too(config.language_model.trainer, config.trainer)
+    )
+
     def make(folder):
-        model, _ = train(config.language_model, source, run.subrun("language_model"), config.seed)
+        model, _ = train(language_model, source, run.subrun("language_model"), config.seed)
         model.save_pretrained(folder)
 
-    return str(cached("language-model", [to_json(config.data), config.seed, to_json(config.language_model)], make))
+    if not run.keeps_files:
+        return str(made_in(run.folder / "language-model", make))
+    return str(cached("language-model", [to_json(config.data), config.seed, to_json(language_model)], make))
 
 
 def train(config: LanguageModelConfig, source: CaptionSource, run: Run, seed: int) -> tuple[TextModel, dict]:

@@ -19,6 +19,7 @@ from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.preprocessing.images import UndecodableImage
 from mlxmm.storage.atomic import write_json
 from mlxmm.storage.dataset_push import push_dataset
+from mlxmm.terminal import say
 
 from .captioners import provenance
 from .publishing import Captions, Origin, judge, write_folder
@@ -116,6 +117,6 @@ class RefreshPusher:
         try:
             url = push_dataset(version / DATASET, self.config.push_to, name, public=self.config.public)
             write_json(version / PUSHED, {"url": url})
-            print(f"pushed: {url}", flush=True)
+            say(f"pushed: {url}")
         except Exception as error:  # training goes on; the next refresh, or a resumed run, tries again
-            print(f"{name} was not pushed, training goes on: {error}", flush=True)
+            say(f"{name} was not pushed, training goes on: {error}")

@@ -16,12 +16,13 @@ from mlxmm.evaluation.prompt_templates import TEMPLATES
 from mlxmm.modules.contrastive_clip import CLIPConfig, ContrastiveCLIP
 from mlxmm.preprocessing.images import ImageProcessor
 from mlxmm.storage.atomic import write_json
-from mlxmm.storage.cache import cached
+from mlxmm.storage.cache import cached, made_in
 from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.pretrained import read_json
 from mlxmm.storage.runs import Run
 from mlxmm.training.logger import repeatable
 
+from .fast_dev_run import tried_too
 from .monitoring import log_results, monitors
 from .refresh import refreshing
 from .refresh_config import RefreshConfig
@@ -58,12 +59,17 @@ def tower_or_train(config, source: CaptionSource, run: Run) -> tuple[str, dict]:
     if config.module.vision is not None:
         return config.module.vision, {}
 
+    tower = attrs.evolve(config.tower, trainer=tried_too(config.tower.trainer, config.trainer))
+
     def make(folder):
-        clip, metrics = train(config.tower, source, run.subrun("tower"), config.seed)
+        clip, metrics = train(tower, source, run.subrun("tower"), config.seed)
         clip.save_pretrained(folder)
         write_json(folder / "metrics.json", metrics)
 
-    folder = cached("tower", [to_json(config.data), config.seed, to_json(config.tower)], make)
+    if run.keeps_files:
+        folder = cached("tower", [to_json(config.data), config.seed, to_json(tower)], make)
+    else:
+        folder = made_in(run.folder / "tower-model", make)
     metrics = read_json(folder / "metrics.json")
     return str(folder), {name: metrics[name] for name in ("zero_shot/accuracy",) if name in metrics}
 

@@ -139,9 +139,11 @@ def test_another_decoder_decodes_again(write, decoded, monkeypatch):
 
 
 @pytest.mark.parametrize(("is_terminal", "shown"), [(True, True), (True, False), (False, True)])
-def test_a_bar_is_shown_where_it_is_wanted_on_a_terminal_only(monkeypatch, is_terminal, shown):
+def test_a_bar_is_shown_where_it_is_wanted_and_a_line_where_there_is_no_terminal(monkeypatch, is_terminal, shown):
     err = io.StringIO()
     err.isatty = lambda: is_terminal
     monkeypatch.setattr(sys, "stderr", err)
     assert list(progress_bar("checking pictures", 3, "picture", iter("abc"), shown=shown)) == list("abc")
-    assert ("checking pictures: 100%" in err.getvalue()) == (is_terminal and shown) == bool(err.getvalue())
+    assert ("checking pictures: 100%" in err.getvalue()) == (is_terminal and shown)
+    assert ("checking pictures: 3/3" in err.getvalue()) == (shown and not is_terminal)
+    assert shown or not err.getvalue()

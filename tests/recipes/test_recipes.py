@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -46,6 +48,50 @@ def test_a_run_leaves_behind_what_the_readme_says(finished):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "train/loss" in row] == [2, 4, 6, 8]
     assert [row["step"] for row in rows if "val/loss_shuffled" in row] == [4, 8]
+
+
+def test_the_commands_at_the_end_work_as_they_stand(finished, cache):
+    _, _, told = finished[1].partition("next:\n")
+    commands = {line[2:18].strip(): line[18:] for line in told.splitlines()}
+    assert list(commands) == ["caption", "evaluate", "try it", "see the curves"]
+    assert commands["evaluate"].endswith("--data.shapes.num-train 64 --data.shapes.num-val 16 --data.shapes.num-test 8")
+    environment = os.environ | {"MLXMM_CACHE": str(cache)}
+    done = subprocess.run(commands["caption"], shell=True, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "samples.png: " in done.stdout, done.stderr
+
+
+def test_a_run_whose_output_nobody_reads_any_more_goes_on_to_its_end(finished, cache, tmp_path):
+    reader, writer = os.pipe()
+    command = [sys.executable, "-m", "recipes.align_qwen3", *TINY, "--run-dir", str(tmp_path / "run")]
+    environment = os.environ | {"MLXMM_CACHE": str(cache)}
+    child = subprocess.Popen(command, stdout=writer, stderr=writer, cwd=ROOT, env=environment)
+    os.close(writer)
+    assert os.read(reader, 100).startswith(b"run: ")
+    os.close(reader)  # as `| head -1` does
+    assert child.wait(120) == 0
+    first, second = (json.loads((folder / "summary.json").read_text()) for folder in (finished[0], tmp_path / "run"))
+    assert first | {"seconds": 0} == second | {"seconds": 0} and (tmp_path / "run/samples.png").exists()
+
+
+@pytest.mark.parametrize("recipe", ["train_clip", pytest.param("align_qwen3", marks=pytest.mark.slow)])
+def test_fast_dev_run_leaves_no_files_and_points_to_none(recipe, tmp_path):
+    flags = ["--preset", "tiny", "--trainer.fast-dev-run", 1]
+    environment = os.environ | {"MLXMM_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    environment |= {"TMPDIR": str(tmp_path / "tmp")}
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp/mlx").symlink_to(Path(tempfile.gettempdir()) / "mlx")  # kernels are not compiled again
+    command = [sys.executable, "-m", f"recipes.{recipe}", *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["tmp", "mlx"]
+    assert done.stdout.endswith("fast_dev_run: everything ran, and no files were written\n")
+    assert not re.search(r"tensorboard|samples\.png|^run: |summary", done.stdout, re.MULTILINE)
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run("align_qwen3", *TINY, "--run-dir", tmp_path / "run", cache=tmp_path / "file" / "cache")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "cannot be written: Not a directory" in done.stderr
 
 
 def test_tensorboard_reads_scalars_images_text_and_settings(finished):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -9,9 +11,9 @@ import mlx.core as mx
 import pytest
 from conftest import DistinctBatches, TinyRegression
 
-from mlxmm import Trainer
+from mlxmm import Callback, Trainer
 from mlxmm.callbacks import ModelCheckpoint
-from mlxmm.cli import parse_config
+from mlxmm.cli import parse_config, run_recipe
 from mlxmm.config import Preset
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
@@ -28,6 +30,62 @@ def stopped_run(folder: Path, **settings) -> Path:
         (run.folder / "events.out.tfevents.1.host").write_bytes(b"x")
         raise KeyboardInterrupt
     return folder
+
+
+def interrupted(capsys, flags: list[str], main) -> tuple[int, str, str]:
+    """The exit code, standard output and standard error of a recipe."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["test", *flags])
+        run_recipe("test", main, PRESETS)
+    return ended.value.code, *capsys.readouterr()
+
+
+def train_until(number: int, *, step: int):
+    """A recipe that trains, and gets a signal in an update, or after training if the step does not come."""
+
+    class Kill(Callback):
+        def on_train_batch_start(self, trainer, module, batches):
+            if trainer.global_step == step:
+                os.kill(os.getpid(), number)
+
+    def main(config):
+        with open_run(config, "test") as run:
+            trainer = Trainer(max_steps=4, default_root_dir=run.folder, callbacks=[Kill(), ModelCheckpoint()])
+            trainer.fit(TinyRegression(), DistinctBatches(), ckpt_path=run.ckpt_path)
+            os.kill(os.getpid(), number)
+
+    return main
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize(("step", "kept"), [(1, "step=2"), (9, "step=4")])
+def test_a_signal_ends_a_recipe_with_one_line_that_says_what_was_kept_and_how_to_go_on(
+    tmp_path, capsys, number, step, kept
+):
+    folder = tmp_path / "a run"
+    code, out, err = interrupted(capsys, ["--run-dir", str(folder)], train_until(number, step=step))
+    last = err.splitlines()[-1]
+    assert code == 128 + number and "Traceback" not in err and out.startswith(f"run: {folder}\n")
+    assert last.startswith(f"interrupted: kept {folder}/checkpoints/{kept}; go on with: ")
+    assert last.endswith(f" -m recipes.test --run-dir '{folder}' --resume last")
+
+
+def test_a_recipe_that_is_interrupted_before_it_wrote_anything_keeps_nothing(tmp_path, capsys):
+    def main(config):
+        with open_run(config, "test"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    code, _, err = interrupted(capsys, ["--run-dir", str(tmp_path / "r")], main)
+    assert (code, err) == (130, "interrupted: nothing was kept\n") and not (tmp_path / "r").exists()
+
+
+def test_a_full_disk_ends_a_recipe_with_one_line(tmp_path, capsys):
+    def main(config):
+        with open("/dev/full", "w") as file:
+            file.write("x" * 100_000)
+
+    code, _, err = interrupted(capsys, [], main)
+    assert (code, err) == (2, "error: No space left on device\n")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -50,8 +50,8 @@ def test_a_bare_trainer_shows_parts_and_progress_and_keeps_metrics_and_checkpoin
     assert trainer.log_dir == RUNS / "TinyRegression/version_0"
     kept = {path.name for path in trainer.log_dir.rglob("*")}
     assert {"metrics.jsonl", "last", "step=6", "weights.safetensors"} <= kept
-    out = capsys.readouterr().out
-    assert "backbone" in out and "fit 3/6" in out and "fit 6/6" in out
+    out, err = capsys.readouterr()
+    assert out.startswith("TinyRegression:\n") and "backbone" in out and "fit: 6/6" in err and "train/loss=" in err
     assert [path.name for path in Path().iterdir()] == ["runs"]
 
 

@@ -17,12 +17,11 @@ from typing import Protocol
 
 from mlxmm.distributed import collectives
 from mlxmm.preprocessing.images import DECODER
-from mlxmm.progress_bar import progress_bar
+from mlxmm.progress_bar import passing_bar
 from mlxmm.storage.atomic import write_json
 from mlxmm.storage.cache import cache_folder
 
 FOLDER = "undecodable"
-DELAY = 1.0  # seconds before a progress bar appears
 
 
 class Decodable(Protocol):
@@ -75,8 +74,10 @@ def _checksum(places: Sequence[int]) -> int:
 
 
 def _find(rows: Decodable, places: Sequence[int], num_threads: int) -> list[int]:
-    shown = collectives.rank() == 0
-    with ThreadPoolExecutor(num_threads) as pool:
+    pool = ThreadPoolExecutor(num_threads)
+    try:
         results = pool.map(rows.is_decodable, places)
-        bar = progress_bar("checking pictures", len(places), "picture", results, shown=shown, delay=DELAY)
-        return [place for place, is_good in zip(places, bar) if not is_good]
+        with passing_bar("checking pictures", len(places), "picture", results) as bar:
+            return [place for place, is_good in zip(places, bar) if not is_good]
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for thousands of pictures

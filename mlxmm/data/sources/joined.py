@@ -9,6 +9,7 @@ from mlxmm.data.sources.picture_files import hashes_of, sha256_of
 from mlxmm.data.sources.tables import Columns, with_columns
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
+from mlxmm.terminal import say
 
 
 @attrs.frozen
@@ -54,7 +55,7 @@ class Join:
         if collectives.rank() == 0:
             left_out = f"; {num_pictures - num_found} are left out" if num_found < num_pictures else ""
             lost = f"; {num_lost} captions are of no picture of it" if num_lost else ""
-            print(f"{tables}: captions of {num_found} of {num_pictures} pictures of {source}{left_out}{lost}")
+            say(f"{tables}: captions of {num_found} of {num_pictures} pictures of {source}{left_out}{lost}")
 
 
 @attrs.frozen

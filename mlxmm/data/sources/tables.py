@@ -26,6 +26,7 @@ from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import SUFFIXES
 from mlxmm.storage.hub import card_configs, is_hub_id, split_revision
+from mlxmm.terminal import say
 
 REMOTE = ("hf://", "https://", "http://")
 MAX_SHOWN = 80  # letters of a value in a message
@@ -310,7 +311,7 @@ def check_splits(source: str, found: Collection[str], tables: dict) -> None:
 def tell(line: str) -> None:
     """Print a line, once for all processes."""
     if collectives.rank() == 0:
-        print(line)
+        say(line)
 
 
 def report_restval(labels: Iterable) -> None:

@@ -1,0 +1,72 @@
+"""What a program tells while it works. A pipe that was closed, a full disk or a lost terminal never ends the work."""
+
+import errno
+import os
+import signal
+import sys
+from typing import Any
+
+
+def end_at_interrupt() -> None:
+    """From now on Ctrl-C ends this process with one line: for the time of imports, which would show a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def _end(number, frame) -> None:
+    Forgiving(sys.stderr).write("interrupted: nothing was begun\n")
+    os._exit(128 + number)
+
+
+def say(text: str) -> None:
+    """Print a line on standard output, as long as anyone can read it."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError) as error:  # ValueError: it was closed
+        discard(sys.stdout)
+        if getattr(error, "errno", errno.EPIPE) not in (errno.EPIPE, errno.EIO):
+            print(f"warning: standard output cannot be written, the run goes on: {error}", file=Forgiving(sys.stderr))
+
+
+class Forgiving:
+    """A stream that drops what cannot be written."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Write `text`, or drop it."""
+        try:
+            self._stream.write(text)
+        except (OSError, ValueError):
+            discard(self._stream)
+
+    def flush(self) -> None:
+        """Flush the stream, or drop what it holds."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            discard(self._stream)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+def discard(stream) -> None:
+    """Send what is written to `stream` from now on nowhere: Python flushes what it still holds at the end."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError, AttributeError):  # not a file, closed, or none at all
+        pass
+
+
+def is_terminal(stream) -> bool:
+    """Whether a line on `stream` can be drawn again in its place: a terminal that is not 0 wide."""
+    if stream is None or not stream.isatty():
+        return False
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):  # it does not tell
+        return True

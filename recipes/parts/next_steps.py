@@ -1,0 +1,42 @@
+"""The commands that one may want after a run: printed at its end, to be copied as they stand."""
+
+from pathlib import Path
+
+import attrs
+
+from mlxmm.cli import flags_of
+from mlxmm.data.caption_source import BatchConfig, CaptionDataConfig
+from mlxmm.storage.runs import Run
+
+# What says which pictures, and not how they become batches.
+OF_TRAINING = {field.name for field in attrs.fields(BatchConfig)} | {"streaming", "held_out"}
+
+
+def data_flags(data: CaptionDataConfig, seed: int) -> list[str]:
+    """The flags that open the same data in another recipe: those that are not as they are by default."""
+    defaults = {flag.name: flag.default for flag in flags_of(CaptionDataConfig())}
+    changed = [
+        flag for flag in flags_of(data) if flag.path[0] not in OF_TRAINING and flag.default != defaults[flag.name]
+    ]
+    words = [word for flag in changed for word in (f"--data.{flag.name}", str(flag.default))]
+    return words + (["--seed", str(seed)] if seed else [])
+
+
+def suggest_captioner(run: Run, data: CaptionDataConfig, seed: int) -> None:
+    """Commands for a run that has trained a captioner."""
+    if (model := run.model) is not None:
+        run.suggest("caption", "caption", "--module", model, run.folder / "samples.png")
+        run.suggest("evaluate", "evaluate_captions", "--module", model, *data_flags(data, seed))
+        run.suggest("try it", "serve", run.folder)
+
+
+def suggest_clip(run: Run, data: CaptionDataConfig, seed: int) -> None:
+    """Commands for a run that has trained a CLIP."""
+    model = run.folder / "model"
+    run.suggest("evaluate", "evaluate_clip", "--module", model, *data_flags(data, seed))
+    run.suggest("try it", "serve", run.folder)
+
+
+def suggest_push(run: Run, recipe: str, folder: Path) -> None:
+    """The command that uploads what a run has made; NAME is to be replaced."""
+    run.suggest("upload", recipe, "--run-dir", folder, "--resume", "last", "--push-to", "NAME/" + folder.name)
