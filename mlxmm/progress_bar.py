@@ -96,12 +96,12 @@ class Lines(tqdm):
     printed = time.monotonic()  # when the newest line of any bar was
 
     def __init__(self, *args, bar_format: str | None = None, **settings):
-        total = settings.get("total")
+        self.opened, total = time.monotonic(), settings.get("total")
         super().__init__(*args, bar_format=bar_format or (LINE if total is not None else COUNT_LINE), **settings)
 
     def display(self, msg=None, pos=None):
         """Print a line, if it is time, and this has taken a second."""
-        if time.monotonic() - Lines.printed >= LINE_SECONDS and time.time() - self.start_t >= TICK:
+        if time.monotonic() - Lines.printed >= LINE_SECONDS and time.monotonic() - self.opened >= TICK:
             self._print()
 
     def close(self):

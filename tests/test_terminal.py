@@ -48,7 +48,7 @@ def test_without_a_terminal_a_line_comes_now_and_then_with_the_rate_and_the_time
         monkeypatch.setattr(Lines, "printed", time.monotonic() - 10)
         bar.refresh()
         assert lines() == ""  # what takes less than a second is not worth a line
-        bar.start_t -= 1
+        bar.opened -= 1
         bar.refresh()
         bar.refresh()
         assert re.fullmatch(r"caching: 1/4, +[\d.]+picture/s, 00:00 left\n", lines())
@@ -57,11 +57,12 @@ def test_without_a_terminal_a_line_comes_now_and_then_with_the_rate_and_the_time
 
 def test_what_passes_leaves_no_line_and_a_stage_without_end_says_how_long_it_takes(lines, monkeypatch):
     assert list(passing_bar("validation", 3, "batch", "abc")) == list("abc") and lines() == ""
+    monkeypatch.setattr(Lines, "printed", time.monotonic() - 10)
     with stage("opening data") as bar:
-        monkeypatch.setattr(Lines, "printed", time.monotonic() - 10)
-        bar.start_t -= 1
+        assert lines() == ""
+        bar.opened -= 1
         bar.refresh()
-    assert lines() == "opening data … 00:01\n"
+    assert lines() == "opening data … 00:00\n"
 
 
 @pytest.mark.parametrize(("size", "is_one"), [((24, 80), True), ((0, 0), False)])
