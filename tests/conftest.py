@@ -7,8 +7,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # On GPUs that have TF32, MLX rounds the factors of float32 products to 10 bits unless told not to: tests compare with
 # NumPy and PyTorch to within 1e-5. MLX reads it once, when it is first needed.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
-# pytest-xdist's workers ignore SIGINT, and what they start would ignore it too.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -59,6 +57,12 @@ class DistinctBatches:
     def epoch(self, epoch, start=0):
         order = np.random.default_rng(epoch).permutation(len(self.batches))
         return (self.batches[i] for i in order[start:])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heard_signals():
+    """pytest-xdist's workers ignore SIGINT, and what they start would ignore it too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
