@@ -55,6 +55,14 @@ def test_training_scenes_hold_nothing_that_is_held_out(seed):
     assert all(any(words in caption for words in held_out) for caption in attributes)
 
 
+def test_scenes_of_one_object_have_no_split_of_unseen_pairs():
+    """Such a scene would be sought for ever."""
+    config = ShapesConfig(max_objects=1, num_train=4, num_val=2, num_test=2)
+    rows = ShapesGrammar(config, 0).rows(0)
+    assert list(rows) == ["train", "val", "test", "test_unseen_attributes"]
+    assert all(split[len(split) - 1]["captions"] for split in rows.values())
+
+
 def test_a_scene_is_a_function_of_seed_split_epoch_and_index():
     one, two = (ShapesGrammar(ShapesConfig(), 3).rows(3, epoch=2)["train"] for _ in range(2))
     assert np.array_equal(one[5]["image"], two[5]["image"]) and one[5]["captions"] == two[5]["captions"]

@@ -129,12 +129,13 @@ class ShapesGrammar:
         return Scene(things, is_column=bool(rng.random() < 0.5))
 
     def rows(self, seed: int, epoch: int = 0) -> dict[str, "ShapesRows"]:
-        """The rows of every split; those of training differ from epoch to epoch."""
+        """The rows of every split; those of training differ from epoch to epoch. Single objects have no unseen pairs."""
         config = self.config
         counts = {"train": config.num_train, "val": config.num_val}
         return {
             split: ShapesRows(self, split, seed, counts.get(split, config.num_test), epoch * (split == "train"))
             for split in SPLITS
+            if config.max_objects > 1 or split != "test_unseen"
         }
 
     def _is_unseen(self, thing: Thing) -> bool:
