@@ -129,7 +129,7 @@ class ShapesGrammar:
         return Scene(things, is_column=bool(rng.random() < 0.5))
 
     def rows(self, seed: int, epoch: int = 0) -> dict[str, "ShapesRows"]:
-        """The rows of every split; those of training differ from epoch to epoch. Single objects have no unseen pairs."""
+        """The rows of every split; those of training differ by epoch. Single objects have no split of unseen pairs."""
         config = self.config
         counts = {"train": config.num_train, "val": config.num_val}
         return {
