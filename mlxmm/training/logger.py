@@ -70,6 +70,8 @@ def flat_params(params: Mapping, prefix: str = "") -> Iterator[tuple[str, bool |
     for name, value in params.items():
         if isinstance(value, Mapping):
             yield from flat_params(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            yield prefix + name, ", ".join(map(str, value))
         else:
             yield prefix + name, value if isinstance(value, bool | int | float | str) else str(value)
 

@@ -276,7 +276,7 @@ def test_a_bfloat16_model_whose_last_layer_is_trained_moves_as_its_float32_twin_
 
 
 def test_the_summary_names_the_dtypes_of_each_part(bfloat16_folder):
-    lines = summary(aligner_on(bfloat16_folder)).splitlines()
+    _, *lines = summary(aligner_on(bfloat16_folder)).splitlines()  # the first is the title
     assert lines[0].split()[-1] == "dtypes"
     ends = {line.split()[0]: line.split(None, 3)[3] for line in lines[1:]}
     assert ends["language_model"] == "bfloat16" and ends["vision"] == "float32"
