@@ -23,9 +23,8 @@ def test_the_version_is_that_of_the_clone_also_where_another_one_is_installed(tm
     (tmp_path / "mlxmm-9.9.dist-info").mkdir()
     (tmp_path / "mlxmm-9.9.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: mlxmm\nVersion: 9.9\n")
     code = "import sys, mlxmm, importlib.metadata as m; print(mlxmm.__version__, m.version('mlxmm'))"
-    run = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True
-    )
+    where = {"cwd": tmp_path, "env": {"PYTHONPATH": f"{tmp_path}:{ROOT}"}}
+    run = subprocess.run([sys.executable, "-c", code], **where, capture_output=True, text=True)
     assert run.stdout.split() == [mlxmm.__version__, "9.9"], run.stderr
 
 
