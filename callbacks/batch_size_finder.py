@@ -7,6 +7,7 @@ import mlx.core as mx
 from attrs.validators import ge, in_
 from mlx.utils import tree_flatten
 
+from mlxmm.config import checked
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.training import batches
@@ -14,7 +15,7 @@ from mlxmm.training.callback import Callback
 from mlxmm.training.trial_updates import restored_after, trial_updates
 
 
-@attrs.define
+@attrs.define(field_transformer=checked)
 class BatchSizeFinder(Callback):
     """Before training, tries batch sizes with real updates and sets the largest whose peak memory is within the limit.
 

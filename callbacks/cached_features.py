@@ -8,6 +8,7 @@ import attrs
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlxmm.config import checked
 from mlxmm.data.feature_cache import FeatureRows, cache_key, cached_features
 from mlxmm.data.sources.rows import Rows, is_stream
 from mlxmm.errors import UserError
@@ -17,7 +18,7 @@ from mlxmm.training.module import evaluating
 from mlxmm.training.trainable import TraceSnapshot
 
 
-@attrs.define
+@attrs.define(field_transformer=checked)
 class CachedFeatures(Callback):
     """Trains and validates a captioner on features of its frozen tower that are kept on disk, in `folder`.
 
@@ -36,6 +37,8 @@ class CachedFeatures(Callback):
     _traced: TraceSnapshot | None = attrs.field(default=None, init=False)  # of the tower that computed them
 
     def setup(self, trainer, module, stage):
+        if self.tower not in module or not hasattr(trainer.datamodule, "replace_rows"):
+            raise UserError(f"CachedFeatures needs a captioner with a part {self.tower!r}, and a CaptionData")
         self._cached, self._traced = {}, None
         if self.folder is None:
             self.folder = cache_folder("features")

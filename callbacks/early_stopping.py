@@ -5,11 +5,12 @@ import math
 import attrs
 from attrs.validators import ge, in_
 
+from mlxmm.config import checked
 from mlxmm.errors import UserError
 from mlxmm.training.callback import Callback
 
 
-@attrs.define
+@attrs.define(field_transformer=checked)
 class EarlyStopping(Callback):
     """Ends the run once `monitor` has not improved by more than `min_delta` for `patience` validations in a row.
 

@@ -8,12 +8,13 @@ from attrs.validators import ge, le
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxmm.compute.compiled import can_compile
+from mlxmm.config import checked
 from mlxmm.errors import UserError
 from mlxmm.training.callback import Callback
 from mlxmm.training.trainable import trainable_names
 
 
-@attrs.define
+@attrs.define(field_transformer=checked)
 class EMAWeightAveraging(Callback):
     """`average = decay * average + (1 - decay) * weight`, after each update, for all trainable parameters.
 

@@ -7,13 +7,14 @@ import numpy as np
 from attrs.validators import ge
 from PIL import Image, ImageOps
 
+from mlxmm.config import checked
 from mlxmm.evaluation.clip_features import image_features, text_features
 from mlxmm.training.callback import Callback
 
 SIDE = 48  # pixels of a thumbnail
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, field_transformer=checked)
 class EmbeddingProjector(Callback):
     """At the end of training, logs the features of the first `num_samples` images of `rows` and of their captions.
 

@@ -1,16 +1,25 @@
 """FreezeSchedule: which parameters are trainable from which epoch or update on."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 import attrs
 from attrs.validators import in_
 from mlx.utils import tree_flatten
 
+from mlxmm.config import checked
+from mlxmm.errors import UserError
 from mlxmm.training.callback import Callback
 from mlxmm.training.trainable import match_parameters, set_trainable
 
 
-@attrs.define
+def _is_schedule(instance, attribute, value) -> None:
+    """A mapping of at least one epoch or update to what is trained from there on."""
+    if not value or not all(isinstance(start, Integral) and start >= 0 for start in value):
+        raise UserError(f"FreezeSchedule needs {{epoch or update: parts}}, like {{0: 'projector'}}: {value!r}")
+
+
+@attrs.define(field_transformer=checked)
 class FreezeSchedule(Callback):
     """`FreezeSchedule({0: "projector", 2: ("projector", "language_model.model.layers[-2:]")})`.
 
@@ -22,7 +31,7 @@ class FreezeSchedule(Callback):
     Logs "schedule/num_trainable" with the training metrics, and as text which parts are trained when a stage begins.
     """
 
-    stages: Mapping[int, str | Sequence[str]]
+    stages: Mapping[int, str | Sequence[str]] = attrs.field(validator=_is_schedule)
     unit: str = attrs.field(default="epoch", validator=in_(("epoch", "step")), kw_only=True)
     _names: dict[int, list[str]] = attrs.field(factory=dict, init=False)
     _sizes: dict[str, int] = attrs.field(factory=dict, init=False)  # of whole arrays, before they are sharded

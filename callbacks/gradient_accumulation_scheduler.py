@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import attrs
 
+from mlxmm.config import checked
 from mlxmm.errors import UserError
 from mlxmm.training.callback import Callback
 
@@ -15,7 +16,7 @@ def _is_schedule(instance, attribute, value) -> None:
         raise UserError(f"GradientAccumulationScheduler needs {{epoch: batches per update}}, like {{4: 2}}: {value!r}")
 
 
-@attrs.define
+@attrs.define(field_transformer=checked)
 class GradientAccumulationScheduler(Callback):
     """`GradientAccumulationScheduler({0: 4, 5: 1})`: four batches make an update until epoch 5, then one.
 

@@ -3,12 +3,13 @@
 import attrs
 from attrs.validators import ge
 
+from mlxmm.config import checked
 from mlxmm.training.callback import Callback
 
 from .weight_histograms import log_histograms
 
 
-@attrs.define
+@attrs.define(field_transformer=checked)
 class GradientHistograms(Callback):
     """Every `every_n_steps` updates, logs a histogram "gradients/<name>" of each array's gradient, not yet clipped.
 

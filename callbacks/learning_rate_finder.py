@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 from attrs.validators import ge, gt, in_, optional
 
+from mlxmm.config import checked
 from mlxmm.errors import UserError
 from mlxmm.training.callback import Callback
 from mlxmm.training.trial_updates import restored_after, trial_updates
@@ -14,7 +15,7 @@ from mlxmm.training.trial_updates import restored_after, trial_updates
 SMOOTHING = 0.98  # of the loss, as in Lightning
 
 
-@attrs.define
+@attrs.define(field_transformer=checked)
 class LearningRateFinder(Callback):
     """Runs `num_training_steps` updates with learning rates from `min_lr` to `max_lr`, then restores everything.
 

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import attrs
 
+from mlxmm.config import checked
 from mlxmm.evaluation.clip_features import probe
 from mlxmm.training.callback import Callback
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, field_transformer=checked)
 class LinearProbe(Callback):
     """Logs `linear_probe/accuracy`, chance for it and the "C" that was chosen. Needs scikit-learn (mlxmm[probe]).
 

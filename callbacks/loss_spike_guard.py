@@ -6,6 +6,7 @@ import attrs
 from attrs.validators import ge, in_, optional
 
 from mlxmm.compute.compiled import snapshot
+from mlxmm.config import checked
 from mlxmm.training.callback import Callback
 
 
@@ -13,7 +14,7 @@ class LossSpikeError(ArithmeticError):
     """An update had a spike or a value that is not finite; the module is as it was before that update."""
 
 
-@attrs.define
+@attrs.define(field_transformer=checked)
 class LossSpikeGuard(Callback):
     """Undoes an update whose loss or gradient norm is not finite, or whose loss is a spike; or stops the run there.
 

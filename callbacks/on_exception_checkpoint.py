@@ -7,10 +7,11 @@ import attrs
 import mlx.core as mx
 from attrs.validators import min_len
 
+from mlxmm.config import checked
 from mlxmm.training.callback import Callback
 
 
-@attrs.define
+@attrs.define(field_transformer=checked)
 class OnExceptionCheckpoint(Callback):
     """Saves `dirpath/filename` when any exception ends `fit`; a checkpoint of that name is replaced.
 

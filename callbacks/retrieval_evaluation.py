@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import attrs
 
+from mlxmm.config import checked
 from mlxmm.evaluation.clip_features import retrieve
 from mlxmm.training.callback import Callback
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, field_transformer=checked)
 class RetrievalEvaluation(Callback):
     """Logs `retrieval/image_to_text/recall_at_1` and so on over `rows`, `{"image": PIL, "captions": [str]}`.
 

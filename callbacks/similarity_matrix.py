@@ -6,6 +6,7 @@ import attrs
 import numpy as np
 from attrs.validators import ge
 
+from mlxmm.config import checked
 from mlxmm.evaluation.clip_features import image_features, text_features
 from mlxmm.evaluation.heat_map import heat_map
 from mlxmm.training.callback import Callback
@@ -15,7 +16,7 @@ TITLE = (
 )
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, field_transformer=checked)
 class SimilarityMatrix(Callback):
     """After each validation, logs the cosines between the first `num_samples` images of `rows` and their captions.
 

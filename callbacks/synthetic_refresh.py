@@ -7,6 +7,7 @@ import attrs
 import numpy as np
 from attrs.validators import ge
 
+from mlxmm.config import checked
 from mlxmm.training.callback import Callback
 
 NUM_SAMPLES = 8
@@ -34,7 +35,7 @@ class VersionedRows(Protocol):
         """Raise `UserError` if that version is not there any more."""
 
 
-@attrs.define
+@attrs.define(field_transformer=checked)
 class SyntheticRefresh(Callback):
     """Before every `every_n_epochs`-th epoch, replaces the training rows by `make_rows(epoch)`.
 

@@ -8,6 +8,7 @@ import attrs
 from attrs.validators import ge, gt, optional
 from mlx.utils import tree_flatten
 
+from mlxmm.config import checked
 from mlxmm.distributed import collectives
 from mlxmm.training.callback import Callback
 
@@ -17,7 +18,7 @@ def leading_axis(batch) -> int:
     return tree_flatten(batch)[0][1].shape[0]
 
 
-@attrs.define
+@attrs.define(field_transformer=checked)
 class ThroughputMonitor(Callback):
     """Logs "throughput/…" with the training metrics: means over the last `window_size` updates of all processes.
 

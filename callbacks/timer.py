@@ -6,6 +6,7 @@ import attrs
 import mlx.core as mx
 from attrs.validators import in_, optional
 
+from mlxmm.config import checked
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.training import trainer_config
@@ -14,7 +15,7 @@ from mlxmm.training.callback import Callback
 STAGES = ("train", "validate", "test", "predict")
 
 
-@attrs.define
+@attrs.define(field_transformer=checked)
 class Timer(Callback):
     """Ends the run after `duration` (DD:HH:MM:SS, or a timedelta) of training, the time before a resume included.
 

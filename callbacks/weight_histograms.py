@@ -6,10 +6,11 @@ import numpy as np
 from attrs.validators import ge
 from mlx.utils import tree_flatten
 
+from mlxmm.config import checked
 from mlxmm.training.callback import Callback
 
 
-@attrs.define
+@attrs.define(field_transformer=checked)
 class WeightHistograms(Callback):
     """Every `every_n_steps` updates, logs a histogram "weights/<name>" of each array that is trainable.
 

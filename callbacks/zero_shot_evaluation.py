@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import attrs
 import numpy as np
 
+from mlxmm.config import checked
 from mlxmm.evaluation.heat_map import heat_map
 from mlxmm.evaluation.prompt_templates import PHOTO
 from mlxmm.evaluation.retrieval import class_labels, confusion, top_k
@@ -15,7 +16,7 @@ MAX_CLASSES = 100
 TITLE = "pictures counted: rows are their classes, columns what they are taken for; framed: the most frequent"
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, field_transformer=checked)
 class ZeroShotEvaluation(Callback):
     """Logs `zero_shot/top1` and `top5` over `images` (PIL), whose class names are `labels`, and chance beside them.
 

@@ -1,10 +1,11 @@
 """Settings: attrs classes whose fields carry their help text and their checks, to and from JSON."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 import attrs
 
@@ -45,6 +46,28 @@ def section(default, *, without: tuple[str, ...] = (), rare: bool = False, shown
 def internal(default):
     """A field that presets set: it is part of a run's settings, but no flag."""
     return attrs.field(default=default, metadata={"internal": True})
+
+
+def checked(cls: type, fields: list) -> list:
+    """`@attrs.define(field_transformer=checked)`: arguments of another type or out of bounds raise `UserError`."""
+    return [field.evolve(validator=_checks(field.validator)) if field.init else field for field in fields]
+
+
+def _checks(validator: Callable | None) -> Callable:
+    def check(instance, attribute, value) -> None:
+        owner, kinds = type(instance).__name__, _kinds(attribute.type)
+        try:
+            if kinds.keys() <= {int, float, bool, str, NoneType, Callable, Mapping}:  # others are not checked
+                exactly(value, attribute.type)
+        except TypeError as error:
+            raise UserError(f"{owner}({attribute.name}=...): {error}") from None
+        try:
+            if validator:  # a list of none at all, of some fields
+                validator(instance, attribute, value)
+        except (TypeError, ValueError) as error:  # some checks of attrs give more arguments than their text
+            raise error if isinstance(error, UserError) else UserError(f"{owner}: {error.args[0]}") from None
+
+    return check
 
 
 @attrs.frozen
@@ -90,12 +113,22 @@ def _converter():
 
 
 def exactly(value, kind):
-    """`value` if it is of this type: a string is no number, and a truth value no integer. Raises `TypeError`."""
-    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        names = ["None" if k is type(None) else k.__name__ for k in kinds]
+    """`value` if it is of this type: a string is no number, and a truth value no integer. Raises `TypeError`.
+
+    NumPy's numbers are numbers.
+    """
+    kinds = _kinds(kind)
+    taken = tuple({int: Integral, float: Real}.get(k, k) for k in kinds)
+    if not isinstance(value, taken) or (isinstance(value, bool) and bool not in kinds):
+        names = ["None" if k is NoneType else k.__name__ for k in kinds]
         raise TypeError(f"{value!r} is not of type {' or '.join(names)}")
     return value
+
+
+def _kinds(kind) -> dict:
+    """The types of a union, or the one that `kind` is, in order, without those of their parts."""
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return dict.fromkeys(get_origin(kind) or kind for kind in kinds)
 
 
 def _first_line(error: Exception) -> str:

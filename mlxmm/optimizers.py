@@ -7,10 +7,10 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from attrs.validators import ge, gt, le, lt
 
-from mlxmm.config import option
+from mlxmm.config import checked, option
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class OptimizerConfig:
     """AdamW with warm-up and cosine decay."""
 

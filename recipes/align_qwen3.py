@@ -17,7 +17,7 @@ from attrs.validators import ge
 from mlxmm import TrainerConfig
 from mlxmm.callbacks import FreezeSchedule
 from mlxmm.cli import run_recipe
-from mlxmm.config import Preset, internal, option
+from mlxmm.config import Preset, checked, internal, option
 from mlxmm.data.caption_source import CaptionDataConfig, CaptionSource, open_source
 from mlxmm.data.sources.shapes import ShapesConfig
 from mlxmm.distributed import collectives
@@ -39,7 +39,7 @@ from .parts.refresh_config import RefreshConfig, check_refresh, check_refresh_pa
 from .parts.tower import TowerConfig, tower_or_train
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class Config(TrainingRunConfig, AlignmentConfig):
     """What is aligned, how it is evaluated, and where it goes."""
 

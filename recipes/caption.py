@@ -9,7 +9,7 @@ from pathlib import Path
 import attrs
 
 from mlxmm.cli import run_recipe
-from mlxmm.config import Preset, option, positional, section
+from mlxmm.config import Preset, checked, option, positional, section
 from mlxmm.errors import UserError
 from mlxmm.modules.captioning_module import CaptioningModule
 from mlxmm.modules.loading import load_captioner
@@ -19,7 +19,7 @@ from mlxmm.preprocessing.images import SUFFIXES, UndecodableImage, decode_image
 from .parts.named_parts import check_parts
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class Config:
     """Model, images and decoding."""
 

@@ -16,7 +16,7 @@ from attrs.validators import gt
 
 from mlxmm import diagnostics
 from mlxmm.cli import run_recipe
-from mlxmm.config import Preset, option
+from mlxmm.config import Preset, checked, option
 from mlxmm.diagnostics import Row
 from mlxmm.errors import UserError
 from mlxmm.modules.qwen3_aligner import Qwen3Aligner
@@ -24,7 +24,7 @@ from mlxmm.modules.qwen3_aligner import Qwen3Aligner
 from .parts.alignment import FLICKR30K_PRESETS, FLICKR30K_ROWS, AlignmentConfig, plan_alignment
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class Config:
     """Whether the Hub is asked, and for how long."""
 

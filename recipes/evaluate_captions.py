@@ -11,7 +11,7 @@ import json
 import attrs
 
 from mlxmm.cli import run_recipe
-from mlxmm.config import Preset, option, section
+from mlxmm.config import Preset, checked, option, section
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.errors import UserError
 from mlxmm.evaluation.captions import evaluate, require_room
@@ -24,7 +24,7 @@ from mlxmm.storage.runs import RunConfig, open_run
 from .parts.named_parts import check_parts
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class Config(RunConfig):
     """Model, images and decoding."""
 

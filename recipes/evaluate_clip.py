@@ -17,7 +17,7 @@ import attrs
 from attrs.validators import ge
 
 from mlxmm.cli import run_recipe
-from mlxmm.config import Preset, option, section
+from mlxmm.config import Preset, checked, option, section
 from mlxmm.data.caption_source import CaptionDataConfig, CaptionSource, open_source
 from mlxmm.data.sources.rows import is_stream
 from mlxmm.errors import UserError
@@ -31,7 +31,7 @@ from mlxmm.storage.runs import RunConfig, open_run
 from .parts.named_parts import check_parts
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class Config(RunConfig):
     """A CLIP, and what to evaluate it on."""
 

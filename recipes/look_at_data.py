@@ -13,7 +13,7 @@ import attrs
 from attrs.validators import ge
 
 from mlxmm.cli import run_recipe
-from mlxmm.config import Preset, option, positional, section
+from mlxmm.config import Preset, checked, option, positional, section
 from mlxmm.data.caption_config import CaptionDataConfig
 from mlxmm.data.overview import Overview, five_numbers, look_at, meaningless, shared
 from mlxmm.data.splits import open_splits
@@ -28,7 +28,7 @@ MAX_NAMED = 3  # rows named of each fault
 LEGEND = "above: the first caption of each picture; below it: its second"
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class Config(RunConfig):
     """Data, and how much of them is shown."""
 

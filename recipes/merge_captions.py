@@ -12,7 +12,7 @@ from mlxmm.captioners.journal import Journal, identity_of
 from mlxmm.captioners.prompts import find_prompts
 from mlxmm.captioners.records import Provenance
 from mlxmm.cli import run_recipe
-from mlxmm.config import Preset, from_json, positional
+from mlxmm.config import Preset, checked, from_json, positional
 from mlxmm.data.pictures import open_pictures
 from mlxmm.errors import UserError
 from mlxmm.storage.pretrained import read_json
@@ -24,7 +24,7 @@ from .parts.publishing import Captions, DatasetConfig, check_dataset, make_datas
 OF_A_JOB = [field.name for field in attrs.fields(JobConfig)] + ["seed"]  # what its shards have in common
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class Config(RunConfig, DatasetConfig):
     """The shards, and what becomes of their captions."""
 

@@ -14,7 +14,7 @@ from attrs.validators import ge, le
 from PIL import Image
 
 from mlxmm.cli import run_recipe
-from mlxmm.config import Preset, from_json, option, positional
+from mlxmm.config import Preset, checked, from_json, option, positional
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.errors import UserError
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
@@ -26,7 +26,7 @@ from mlxmm.storage.runs import MODELS
 NUM_EXAMPLES = 12
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class Config:
     """What to serve, and where."""
 

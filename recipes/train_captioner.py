@@ -14,7 +14,7 @@ from attrs.validators import ge
 
 from mlxmm import TrainerConfig
 from mlxmm.cli import run_recipe
-from mlxmm.config import Preset, internal, option, section
+from mlxmm.config import Preset, checked, internal, option, section
 from mlxmm.data.caption_source import CaptionDataConfig, CaptionSource, open_source
 from mlxmm.data.sources.shapes import ShapesConfig
 from mlxmm.modules.caption_decoder import CaptionDecoder, CaptionDecoderConfig
@@ -30,7 +30,7 @@ from .parts.refresh_config import RefreshConfig, check_refresh, check_refresh_pa
 from .parts.tower import TowerConfig, tower_or_train
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class Config(TrainingRunConfig):
     """Tower and decoder; data; how long."""
 

@@ -15,7 +15,7 @@ from mlxmm.captioners.job import Progress, Shard, hashes_of, journal_name, reque
 from mlxmm.captioners.journal import Journal
 from mlxmm.captioners.prompts import find_prompts
 from mlxmm.cli import run_recipe
-from mlxmm.config import Preset, option
+from mlxmm.config import Preset, checked, option
 from mlxmm.data.pictures import open_pictures
 from mlxmm.errors import UserError
 from mlxmm.progress_bar import progress_bar
@@ -25,7 +25,7 @@ from .parts.captioners import JobConfig, check_captioner, open_captioner, proven
 from .parts.publishing import Captions, DatasetConfig, check_dataset, make_dataset
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class Config(TrainingRunConfig, JobConfig, DatasetConfig):
     """Pictures, who writes, what is asked, and what becomes of it."""
 

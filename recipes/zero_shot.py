@@ -14,7 +14,7 @@ import numpy as np
 from attrs.validators import ge
 
 from mlxmm.cli import run_recipe
-from mlxmm.config import Preset, option, positional
+from mlxmm.config import Preset, checked, option, positional
 from mlxmm.errors import UserError
 from mlxmm.evaluation.prompt_templates import CHOICES, read_templates
 from mlxmm.evaluation.zero_shot import ZeroShotClassifier
@@ -24,7 +24,7 @@ from mlxmm.preprocessing.images import UndecodableImage, decode_image
 from .parts.named_parts import check_parts
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class Config:
     """Images, classes and a CLIP."""
 

@@ -7,10 +7,10 @@ import attrs
 from attrs.validators import ge, gt, le, lt
 from PIL import Image
 
-from mlxmm.config import option
+from mlxmm.config import checked, option
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class Sampling:
     """How captions are drawn. It is part of what a caption is found again by."""
 
@@ -20,7 +20,7 @@ class Sampling:
     seed: int = option(0, "random seed of sampling", ge(0), lt(2**32))
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class WrittenCaption:
     """A caption as its writer gave it."""
 

@@ -15,7 +15,7 @@ from attrs.validators import ge, gt, le, optional
 from PIL import Image
 
 from mlxmm.captioners import duplicates, text_filters
-from mlxmm.config import option
+from mlxmm.config import checked, option
 from mlxmm.errors import UserError
 from mlxmm.evaluation.caption_metrics import CLIP_SCORE_PROMPT, clip_score, words
 from mlxmm.evaluation.captions import require_room
@@ -25,7 +25,7 @@ from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 Images = Callable[[str], Image.Image]  # the picture with this SHA-256
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class FilterConfig:
     """What captions must pass; without settings, all that hold a word do."""
 
@@ -76,7 +76,7 @@ class FilterConfig:
         return self.min_clip_score is not None or self.keep_fraction is not None
 
 
-@attrs.frozen(kw_only=True, order=True)
+@attrs.frozen(kw_only=True, order=True, field_transformer=checked)
 class Candidate:
     """A caption to be judged."""
 
@@ -86,7 +86,7 @@ class Candidate:
     finish_reason: str = "stop"
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class Verdict:
     """What the filters make of one caption."""
 

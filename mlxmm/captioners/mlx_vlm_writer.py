@@ -9,14 +9,14 @@ from attrs.validators import ge, gt
 
 from mlxmm.captioners.child_process import ChildFailed, ChildProcess, child_command
 from mlxmm.captioners.child_writer import ChildWriter
-from mlxmm.config import option
+from mlxmm.config import checked, option
 from mlxmm.errors import UserError
 from mlxmm.storage.atomic import sha256
 from mlxmm.storage.hub import is_hub_id, local_folder, split_revision
 from mlxmm.storage.pretrained import read_config, weight_files
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class MlxVlmConfig:
     """Which model of mlx-vlm writes captions, and in what portions."""
 

@@ -12,13 +12,13 @@ from mlxmm.captioners.caption_writer import CaptionFailure, Sampling, WriterFail
 from mlxmm.captioners.chat_server import ChatServer, RequestFailed
 from mlxmm.captioners.limit_pixels import limit_pixels
 from mlxmm.captioners.server_pool import PoolLimits, ServerPool, backoff
-from mlxmm.config import option
+from mlxmm.config import checked, option
 from mlxmm.errors import UserError
 
 BATCHES_IN_FLIGHT = 4  # images of a call for each request at once, so that few servers wait at its end
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class ServerConfig:
     """Which servers write captions, and how long they may fail."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import attrs
 from attrs.validators import ge
 
-from mlxmm.config import option, section, texts
+from mlxmm.config import checked, option, section, texts
 from mlxmm.data.sources.shapes import ShapesConfig
 from mlxmm.data.sources.where import Condition
 from mlxmm.distributed import collectives
@@ -23,7 +23,7 @@ def _paths(value: str | Iterable[str] | None) -> tuple[str, ...]:
     return tuple(map(os.path.expanduser, texts(value)))
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class BatchConfig:
     """How pictures with captions become batches, wherever they come from."""
 
@@ -40,7 +40,7 @@ class BatchConfig:
         return self.num_threads or min(MAX_THREADS, collectives.cores_per_process())
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class CaptionDataConfig(BatchConfig):
     """Which pictures and captions, and how they become batches. A lone `source` may be given as a string."""
 

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from attrs.validators import ge, lt
 from mlx.utils import tree_flatten
 
-from mlxmm.config import from_json, option, to_json
+from mlxmm.config import checked, from_json, option, to_json
 from mlxmm.errors import UserError
 from mlxmm.losses import token_accuracy, token_loss
 from mlxmm.modules.captioning_module import CaptioningModule
@@ -30,7 +30,7 @@ from mlxmm.storage.pretrained import read_config, require_parts, write_arrays, w
 MODEL_TYPE = "mlxmm_caption_decoder"
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class CaptionDecoderConfig:
     """Vision tower, decoder and training."""
 

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from mlxmm.compute.dropout import PatchDropout
 from mlxmm.compute.gradcache import chunked_calls
-from mlxmm.config import option, section
+from mlxmm.config import checked, option, section
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.losses import clip_loss, siglip_loss
@@ -37,7 +37,7 @@ NETWORKS = {"clip": clip.CLIP, "siglip": siglip.Siglip}
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class CLIPConfig:
     """Both towers and training."""
 

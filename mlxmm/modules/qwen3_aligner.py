@@ -12,7 +12,7 @@ import attrs
 import mlx.core as mx
 from attrs.validators import ge, gt, in_
 
-from mlxmm.config import from_json, option, to_json
+from mlxmm.config import checked, from_json, option, to_json
 from mlxmm.errors import UserError
 from mlxmm.export import llava
 from mlxmm.modules.captioning_module import CaptioningModule
@@ -47,7 +47,7 @@ from mlxmm.training.trainable import match_parameters, set_trainable
 MODEL_TYPE = "mlxmm_qwen3_aligner"
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class Qwen3AlignerConfig:
     """Vision tower, projector, language model and training."""
 

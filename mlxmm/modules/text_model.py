@@ -7,7 +7,7 @@ import attrs
 import numpy as np
 from attrs.validators import ge
 
-from mlxmm.config import option
+from mlxmm.config import checked, option
 from mlxmm.errors import UserError
 from mlxmm.modules.token_metrics import token_metrics
 from mlxmm.networks.language_model import Qwen3Config, build_language_model, embed, hidden_states, save_language_model
@@ -16,7 +16,7 @@ from mlxmm.preprocessing.tokenizers import end_token
 from mlxmm.training.module import Module
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class TextModelConfig:
     """The network and how it is trained."""
 

@@ -5,12 +5,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from attrs.validators import ge, gt, lt
 
-from mlxmm.config import option
+from mlxmm.config import checked, option
 from mlxmm.errors import UserError
 from mlxmm.networks.language_model import lora_layers
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class LoRAConfig:
     """LoRA (arXiv 2106.09685) or DoRA (arXiv 2402.09353), with mlx-lm's settings."""
 

@@ -9,13 +9,13 @@ import mlx.nn as nn
 from attrs.validators import ge, in_, lt
 
 from mlxmm.compute import functional as F
-from mlxmm.config import option
+from mlxmm.config import checked, option
 from mlxmm.errors import UserError
 
 READINGS = ("cross", "prefix")
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class DecoderConfig:
     """Sizes of the decoder, and how it attends to the image."""
 

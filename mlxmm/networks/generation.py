@@ -12,7 +12,7 @@ import numpy as np
 from attrs.validators import ge, gt, le, lt, optional
 from mlx.utils import tree_flatten, tree_map
 
-from mlxmm.config import option
+from mlxmm.config import checked, option
 from mlxmm.errors import UserError
 from mlxmm.networks.language_model import keep_likeliest
 
@@ -34,7 +34,7 @@ class DecoderInterface(Protocol):
         """Append new positions (B, L, D) to `cache`; return the logits (B, V) of the token after the last."""
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class GenerationConfig:
     """Decoding settings, with transformers' names, applied in its order: penalty, temperature, top-k, top-p."""
 

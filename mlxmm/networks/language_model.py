@@ -16,14 +16,14 @@ from mlx.utils import tree_flatten, tree_map
 from mlxmm import environment
 from mlxmm.compute.precision import HALF, dtype_name
 from mlxmm.compute.quantized import is_quantized, unpacked, use_unpacking
-from mlxmm.config import option
+from mlxmm.config import checked, option
 from mlxmm.errors import UserError
 from mlxmm.networks.fast_layers import use_fast_layers
 from mlxmm.storage.atomic import write_json
 from mlxmm.storage.pretrained import read_config, require_weights, weight_files, write_arrays
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class Qwen3Config:
     """A small Qwen3, under the names of its `config.json`."""
 

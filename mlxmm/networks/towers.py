@@ -12,7 +12,7 @@ import numpy as np
 from attrs.validators import ge
 
 from mlxmm.compute import functional as F
-from mlxmm.config import option
+from mlxmm.config import checked, option
 from mlxmm.errors import UserError
 from mlxmm.networks.transformer import TransformerConfig
 
@@ -20,7 +20,7 @@ EMBEDDING_STD = 0.1  # of class, position and token embeddings, trained from scr
 CUBIC = -0.75  # PyTorch's bicubic kernel; Pillow's has -0.5
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class VisionConfig(TransformerConfig):
     """A vision tower."""
 
@@ -33,7 +33,7 @@ class VisionConfig(TransformerConfig):
         return (self.image_size // self.patch_size) ** 2
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class TextConfig(TransformerConfig):
     """A text tower."""
 

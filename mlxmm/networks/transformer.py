@@ -9,12 +9,12 @@ import mlx.nn as nn
 from attrs.validators import ge, gt, in_
 
 from mlxmm.compute import functional as F
-from mlxmm.config import option
+from mlxmm.config import checked, option
 
 ACTIVATIONS = {"quick_gelu": F.quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": F.gelu_tanh}
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class TransformerConfig:
     """Sizes of one tower, under the names of a CLIP `config.json`."""
 

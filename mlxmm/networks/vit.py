@@ -7,7 +7,7 @@ import attrs
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxmm.config import option
+from mlxmm.config import checked, option
 from mlxmm.networks import towers
 from mlxmm.networks.towers import VisionConfig, VisionEmbeddings, VisionTower, config_from_hub
 from mlxmm.networks.transformer import Encoder
@@ -35,7 +35,7 @@ THREE_AXES = {"class_embedding": -1, "position_embedding.weight": -2}
 HEADS = ("classifier.", "pooler.", "decoder.", "embeddings.mask_token")  # layers that are not part of the tower
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class ViTConfig(VisionConfig):
     """A ViT."""
 

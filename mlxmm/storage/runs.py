@@ -16,7 +16,7 @@ import attrs
 from attrs.validators import ge, lt
 
 from mlxmm.commands import command, tool
-from mlxmm.config import option, to_json
+from mlxmm.config import checked, option, to_json
 from mlxmm.distributed import collectives
 from mlxmm.distributed.signals import Ended
 from mlxmm.errors import UserError
@@ -31,7 +31,7 @@ MODELS = ("checkpoints/best", "checkpoints/last", "model")  # the first that is 
 RESULTS = ("samples.png", "captions.jsonl", "model", "dataset", "summary.json")  # what the closing lines point to
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class RunConfig:
     """What every recipe that keeps a folder has."""
 
@@ -39,7 +39,7 @@ class RunConfig:
     seed: int = option(0, "seed of weights, data and everything else that is random", ge(0), lt(2**24), first=True)
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class TrainingRunConfig(RunConfig):
     """What every recipe that trains has: its run can be resumed."""
 

@@ -111,6 +111,10 @@ def explained(step: Callable, batch) -> Iterator[None]:
     """Within the block, errors of a step that its author can put right are `UserError`."""
     try:
         yield
+    except KeyError as error:
+        if isinstance(batch, Mapping):
+            error.add_note(f"The batch holds {', '.join(map(repr, batch))}.")
+        raise
     except AttributeError as error:
         name = re.search(r"'array' object has no attribute '(\w+)'", str(error))
         if name is None or name[1] not in lightning_words.TENSORS:

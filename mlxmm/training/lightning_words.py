@@ -266,12 +266,7 @@ def answers_calls(method: Callable) -> Callable:
 
 def configured(config: TrainerConfig, arguments: dict) -> TrainerConfig:
     """`config` with the settings that the arguments of a Trainer name. Raises `UserError`."""
-    try:
-        return attrs.evolve(config, **_settings(arguments)).resolved()
-    except UserError:
-        raise
-    except ValueError as error:  # the checks of attrs give more arguments than their text
-        raise UserError(f"Trainer: {error.args[0]}") from None
+    return attrs.evolve(config, **_settings(arguments)).resolved()
 
 
 def _settings(arguments: dict) -> dict:
@@ -341,5 +336,5 @@ TRANSLATED = {
     "max_time": duration_text,
     "fast_dev_run": lambda value: int(value) if isinstance(value, bool) else value,
     "accumulate_grad_batches": _accumulation,
-    "default_root_dir": Path,
+    "default_root_dir": lambda value: Path(value) if isinstance(value, str) else value,
 }

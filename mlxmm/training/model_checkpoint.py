@@ -9,16 +9,19 @@ import attrs
 from attrs.converters import optional as optional_converter
 from attrs.validators import ge, in_, optional
 
+from mlxmm.commands import is_recipe
+from mlxmm.config import checked
 from mlxmm.distributed import collectives
 from mlxmm.distributed.signals import Interrupted
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
 from mlxmm.storage.atomic import remove_leftovers, replace_symlink
+from mlxmm.terminal import say
 from mlxmm.training.callback import Callback
 from mlxmm.training.trainer_config import duration, duration_text, is_duration
 
 
-@attrs.define
+@attrs.define(field_transformer=checked)
 class ModelCheckpoint(Callback):
     """Saves `checkpoints/step=N`: at intervals, at the end, and when the run is interrupted.
 
@@ -116,6 +119,8 @@ class ModelCheckpoint(Callback):
         if isinstance(exception, Interrupted):
             self._save(trainer)
         self._finish()
+        if isinstance(exception, Interrupted) and trainer.is_global_zero and not is_recipe():  # these say it
+            say(f"interrupted: kept {self._folder(self.last_step)}; fit(..., ckpt_path='last') goes on from there")
 
     def _is_due(self, trainer) -> bool:
         epochs, interval = self.every_n_epochs, self.train_time_interval

@@ -3,9 +3,12 @@
 import contextlib
 import random
 from collections.abc import Iterator
+from numbers import Integral
 
 import mlx.core as mx
 import numpy as np
+
+from mlxmm.errors import UserError
 
 GOLDEN = 0x9E3779B1  # 2**32 over the golden ratio: spreads the upper half of a seed over the lower
 
@@ -14,8 +17,11 @@ def seed_everything(seed: int, workers: bool = True) -> None:
     """Seed MLX (the key of this thread) and the global generators of NumPy and Python, with up to 64 bits.
 
     `workers` is Lightning's, and changes nothing: the threads of loaders draw from the seed of their Trainer and epoch.
+    Raises `UserError`.
     """
-    mx.random.seed(seed)
+    if not isinstance(seed, Integral) or not 0 <= seed < 1 << 64:
+        raise UserError(f"a seed is an integer from 0 to 2**64 - 1: {seed!r}")
+    mx.random.seed(int(seed))
     np.random.seed(((seed >> 32) * GOLDEN ^ seed) & 0xFFFFFFFF)  # one integer seeds three times as fast as two
     random.seed(seed)
 

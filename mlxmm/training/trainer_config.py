@@ -9,7 +9,7 @@ import attrs
 from attrs.validators import ge, in_, optional
 
 from mlxmm.compute.precision import PRECISIONS
-from mlxmm.config import option
+from mlxmm.config import checked, option
 from mlxmm.errors import UserError
 from mlxmm.training.logger_names import logger_names
 
@@ -60,7 +60,13 @@ def is_duration(instance, attribute, value) -> None:
         raise ValueError(f"{attribute.name!r} must be like 00:12:00:00 (days:hours:minutes:seconds): {value}") from None
 
 
-@attrs.frozen(kw_only=True)
+def is_folder(instance, attribute, value) -> None:
+    """A folder, or a name that nothing has yet."""
+    if Path(value).exists() and not Path(value).is_dir():
+        raise ValueError(f"{attribute.name!r} must be a folder: {value} is a file")
+
+
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class TrainerConfig:
     """How long to train and what to do on the way. A step is one optimizer update."""
 
@@ -132,7 +138,7 @@ class TrainerConfig:
         rare=True,
     )
     default_root_dir: Path | None = option(
-        None, "folder of the run; none: runs/<Module>/version_N, the next N, which `fit` makes"
+        None, "folder of the run; none: runs/<Module>/version_N, the next N, which `fit` makes", optional(is_folder)
     )
     enable_checkpointing: bool = option(True, "save checkpoints by ModelCheckpoint", rare=True)
     enable_progress_bar: bool = option(True, "show TQDMProgressBar", rare=True)

@@ -5,7 +5,7 @@ from attrs.validators import ge
 
 from mlxmm import TrainerConfig
 from mlxmm.compute.quantized import is_quantized
-from mlxmm.config import Preset, option, section
+from mlxmm.config import Preset, checked, option, section
 from mlxmm.data.caption_source import CaptionDataConfig
 from mlxmm.errors import UserError
 from mlxmm.modules.memory_plan import MemoryPlan, plan_memory
@@ -15,7 +15,7 @@ from mlxmm.optimizers import OptimizerConfig
 from mlxmm.training.trainable import match_parameters
 
 
-@attrs.frozen(kw_only=True, slots=False)  # align_qwen3 derives its Config from two of these
+@attrs.frozen(kw_only=True, slots=False, field_transformer=checked)  # align_qwen3 derives its Config from two of these
 class AlignmentConfig:
     """Tower, projector and language model; data; what is trained when."""
 

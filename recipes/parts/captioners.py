@@ -9,7 +9,7 @@ from mlxmm.captioners.mlx_vlm_writer import MlxVlmConfig, MlxVlmWriter
 from mlxmm.captioners.own_writer import OwnWriter
 from mlxmm.captioners.records import Provenance
 from mlxmm.captioners.server_writer import ServerConfig, ServerWriter
-from mlxmm.config import option, section
+from mlxmm.config import checked, option, section
 from mlxmm.data.caption_source import CaptionDataConfig
 from mlxmm.data.sources.shapes import ShapesGrammar
 from mlxmm.errors import UserError
@@ -22,7 +22,7 @@ from .named_parts import check_parts
 GRAMMAR = "shapes"
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class CaptionerConfig:
     """Who writes."""
 
@@ -44,7 +44,7 @@ class CaptionerConfig:
     lies: float = option(0.0, "fraction of pictures that `shapes` writes a wrong caption for", ge(0), le(1))
 
 
-@attrs.frozen(kw_only=True, slots=False)  # recipes derive their Config from this and another
+@attrs.frozen(kw_only=True, slots=False, field_transformer=checked)  # recipes derive their Config from this and another
 class JobConfig:
     """What all shards of a job have in common."""
 

@@ -6,7 +6,7 @@ from attrs.validators import ge
 
 from mlxmm import Trainer, TrainerConfig
 from mlxmm.callbacks import ModelCheckpoint
-from mlxmm.config import option, section, to_json
+from mlxmm.config import checked, option, section, to_json
 from mlxmm.data.caption_source import CaptionSource
 from mlxmm.data.text_data import TextData
 from mlxmm.modules.text_model import TextModel, TextModelConfig
@@ -20,7 +20,7 @@ from .fast_dev_run import tried_too
 from .monitoring import monitors
 
 
-@attrs.frozen(kw_only=True, slots=False)  # recipes derive their Config from two of these
+@attrs.frozen(kw_only=True, slots=False, field_transformer=checked)  # recipes derive their Config from two of these
 class LanguageModelConfig:
     """A small Qwen3 and how long it is trained."""
 

@@ -12,7 +12,7 @@ from mlxmm.captioners.filters import FilterConfig, Verdict, apply_filters, check
 from mlxmm.captioners.journal import Entry
 from mlxmm.captioners.prompts import first_sentence
 from mlxmm.captioners.records import Provenance, candidates, caption_records
-from mlxmm.config import option, section
+from mlxmm.config import checked, option, section
 from mlxmm.data.caption_source import CaptionDataConfig
 from mlxmm.data.pictures import ALL, Pictures, open_pictures
 from mlxmm.distributed import collectives
@@ -29,7 +29,7 @@ from .captioners import JobConfig
 from .named_parts import check_parts
 
 
-@attrs.frozen(kw_only=True, slots=False)  # recipes derive their Config from this and another
+@attrs.frozen(kw_only=True, slots=False, field_transformer=checked)  # recipes derive their Config from this and another
 class DatasetConfig:
     """What becomes of the captions."""
 

@@ -9,7 +9,7 @@ from mlxmm import TrainerConfig
 from mlxmm.captioners.caption_writer import Sampling
 from mlxmm.captioners.filters import check_filters
 from mlxmm.captioners.prompts import find_prompts
-from mlxmm.config import option, section
+from mlxmm.config import checked, option, section
 from mlxmm.data.caption_source import CaptionDataConfig
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
@@ -23,7 +23,7 @@ from .publishing import DatasetConfig
 ITSELF = "itself"  # the captioner that is being trained
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class RefreshCaptionerConfig(CaptionerConfig):
     """Who writes new captions."""
 
@@ -34,7 +34,7 @@ class RefreshCaptionerConfig(CaptionerConfig):
     )
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class RefreshConfig(DatasetConfig):
     """New captions of training pictures, or of more pictures, while training goes on."""
 

@@ -6,7 +6,7 @@ from attrs.validators import ge
 
 from mlxmm import Callback, Trainer, TrainerConfig
 from mlxmm.callbacks import EmbeddingProjector, ModelCheckpoint, SimilarityMatrix, ZeroShotEvaluation
-from mlxmm.config import option, section, to_json
+from mlxmm.config import checked, option, section, to_json
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionSource
 from mlxmm.data.overview import training_warnings
@@ -35,7 +35,7 @@ TRAINING_SETTINGS = ("chunk_size", "patch_dropout", "locked", "optimizer")  # th
 FROM_TOKENIZER = ("vocab_size", "eos_token_id", "max_position_embeddings")
 
 
-@attrs.frozen(kw_only=True, slots=False)  # recipes derive their Config from two of these
+@attrs.frozen(kw_only=True, slots=False, field_transformer=checked)  # recipes derive their Config from two of these
 class TowerConfig:
     """A CLIP and how long it is trained."""
 

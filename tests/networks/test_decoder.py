@@ -83,6 +83,7 @@ def test_a_head_of_its_own_is_one_more_matrix():
     from mlx.utils import tree_flatten
 
     names = [
-        {name for name, _ in tree_flatten(make("cross", tie_word_embeddings=tied).parameters())} for tied in (1, 0)
+        {name for name, _ in tree_flatten(make("cross", tie_word_embeddings=tied).parameters())}
+        for tied in (True, False)
     ]
     assert names[1] - names[0] == {"lm_head.weight"}

@@ -14,7 +14,7 @@ import numpy as np
 from attrs.validators import ge, le
 from PIL import Image, ImageDraw
 
-from mlxmm.config import option
+from mlxmm.config import checked, option
 
 SIZES = ("small", "large")
 COLOURS = {
@@ -33,7 +33,7 @@ UNSEEN_PAIRS_IN = 8  # one pair of objects in so many is in no training picture
 SUPERSAMPLING = 4  # drawn so many times larger, then averaged down: smooth edges
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, field_transformer=checked)
 class ShapesConfig:
     """How many scenes to draw and how hard they are."""
 
