@@ -1,5 +1,6 @@
 """Environment variables: all that mlxmm reads are read here, when they are needed. docs/environment.md lists them."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -115,7 +116,9 @@ def is_first_process() -> bool:
 
 def quiet_libraries() -> None:
     """Keep transformers from remarking that torch is missing, and the Hub's client from drawing bars where there is no
-    terminal. They read TRANSFORMERS_VERBOSITY and HF_HUB_DISABLE_PROGRESS_BARS when they are imported."""
+    terminal. They read TRANSFORMERS_VERBOSITY and HF_HUB_DISABLE_PROGRESS_BARS when they are imported. tensorboardX
+    would remark on each NaN that it writes, without its name."""
+    logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not (sys.stderr and sys.stderr.isatty()):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

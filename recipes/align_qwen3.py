@@ -30,7 +30,7 @@ from mlxmm.storage.hub import check_upload, local_folder, upload
 from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.runs import Run, TrainingRunConfig, open_run
 
-from .parts.alignment import FLICKR30K_PRESETS, AlignmentConfig, plan_alignment, unfrozen_part
+from .parts.alignment import FLICKR30K_PRESETS, AlignmentConfig, check_unfrozen, plan_alignment, unfrozen_part
 from .parts.captioning import evaluate, fit, longest_caption, report_truncation
 from .parts.language_model import LanguageModelConfig, language_model_or_train
 from .parts.named_parts import check_parts
@@ -74,6 +74,8 @@ def main(config: Config) -> None:
         check_upload(config.push_to)  # hours before it is needed
     if config.data.streaming and config.module.lm is None:
         raise UserError("a language model is not trained on a stream: name one with --module.lm")
+    if config.module.lm is None and not config.module.lora.rank:
+        check_unfrozen(config, config.language_model.module.network.num_hidden_layers)  # minutes before there is one
     check_refresh(config.refresh, config.data, config.trainer, captions=True, cached=config.cached_features)
     with open_run(config, "align_qwen3") as run:
         check_parts(tower=config.module.vision, language_model=config.module.lm, clip=config.tower.pretrained)

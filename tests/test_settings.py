@@ -11,7 +11,9 @@ import pytest
 
 from mlxmm.cli import flags_of, help_text, parse_config
 from mlxmm.config import Preset, from_json, internal, option, section, to_json
+from mlxmm.data.caption_config import CaptionDataConfig
 from mlxmm.errors import UserError
+from recipes.parts.next_steps import data_flags
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py") if path.stem != "__init__")
@@ -160,3 +162,11 @@ def test_the_page_of_environment_variables_names_those_that_are_read_and_one_fil
     assert own == set(re.findall(r"`([A-Z][A-Z_]+)`", page))
     sources = [path for part in ("mlxmm", "callbacks", "recipes") for path in (ROOT / part).rglob("*.py")]
     assert [path.name for path in sources if "os.environ" in path.read_text()] == ["environment.py"]
+
+
+def test_the_data_of_a_suggested_command_are_those_of_the_run():
+    given = {"source": ("a b.parquet", "c.parquet"), "caption_column": ("one", "two"), "where": ("clip_score>=0.6",)}
+    data = CaptionDataConfig(**given, split_column="split")
+    argv = ["--module", "model", *data_flags(data, 3)]
+    config = parse_config("evaluate_clip", presets("evaluate_clip"), argv)
+    assert (config.data, config.seed) == (data, 3)

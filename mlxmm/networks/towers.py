@@ -45,6 +45,14 @@ class TextConfig(TransformerConfig):
     eos_token_id: int = option(0, "token whose state is the text's feature; 2: the highest id", ge(0))
 
 
+def check_layer(layer: int, depth: int) -> None:
+    """Raise `UserError` where a tower of `depth` blocks has no such `hidden_states`."""
+    if not -depth - 1 <= layer <= depth:
+        raise UserError(
+            f"layer {layer} of a tower with hidden states 0 to {depth}: choose one of these, or -1 to {-depth - 1}"
+        )
+
+
 class Tower(nn.Module):
     """Embeddings, then blocks. A subclass makes `config`, `embeddings` and `encoder`, and pools in `__call__`."""
 
@@ -61,10 +69,7 @@ class Tower(nn.Module):
         the last. Blocks behind it are not run.
         """
         depth = len(self.encoder.layers)
-        if not -depth - 1 <= layer <= depth:
-            raise UserError(
-                f"layer {layer} of a tower with hidden states 0 to {depth}: choose one of these, or -1 to {-depth - 1}"
-            )
+        check_layer(layer, depth)
         return self.encoder(self.embed(inputs), self.mask, num_layers=layer % (depth + 1))
 
     def all_hidden_states(self, inputs: mx.array) -> list[mx.array]:

@@ -206,8 +206,6 @@ def make_first(folders: Iterable[Path]) -> Path:
             return folder
         except FileExistsError:
             continue
-        except NotADirectoryError:
-            break
         except OSError as error:
             raise UserError(f"{folder} cannot be made: {error.strerror}") from None
     raise UserError(f"{folder} exists: name another --run-dir, or add --resume last")

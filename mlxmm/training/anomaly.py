@@ -1,13 +1,18 @@
 """Checks for numbers that are not finite, by the name of the part that produced them."""
 
 import contextlib
-from collections.abc import Iterator
+import math
+import warnings
+from collections.abc import Iterator, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxmm.compute.layer_calls import replaced_calls
+
+LOSSES = ("train/loss", "val/loss")
+GROWTH = 10  # times the first loss, or 1 if that is less
 
 
 class AnomalyError(ArithmeticError):
@@ -35,3 +40,22 @@ def assert_finite(tree, what: str) -> None:
     for name, array in tree_flatten(tree):
         if isinstance(array, mx.array) and not mx.isfinite(array).all().item():
             raise AnomalyError(f"{what}{f' ({name})' if name else ''} is not finite")
+
+
+class DivergenceWarning:
+    """Warns, once a run, of a loss that is not finite, or that has grown to ten times the first one logged."""
+
+    def __init__(self) -> None:
+        self._limits: dict[str, float] = {}
+        self._told = False
+
+    def check(self, metrics: Mapping[str, float], step: int) -> None:
+        """Look at the losses among what is logged after `step` updates."""
+        for name in [] if self._told else [name for name in LOSSES if name in metrics]:
+            loss = metrics[name]
+            limit = self._limits.setdefault(name, loss + GROWTH * max(1.0, abs(loss)))
+            if not math.isfinite(loss) or loss > limit:
+                told = f"{name} is {loss:.3g} after {step} updates: training diverges. A lower learning rate may help; "
+                warnings.warn(f"{told}detect_anomaly=True finds the first part that is not finite", stacklevel=4)
+                self._told = True
+                return

@@ -26,7 +26,7 @@ from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
 from mlxmm.terminal import say
 from mlxmm.training import batches, lightning_words, run_folder, run_state
-from mlxmm.training.anomaly import assert_finite, watched_outputs
+from mlxmm.training.anomaly import DivergenceWarning, assert_finite, watched_outputs
 from mlxmm.training.callback import Callback, arrange_callbacks, hook_table, note_first_state, restart_callbacks
 from mlxmm.training.checks import as_callbacks, check_optimizer, check_stage, check_trainable
 from mlxmm.training.datamodule import DataModule, as_datamodule, train_loader, why_empty
@@ -174,6 +174,7 @@ class Trainer(TrainerProperties):
             values = {name: float(value) for name, value in metrics.items()}
             self.callback_metrics |= values
             self.logged_metrics |= values
+            self._divergence.check(values, self.global_step)
             for logger in self.loggers:
                 logger.log_metrics(values, self.global_step, self.current_epoch)
                 if self.state == "finished":
@@ -351,6 +352,7 @@ class Trainer(TrainerProperties):
         self.schedule = Schedule(self.config, self.progress, self.config.accumulate_grad_batches)
         self.callback_metrics: dict[str, float] = {}  # the newest value of everything that was logged
         self.logged_metrics: dict[str, float] = {}  # what was logged since the newest update
+        self._divergence = DivergenceWarning()
 
     def _open_run(self, ckpt_path: Path | str | None) -> None:
         """Begin a run in its folder, which is made if it has no name."""

@@ -38,7 +38,14 @@ def unfrozen_part(config: AlignmentConfig, aligner: Qwen3Aligner) -> str:
         raise UserError(
             "layers of a quantized language model cannot be trained: set --module.lora.rank, to 8 for example"
         )
+    check_unfrozen(config, len(aligner.language_model.model.layers))
     return f"language_model.model.layers[-{config.unfreeze_layers}:]"
+
+
+def check_unfrozen(config: AlignmentConfig, depth: int) -> None:
+    """Raise `UserError` where more layers are to be unfrozen than the `depth` that there are."""
+    if config.unfreeze_layers > depth:
+        raise UserError(f"--unfreeze-layers {config.unfreeze_layers}: the language model has {depth} layers")
 
 
 def plan_alignment(config: AlignmentConfig, aligner: Qwen3Aligner, num_rows: int) -> MemoryPlan:

@@ -9,7 +9,7 @@ from mlxmm.data.caption_source import BatchConfig, CaptionDataConfig
 from mlxmm.storage.runs import Run
 
 # What says which pictures, and not how they become batches.
-OF_TRAINING = {field.name for field in attrs.fields(BatchConfig)} | {"streaming", "held_out"}
+OF_TRAINING = {field.name for field in attrs.fields(BatchConfig)} | {"streaming", "held_out", "weights"}
 
 
 def data_flags(data: CaptionDataConfig, seed: int) -> list[str]:
@@ -18,7 +18,8 @@ def data_flags(data: CaptionDataConfig, seed: int) -> list[str]:
     changed = [
         flag for flag in flags_of(data) if flag.path[0] not in OF_TRAINING and flag.default != defaults[flag.name]
     ]
-    words = [word for flag in changed for word in (f"--data.{flag.name}", str(flag.default))]
+    values = [list(flag.default) if isinstance(flag.default, tuple | list) else [flag.default] for flag in changed]
+    words = [word for flag, value in zip(changed, values) for word in (f"--data.{flag.name}", *map(str, value))]
     return words + (["--seed", str(seed)] if seed else [])
 
 

@@ -14,6 +14,7 @@ from mlxmm.data.sources.shapes import single_objects
 from mlxmm.evaluation.clip import evaluate_shapes, retrieval_metrics
 from mlxmm.evaluation.prompt_templates import TEMPLATES
 from mlxmm.modules.contrastive_clip import CLIPConfig, ContrastiveCLIP
+from mlxmm.networks.towers import check_layer
 from mlxmm.preprocessing.images import ImageProcessor
 from mlxmm.storage.atomic import write_json
 from mlxmm.storage.cache import cached, made_in
@@ -59,6 +60,8 @@ def tower_or_train(config, source: CaptionSource, run: Run) -> tuple[str, dict]:
     if config.module.vision is not None:
         return config.module.vision, {}
 
+    if config.tower.pretrained is None:
+        check_layer(config.module.layer, config.tower.module.vision.num_hidden_layers)
     tower = attrs.evolve(config.tower, trainer=tried_too(config.tower.trainer, config.trainer))
 
     def make(folder):

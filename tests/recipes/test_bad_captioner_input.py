@@ -211,6 +211,22 @@ def test_a_layer_that_the_tower_does_not_have_is_one_clear_line(train, recipe):
     refused(train(recipe, "--module.layer", 7), message)
 
 
+def test_more_layers_than_the_language_model_has_are_one_clear_line(train):
+    refused(train("align_qwen3", "--unfreeze-layers", 99), "--unfreeze-layers 99: the language model has 2 layers")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "message"),
+    [
+        ("train_captioner", ["--module.layer", 99], "layer 99 of a tower with hidden states 0 to 3"),
+        ("align_qwen3", ["--module.layer", 99], "layer 99 of a tower with hidden states 0 to 3"),
+        ("align_qwen3", ["--unfreeze-layers", 99], "--unfreeze-layers 99: the language model has 4 layers"),
+    ],
+)
+def test_layers_of_parts_that_a_recipe_trains_itself_are_checked_before_it_does(run, recipe, flags, message):
+    refused(run(recipe, *flags), message)  # with the defaults: the parts would take minutes
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

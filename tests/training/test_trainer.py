@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import traceback
+import warnings
 from pathlib import Path
 
 import mlx.core as mx
@@ -410,3 +411,25 @@ def test_callbacks_change_the_trainer_by_its_methods(make_trainer):
     trainer = make_trainer(max_epochs=2, callbacks=[Doubles()])
     trainer.fit(TinyRegression(), train_dataloaders=DistinctBatches(6))
     assert trainer.global_step == 6 + 3 and trainer.profiler.counts["step"] == 9
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ([2.0, 1.0, math.nan, math.nan], ["train/loss is nan after 3 updates"]),
+        ([2.0, 30.0, 1.0, 30.0], ["train/loss is 30 after 2 updates"]),
+        ([0.0, 5.0, 9.0, 2.0], []),
+        ([-4.0, -3.0, 5.0, -4.0], []),
+    ],
+)
+def test_a_loss_that_diverges_is_said_once(make_trainer, losses, told):
+    class Told(TinyRegression):
+        def training_step(self, batch):
+            return {"loss": batch["loss"] + 0 * super().training_step(batch)["loss"]}
+
+    data = [{**next(DistinctBatches().epoch(0)), "loss": np.float32(loss)} for loss in losses]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(max_epochs=1, log_every_n_steps=1).fit(Told(), data)
+    lines = [str(w.message) for w in caught if "diverges" in str(w.message)]
+    assert [line.split(":")[0] for line in lines] == told
