@@ -1,6 +1,8 @@
 """A font that has the letters of a text: the first of this machine's that does, else Pillow's own."""
 
 import functools
+import importlib.util
+import warnings
 from pathlib import Path
 
 from PIL import ImageFont
@@ -14,6 +16,7 @@ NAMES = (
     "NotoSansCJK-Regular.ttc",
     "Hiragino Sans GB.ttc",
     "PingFang.ttc",
+    "NotoSansCJKsc-Regular.otf",
     "AppleSDGothicNeo.ttc",
     "Arial Unicode.ttf",
     "unifont.ttf",
@@ -23,9 +26,22 @@ NAMES = (
 
 @functools.lru_cache(maxsize=4_096)
 def font_for(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The first font with all letters of `text`, at `size` pixels; of several that lack some, the one with most."""
+    """The first font with all letters of `text`, at `size` pixels; of several that lack some, the one with most.
+
+    Warns once of letters that no font has.
+    """
     letters = {letter for letter in text if not letter.isspace()}
-    return min(_fonts(size), key=lambda font: sum(_lacks(font, letter) for letter in letters))
+    best = min(_fonts(size), key=lambda font: sum(_lacks(font, letter) for letter in letters))
+    if any(_lacks(best, letter) for letter in letters):
+        _warn()
+    return best
+
+
+@functools.cache
+def _warn() -> None:
+    warnings.warn(
+        "no font here has all letters of the captions, some show as boxes: pip install mplfonts", stacklevel=3
+    )
 
 
 @functools.cache
@@ -43,12 +59,12 @@ def _found(name: str, size: int) -> ImageFont.FreeTypeFont | None:
 
 
 def _shipped(name: str) -> list[str]:
-    """Fonts that matplotlib brings, where it is installed."""
-    import importlib.util
-
-    spec = importlib.util.find_spec("matplotlib")
-    folder = Path(spec.origin).parent / "mpl-data/fonts/ttf" if spec and spec.origin else None
-    return [str(folder / name)] if folder and (folder / name).exists() else []
+    """The font in the packages that bring fonts, where they are installed: mplfonts comes with `mlxmm[fonts]`."""
+    found = []
+    for package, folder in (("matplotlib", "mpl-data/fonts/ttf"), ("mplfonts", "fonts")):
+        spec = importlib.util.find_spec(package)
+        found += [Path(spec.origin).parent / folder / name] if spec and spec.origin else []
+    return [str(path) for path in found if path.exists()]
 
 
 @functools.lru_cache(maxsize=65_536)

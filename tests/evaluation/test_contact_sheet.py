@@ -1,8 +1,10 @@
 """The contact sheet: failures first, pictures in their proportions, marks that need no colour."""
 
 import numpy as np
+import pytest
 from PIL import Image, ImageFont
 
+from mlxmm.evaluation import fonts
 from mlxmm.evaluation.contact_sheet import COLUMNS, MARGIN, PICTURE, TITLE, Section, contact_sheet, failures_first
 from mlxmm.evaluation.fonts import font_for
 
@@ -51,3 +53,9 @@ def test_a_font_is_taken_that_has_the_letters():
     assert drawn(font_for("plain", 13), "plain") == drawn(default, "plain")
     found = font_for("оранжевый", 13)  # Pillow's own has no Cyrillic letters
     assert drawn(found, "о") != drawn(default, "о") or drawn(default, "о") != drawn(default, "ж")
+
+
+def test_letters_that_no_font_has_are_said_with_what_to_install():
+    fonts._warn.cache_clear()
+    with pytest.warns(UserWarning, match="pip install"):
+        font_for("a private letter: \ue123", 13)
