@@ -108,6 +108,23 @@ def test_our_captioner_of_servers_writes_what_the_module_says(address, module):
     assert [caption.text for caption in written] == module[0].caption(PICTURES)
 
 
+def test_a_request_in_the_form_of_vlmevalkit_gets_the_caption(address, module):
+    """What VLMEvalKit's OpenAIWrapper posts (vlmeval/api/gpt.py: generate_inner, prepare_inputs)."""
+    file = io.BytesIO()
+    PICTURES[0].save(file, "JPEG")
+    picture = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    parts = [
+        {"type": "image_url", "image_url": {"url": picture, "detail": "low"}},
+        {"type": "text", "text": "Describe the picture."},
+    ]
+    asked = [{"role": "system", "content": "You are helpful."}, {"role": "user", "content": parts}]
+    body = {"model": "gpt-4o", "messages": asked, "n": 1, "temperature": 0, "max_tokens": 2_048}
+    [name] = [model.id for model in client(address).models.list()]
+    status, answer = post(address, "/v1/chat/completions", body | {"model": name}, Authorization="Bearer sk-none")
+    said = answer["choices"][0]["message"]["content"].strip()
+    assert status == 200 and said == module[0].caption([Image.open(file)])[0]
+
+
 def test_many_users_at_once_get_the_answers_of_each_alone(address, module):
     chat = client(address).chat.completions
     ask = lambda i: chat.create(
