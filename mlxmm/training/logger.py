@@ -1,6 +1,7 @@
 """Logger: what a Trainer and its callbacks write metrics, images, texts and distributions to."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -52,12 +53,19 @@ class Logger:
     def finalize(self, status: str) -> None:
         """The run has ended; `status` is "success" or "failed"."""
 
+    def earlier_run(self) -> Path | str | None:
+        """Where a run has been logged, which one that begins at step 0 would be mixed with; None if nowhere."""
+        return None
+
     def position(self) -> int:
         """The size of the logger's file, in bytes."""
         return 0
 
-    def rewind(self, position: int, step: int) -> None:
-        """Discard what was written after `position`, at which `step` updates were done: a run resumes there."""
+    def rewind(self, position: int | None, step: int) -> None:
+        """Discard what was written after `position`, at which `step` updates were done: a run resumes there.
+
+        None: the checkpoint does not know this logger, and the step has to do.
+        """
 
 
 def repeatable(metrics: Mapping[str, float]) -> dict[str, float]:

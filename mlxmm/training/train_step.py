@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlxmm.compute.compiled import Compiler, snapshot
 from mlxmm.compute.precision import autocast
 from mlxmm.distributed import collectives
-from mlxmm.training.checks import check_outputs, explained
+from mlxmm.training.checks import check_outputs, check_same_names, explained
 from mlxmm.training.randomness import isolated_random_state
 from mlxmm.training.strategy import REPLICATED, Replicated
 
@@ -156,7 +156,10 @@ def weighted_sums(outputs: dict) -> dict:
 
 def add_sums(total: dict | None, sums: dict) -> dict:
     """Add the sums of a batch to those of the batches before it; `total` is None for the first batch."""
-    return sums if total is None else tree_map(mx.add, total, sums)
+    if total is None:
+        return sums
+    check_same_names(total.get("sums", total), sums.get("sums", sums))
+    return tree_map(mx.add, total, sums)
 
 
 def fill_empty_sums(total: dict | None) -> dict | None:
