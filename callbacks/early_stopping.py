@@ -5,8 +5,9 @@ import math
 import attrs
 from attrs.validators import ge, in_
 
+from mlxmm.errors import UserError
 from mlxmm.training.callback import Callback
-from mlxmm.training.monitors import check_monitor, check_validation
+from mlxmm.training.monitors import check_monitor, without_validation
 
 
 @attrs.define
@@ -38,8 +39,9 @@ class EarlyStopping(Callback):
     def setup(self, trainer, module, stage):
         self._fitting = stage == "fit" and not trainer.config.fast_dev_run
         if self._fitting:
-            self.stopping_reason, self._validates = None, trainer.validates
-            check_validation("EarlyStopping", self.monitor, self._validates)
+            self.stopping_reason, self._validates = None, trainer.enable_validation
+            if fault := without_validation("EarlyStopping", self.monitor, self._validates):
+                raise UserError(fault)
 
     def on_train_start(self, trainer, module):
         trainer.should_stop |= self.stopping_reason is not None

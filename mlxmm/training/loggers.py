@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
-from mlxmm.training.logger import Logger
+from mlxmm.training.logger import Logger, set_aside
 from mlxmm.training.logger_names import logger_names
 from mlxmm.training.tensorboard_logger import TensorBoardLogger
 from mlxmm.training.trackers import TrackioLogger, WandbLogger
@@ -40,9 +40,9 @@ class JSONLLogger(Logger):
     def position(self):
         return self.path.stat().st_size if self.path.exists() else 0
 
-    def earlier_run(self):
-        begun = self.path.exists() and re.search(r'"step": [1-9]', self.path.read_text())
-        return self.path if begun else None
+    def begin(self):
+        if self.path.exists() and re.search(r'"step": [1-9]', self.path.read_text()):  # not those of a test before it
+            set_aside(self.path.parent, self.path.name)
 
     def rewind(self, position, step):
         if self.path.exists():

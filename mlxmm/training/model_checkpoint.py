@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from mlxmm.storage.atomic import remove_leftovers
 from mlxmm.storage.checkpoint import by_step
 from mlxmm.storage.checkpoint_folder import go_back, name_checkpoint, newest_state
 from mlxmm.training.callback import Callback
-from mlxmm.training.monitors import check_monitor, check_validation
+from mlxmm.training.monitors import check_monitor, without_validation
 from mlxmm.training.trainer_config import duration, duration_text, is_duration
 
 
@@ -51,7 +52,8 @@ class ModelCheckpoint(Callback):
     last_step: int | None = attrs.field(default=None, init=False)
     _is_in_run: bool = attrs.field(default=True, init=False)  # `dirpath` was not given: it follows the run
     _enabled: bool = attrs.field(default=True, init=False)
-    _validates: bool = attrs.field(default=True, init=False)  # the run validates, or there is nothing to monitor
+    _checks_epochs: bool = attrs.field(default=False, init=False)  # for `monitor`, as no validation will
+    _has_warned: bool = attrs.field(default=False, init=False)  # that nothing will be best
     _saved_at: float = attrs.field(default=0.0, init=False)  # in seconds of training
     _resumed_from: Path | None = attrs.field(default=None, init=False)
     _validated: bool = attrs.field(default=False, init=False)
@@ -97,9 +99,13 @@ class ModelCheckpoint(Callback):
             return
         if not self._enabled and not trainer.config.fast_dev_run:
             raise UserError("ModelCheckpoint saves nothing with enable_checkpointing=False: leave one of the two out")
-        if self.monitor is not None:
-            self._validates = trainer.validates
-            check_validation("ModelCheckpoint", self.monitor, self._validates)
+        self._checks_epochs = self._has_warned = False
+        if self.monitor is not None and not trainer.enable_validation:
+            fault = without_validation("ModelCheckpoint", self.monitor, validates=False)
+            self._checks_epochs = fault is None
+            self._has_warned = fault is not None
+            if fault:  # a run that has no best checkpoint still has its last
+                warnings.warn(fault, stacklevel=2)
         if self._enabled and trainer.is_global_zero:
             self.dirpath.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.dirpath)
@@ -130,7 +136,7 @@ class ModelCheckpoint(Callback):
             self.load_state_dict(own)
         self.scores = {known: score for known, score in self.scores.items() if known in steps}
         self.last_step = self.last_step if self.last_step in steps else None
-        if own is not None:  # what a killed run had no time to delete
+        if own is not None and own["monitor"] == [self.monitor, self.mode]:  # what a killed run had no time to delete
             self._delete({old for old in steps if old < step} - {*self.scores, self.last_step})
         self._name(max(steps, default=None), self.best_step)
         return self.state_dict()
@@ -139,7 +145,7 @@ class ModelCheckpoint(Callback):
         self._validated = self.monitor is not None
 
     def on_save_point(self, trainer, module):
-        if self._validated or (trainer.batch_idx == 0 and not self._validates):
+        if self._validated or (self._checks_epochs and trainer.batch_idx == 0):
             check_monitor(trainer, "ModelCheckpoint", self.monitor)
         is_due = self._is_due(trainer)
         if self.train_time_interval is not None:
@@ -151,6 +157,8 @@ class ModelCheckpoint(Callback):
     def on_train_end(self, trainer, module):
         self._save(trainer)
         self._finish()
+        if self._enabled and self.monitor and self.save_top_k and not (self.scores or self._has_warned):
+            warnings.warn(f"no checkpoint is best: none had a finite {self.monitor!r} of its own step", stacklevel=2)
 
     def on_exception(self, trainer, module, exception):
         # Any other exception may have been raised in the middle of an update.
@@ -223,8 +231,10 @@ class ModelCheckpoint(Callback):
         return self.dirpath / f"step={step}"
 
     def state_dict(self):
-        return {"scores": list(self.scores.items()), "last_step": self.last_step, "saved_at": self._saved_at}
+        scores, monitor = list(self.scores.items()), [self.monitor, self.mode]
+        return {"monitor": monitor, "scores": scores, "last_step": self.last_step, "saved_at": self._saved_at}
 
     def load_state_dict(self, state):
-        self.scores, self.last_step = {int(k): v for k, v in state["scores"]}, state["last_step"]
-        self._saved_at = state["saved_at"]
+        is_same = state["monitor"] == [self.monitor, self.mode]  # values of another metric say nothing
+        self.scores = {int(step): score for step, score in state["scores"]} if is_same else {}
+        self.last_step, self._saved_at = state["last_step"], state["saved_at"]

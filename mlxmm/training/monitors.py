@@ -3,10 +3,11 @@
 from mlxmm.errors import UserError
 
 
-def check_validation(owner: str, monitor: str, validates: bool) -> None:
-    """Raise `UserError` before training if `monitor` is measured by a validation, and there will be none."""
-    if monitor.startswith("val/") and not validates:
-        raise UserError(f"{owner}: {monitor!r} comes from validation, and there is none: give validation data")
+def without_validation(owner: str, monitor: str, validates: bool) -> str | None:
+    """What is wrong with a `monitor` that is measured by a validation where there is none; None if nothing is."""
+    if validates or not monitor.startswith("val/"):
+        return None
+    return f"{owner}: {monitor!r} comes from validation, and there is none: give validation data"
 
 
 def check_monitor(trainer, owner: str, monitor: str) -> None:

@@ -44,7 +44,7 @@ def _writes(trainer) -> bool:
 
 def _lock(trainer, root: Path | None, *, make: bool = False) -> None:
     """Lock the folders that are there, or with `make` all that the run writes."""
-    for folder in {root if _writes(trainer) else None, *_checkpoint_folders(trainer, root)} - {None}:
+    for folder in sorted({root if _writes(trainer) else None, *_checkpoint_folders(trainer, root)} - {None}):
         if make or folder.is_dir():
             trainer.locks.enter_context(locked(folder))
 
@@ -56,9 +56,16 @@ def close(trainer) -> None:
         remove_if_empty(trainer.log_dir)
 
 
-def go_back(trainer, state: dict) -> None:
-    """Leave behind what the run did after the checkpoint it is resumed from: later checkpoints are set aside, and log
-    files cut. Raises `UserError` where checkpoints are of another run, before anything is changed."""
+def begin(trainer, state: dict | None) -> None:
+    """Leave in the folder what this run has done: of one that goes on from a checkpoint, whose `state` is given, later
+    checkpoints are set aside and logs cut; of a new one the logs of a run before it are set aside.
+
+    Raises `UserError` where checkpoints are of another run, before anything is changed.
+    """
+    if state is None:
+        for logger in trainer.loggers:
+            logger.begin()
+        return
     savers = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
     for callback in savers:
         callback.check_run(trainer)
@@ -83,13 +90,10 @@ def _checkpoint_folders(trainer, root: Path | None) -> list[Path]:
 
 def _check_free(trainer) -> None:
     """Raise `UserError` where a run that begins at step 0 would be mixed with what an earlier one has left."""
-    advice = "resume it, or name another folder (without default_root_dir each fit gets one)"
     for folder in _checkpoint_folders(trainer, trainer.config.default_root_dir):
         if holds_checkpoints(folder):
+            advice = "resume it, or name another folder (without default_root_dir each fit gets one)"
             raise UserError(f"{folder} holds checkpoints of another run: {advice}")
-    for logger in trainer.loggers if trainer.config.default_root_dir or not trainer.wants_default_loggers else ():
-        if (place := logger.earlier_run()) is not None:
-            raise UserError(f"{place} is the log of another run: {advice}")
 
 
 def find_checkpoint(trainer, ckpt_path: Path | str | None) -> Path | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlxmm.training.logger import Logger, flat_params
+from mlxmm.training.logger import Logger, flat_params, set_aside
 
 PREFIX = "events.out.tfevents."  # of the files' names: then come the time, the host and a number
 # TensorBoard sorts tags by name. These say how a run went, not what it reached: they come last, after "val/…".
@@ -43,9 +43,10 @@ class TensorBoardLogger(Logger):
     def _files(self) -> set[Path]:
         return set(self.folder.glob(f"{PREFIX}*"))
 
-    def earlier_run(self):
-        knows = (self.folder / "metrics.jsonl").exists()  # whether it was a run, or an evaluation before one
-        return self.folder if self._has_run or (self._files() - self._own and not knows) else None
+    def begin(self):
+        is_evaluated = (self.folder / "metrics.jsonl").exists()  # of a run before, this log is set aside by now
+        if self._has_run or (self._files() - self._own and not is_evaluated):
+            set_aside(self.folder, f"{PREFIX}*")
 
     def log_metrics(self, metrics, step, epoch):
         self._has_run |= step > 0

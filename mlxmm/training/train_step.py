@@ -151,7 +151,11 @@ def checked_twice(train_step: Callable, module, optimizer) -> Callable:
 def weighted_sums(outputs: dict) -> dict:
     """Turn a batch's means into sums, which is what can be added across batches."""
     weight = mx.array(outputs.get("weight", 1.0), dtype=mx.float32)
-    return {name: mean * weight for name, mean in outputs.items() if name != "weight"} | {"weight": weight}
+    sums = {name: mean * weight for name, mean in outputs.items() if name != "weight"}
+    # MLX cannot compile a gradient beside two results that are computed alike (0.32): slices are never alike.
+    if others := [name for name in sums if name != "loss"]:
+        sums |= zip(others, mx.stack([sums[name] for name in others]))
+    return sums | {"weight": weight}
 
 
 def add_sums(total: dict | None, sums: dict) -> dict:

@@ -385,8 +385,7 @@ class Trainer(TrainerProperties):
             run_state.restore(self, saved, lambda: self._call("on_load_checkpoint", saved))
         self.configure_optimizer(saved and saved["optimizer"])
         self.schedule.check_interval()
-        if saved is not None:
-            run_folder.go_back(self, saved["state"])  # before this nothing is changed that is on disk
+        run_folder.begin(self, saved and saved["state"])  # before this nothing is changed that is on disk
         for logger in self.loggers:
             logger.log_hyperparams(self._hparams())
 

@@ -50,7 +50,7 @@ class TrainerProperties:
         return {n: value for n, value in self.callback_metrics.items() if self.logged_at.get(n) == self.global_step}
 
     @property
-    def validates(self) -> bool:
+    def enable_validation(self) -> bool:
         """Whether there is anything to validate on."""
         loader, limit = self.datamodule.val_dataloader(), self.config.limit_val_batches
         return bool(self.config.overfit_batches) or (loader is not None and batches.count(loader, limit) != 0)
