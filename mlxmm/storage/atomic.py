@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ import mlx.core as mx
 from mlxmm.errors import UserError
 
 TEMPORARY = ".tmp-"  # prefix of files and folders that are not complete yet
+LONGEST_NAME = 255  # bytes, of a file
 
 
 @contextlib.contextmanager
@@ -41,6 +43,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:
             _flush(file)
+        if path.is_file():
+            move_aside(path)
         if path.exists():
             aside = temporary.with_name(temporary.name + "-old")
             os.rename(path, aside)
@@ -91,13 +95,35 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], **options) -> None:
         raise OSError(errno.EIO, f"{str(error).splitlines()[0]} {free:.1f} GiB are free", str(path)) from None
 
 
-def replace_symlink(link: Path, target: Path) -> None:
-    """Make the symlink `link` point to its neighbour `target`, in one step if it exists already."""
+def replace_link(link: Path, target: Path) -> None:
+    """Make the symlink `link` point to its neighbour `target`, in one step if it exists already.
+
+    On a file system without links (exFAT, some network shares) it is a file that holds the name, as in Git.
+    """
     temporary = link.with_name(f"{TEMPORARY}{os.getpid()}-{link.name}")
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
+    if link.is_dir() and not link.is_symlink():
+        move_aside(link)
+    try:
+        temporary.symlink_to(target.name)
+    except OSError:
+        write_text(link, target.name)
+        return
     os.replace(temporary, link)
     _flush(link.parent)
+
+
+def follow_link(path: Path) -> Path:
+    """The neighbour that `path` names, if it is a file that stands for a link; else `path`, as all others read it."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > LONGEST_NAME:
+        return path
+    named = path.with_name(Path(path.read_text(errors="replace").strip()).name or path.name)
+    return named if named.is_dir() else path
+
+
+def move_aside(path: Path) -> None:
+    """Rename what is in the way of a new file or folder, and is not ours to delete: `path.old0` and so on."""
+    path.rename(next(name for n in count() if not (name := path.with_name(f"{path.name}.old{n}")).exists()))
 
 
 def remove_leftovers(folder: Path) -> None:

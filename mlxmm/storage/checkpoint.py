@@ -9,6 +9,7 @@ state.json              counters, names of trainable parameters, callbacks, logg
 import copy
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxmm.compute.precision import HALF, widen
 from mlxmm.errors import UserError
-from mlxmm.storage.atomic import atomic_folder, read_arrays, sha256, write_arrays, write_json
+from mlxmm.storage.atomic import atomic_folder, follow_link, read_arrays, sha256, write_arrays, write_json
+from mlxmm.storage.json_values import decode
 from mlxmm.terminal import say
 
 FORMAT = 1
 WEIGHTS, STATE = "weights.safetensors", "state.json"
+NAMES = ("last", "best")  # links to checkpoints, beside them
 
 
 def contents(module, optimizer, state: dict) -> dict[str, dict]:
@@ -43,6 +46,7 @@ def save(folder: Path, checkpoint: dict[str, dict], save_config: Callable[[Path]
 
 def load(folder: Path) -> dict[str, dict]:
     """What `save` wrote, verified; arrays are read when they are used. Raises `UserError` as `read_state` does."""
+    folder = follow_link(folder)
     state = read_state(folder)
     files = [folder / name for name in state["files"] if name.endswith(".safetensors")]
     return {"state": state} | {path.stem: mx.load(str(path)) for path in files}
@@ -53,12 +57,15 @@ def read_state(folder: Path) -> dict:
 
     Raises `UserError` that names the file that is missing or damaged.
     """
+    folder = follow_link(folder)
     try:
-        state = json.loads((folder / STATE).read_text())
+        state = json.loads((folder / STATE).read_text(), object_hook=decode)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} holds no checkpoint: {STATE} is missing") from None
     except ValueError:
         raise UserError(f"{folder / STATE} is damaged; resume from another checkpoint") from None
+    if not isinstance(state, dict) or not {"format", "files", "global_step"} <= state.keys():
+        raise UserError(f"{folder / STATE} is no checkpoint's")
     if state["format"] > FORMAT:
         raise UserError(f"{folder} has format {state['format']}, newer than {FORMAT}: update mlxmm")
     for name, checksum in state["files"].items():
@@ -117,18 +124,41 @@ def load_optimizer(arrays: dict[str, mx.array], optimizer, module) -> None:
     optimizer.init(module.trainable_parameters())
 
 
-def latest(checkpoints: Path) -> Path | None:
-    """The newest undamaged checkpoint of a run; None if it has none yet. Prints each damaged one that it skips.
+def by_step(folder: Path) -> dict[int, Path]:
+    """The checkpoints in `folder`, in the order of their steps. What else lies there is nobody's: `step=10 copy`."""
+    found = [path for path in folder.glob("step=*") if re.fullmatch(r"step=(0|[1-9]\d*)", path.name) and path.is_dir()]
+    return dict(sorted((int(path.name.removeprefix("step=")), path) for path in found))
 
+
+def copied_names(folder: Path) -> list[Path]:
+    """The names that are folders: what copies them follows links (`cp -rL`, zip, a bucket)."""
+    return [path for name in NAMES if (path := folder / name).is_dir() and not path.is_symlink()]
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint is of; -1 for a folder that is none."""
+    try:
+        return int(json.loads((folder / STATE).read_text())["global_step"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return -1
+
+
+def latest(*folders: Path) -> Path | None:
+    """The newest undamaged checkpoint in `folders`; None if there is none yet. Prints each damaged one that it skips.
+
+    Of two folders that have the same step, the last is taken: what was saved last knows of the others.
     Raises `UserError` that names the damaged file where all are damaged: to start again would overwrite the run.
     """
-    folders = sorted(checkpoints.glob("step=*"), key=lambda path: int(path.name.removeprefix("step=")))
+    copies = [(step_of(path), path) for folder in folders for path in copied_names(folder)]
+    found = [(step, path) for folder in folders for step, path in by_step(folder).items()]
     damage: UserError | None = None
-    for folder in reversed(folders):
+    for _, path in reversed(sorted(copies + found, key=lambda one: one[0])):  # of equals, the last in this list
         try:
-            read_state(folder)
-            return folder
+            read_state(path)
+            return path
         except UserError as error:
+            if not path.exists():  # a run that goes on has just deleted it
+                return latest(*folders)
             damage = damage or error
             say(f"skipped: {error}")
     if damage is not None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mlxmm.errors import UserError
+from mlxmm.storage.atomic import follow_link
 
 WEIGHTS = ["model*.safetensors", "weights.safetensors"]  # of transformers and mlx-lm, and of a checkpoint
 SETTINGS = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -33,8 +34,8 @@ def settings_folder(path_or_id: str | Path, *, offline: bool = False) -> Path:
 
 def _found(path_or_id: str | Path, revision: str | None, fetch: Callable[[str, str | None], Path]) -> Path:
     """`path_or_id` if it is a folder, else what `fetch` gets of that repository and revision. Raises `UserError`."""
-    if Path(path_or_id).is_dir():
-        return Path(path_or_id)
+    if (path := follow_link(Path(path_or_id))).is_dir():
+        return path
     if not is_hub_id(path_or_id):
         raise UserError(f"{path_or_id} is not there: neither a folder nor a Hub id (user/name, user/name@revision)")
     name, revision = split_revision(str(path_or_id), revision)

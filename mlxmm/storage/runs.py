@@ -4,6 +4,7 @@ runs/<recipe>/<name>/config.json  data.json  metrics.jsonl  events.out.tfevents.
 """
 
 import contextlib
+import json
 import shlex
 import shutil
 import tempfile
@@ -21,8 +22,10 @@ from mlxmm.distributed import collectives
 from mlxmm.distributed.signals import Ended
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
-from mlxmm.storage.atomic import remove_leftovers, write_json
+from mlxmm.storage.atomic import follow_link, remove_leftovers, write_json
+from mlxmm.storage.checkpoint_folder import named
 from mlxmm.storage.lineage import DATA, Lineage
+from mlxmm.storage.lock import locked
 from mlxmm.terminal import say
 
 RUNS = Path("runs")
@@ -77,7 +80,7 @@ class Run:
     @property
     def model(self) -> Path | None:
         """The folder of the model that this run has trained: its best or last checkpoint, or its export."""
-        return next((self.folder / part for part in MODELS if (self.folder / part).exists()), None)
+        return next((path for part in MODELS if (path := follow_link(self.folder / part)).is_dir()), None)
 
     def report(self, metrics: dict) -> None:
         """Add to the metrics of the run's end: numbers are printed then, all JSON values come into summary.json."""
@@ -91,7 +94,8 @@ class Run:
     def save(self) -> None:
         """Write what was reported so far as `summary.json`: before something that takes long or may fail."""
         if self.is_global_zero:
-            write_json(self.folder / "summary.json", self.metrics)
+            finite = json.loads(json.dumps(self.metrics), parse_constant=lambda name: None)  # JSON has no NaN
+            write_json(self.folder / "summary.json", finite)
 
 
 @contextlib.contextmanager
@@ -114,11 +118,13 @@ def open_run(config: RunConfig, recipe: str) -> Iterator[Run]:
         with _tried(start) as run:
             yield run
         return
-    run = Run(*collectives.broadcast_paths(lambda: _open(config, recipe)))
+    lock = contextlib.ExitStack()
+    run = Run(*collectives.broadcast_paths(lambda: _open(config, recipe, lock)))
     run.print(f"run: {run.folder}")
     try:
-        yield run
-        collectives.barrier()
+        with lock:
+            yield run
+            collectives.barrier()
     except BaseException as error:
         if run.is_global_zero and run.ckpt_path is None:
             _remove_if_unused(run.folder)
@@ -151,7 +157,7 @@ def _kept(run: Run, recipe: str, *, resumable: bool) -> str:
     if not run.folder.exists():
         return "nothing was kept"
     saved = sorted(run.folder.glob("**/checkpoints/last"), key=lambda link: link.lstat().st_mtime)
-    kept = f"kept {saved[-1].parent / saved[-1].readlink() if saved else run.folder}"
+    kept = f"kept {named(saved[-1].parent, 'last') if saved else run.folder}"
     go_on = command(recipe, "--run-dir", run.folder, "--resume", "last")
     return f"{kept}; go on with: {go_on}" if resumable else kept
 
@@ -162,7 +168,7 @@ def find_run(recipe: str, resume: str, run_dir: Path | None) -> Path:
     Raises `UserError` where there is none.
     """
     if resume != "last":
-        path = Path(resume)
+        path = follow_link(Path(resume))
         if not (path / checkpoint.STATE).exists():
             raise UserError(f"--resume {resume}: no checkpoint is there; `last` takes the run's newest")
         return path.resolve().parent.parent
@@ -173,17 +179,18 @@ def find_run(recipe: str, resume: str, run_dir: Path | None) -> Path:
     return folder
 
 
-def _open(config: RunConfig, recipe: str) -> tuple[Path, Path | None]:
+def _open(config: RunConfig, recipe: str, lock: contextlib.ExitStack) -> tuple[Path, Path | None]:
     resume = getattr(config, "resume", None)
     if resume is None:
-        return _make(config, recipe), None
-    if resume == "last":
-        folder = find_run(recipe, resume, config.run_dir)
-        ckpt_path = checkpoint.latest(folder / "checkpoints")
-    else:
-        folder, ckpt_path = config.run_dir or find_run(recipe, resume, None), Path(resume)
-        checkpoint.read_state(ckpt_path)
-    folder.mkdir(parents=True, exist_ok=True)
+        folder = _make(config, recipe)
+        lock.enter_context(locked(folder))
+        return folder, None
+    folder = find_run(recipe, resume, config.run_dir) if resume == "last" else None
+    folder = folder or config.run_dir or find_run(recipe, resume, None)
+    if resume != "last":
+        checkpoint.read_state(Path(resume))
+    lock.enter_context(locked(folder))
+    ckpt_path = checkpoint.latest(folder / "checkpoints") if resume == "last" else follow_link(Path(resume))
     remove_leftovers(folder)
     if not (folder / "config.json").exists():
         _write_config(config, folder)

@@ -1,6 +1,7 @@
 """Callback: code that runs at named moments of a run. One sentence a moment; docs/hooks.md compares with Lightning."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -17,6 +18,7 @@ class Callback:
     """
 
     reads_rows = False  # such callbacks come after those that replace rows
+    reads_metrics = False  # such callbacks come after those that log metrics of their own
     saves_checkpoints = False  # such callbacks come last: what they save includes what the others did
 
     def __new__(cls, *args, **settings):
@@ -154,10 +156,12 @@ def arrange_callbacks(callbacks: Sequence[Callback], of_module: Sequence[Callbac
     Raises `UserError` if two would save their state under one name.
     """
     kept = [callback for callback in callbacks if not any(isinstance(new, type(callback)) for new in of_module)]
-    arranged = sorted([*kept, *of_module], key=lambda callback: (callback.saves_checkpoints, callback.reads_rows))
+    place = lambda callback: (callback.saves_checkpoints, callback.reads_metrics, callback.reads_rows)
+    arranged = sorted([*kept, *of_module], key=place)
     keys = [callback.state_key for callback in arranged if overrides(callback, "state_dict")]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
-        raise UserError(f"two callbacks save their state as {', '.join(twice)}: give one another state_key")
+        advice = "give one another state_key, or of a ModelCheckpoint another dirpath"
+        raise UserError(f"two callbacks save their state as {', '.join(twice)}: {advice}")
     return arranged
 
 
@@ -180,10 +184,21 @@ def note_first_state(callbacks: Iterable[Callback]) -> None:
 
 def restart_callbacks(callbacks: Iterable[Callback]) -> None:
     """Give callbacks of an earlier run the state that they had before it: those of the last fold begin anew."""
+    note_first_state(callbacks)  # those of the module
     for callback in callbacks:
         if vars(callback).get("_has_run"):
             callback.load_state_dict(copy.deepcopy(vars(callback)["_first_state"]))
         vars(callback)["_has_run"] = "_first_state" in vars(callback)
+
+
+def give_each_its_turn(methods: Iterable[Callable], *args) -> None:
+    """Call all `methods`, whatever one raises: that becomes a warning, as an exception is on its way already."""
+    for method in methods:
+        try:
+            method(*args)
+        except (Exception, SystemExit) as error:  # noqa: BLE001
+            name = getattr(getattr(method, "func", method), "__qualname__", method)
+            warnings.warn(f"{name} failed: {type(error).__name__}: {error}", stacklevel=2)
 
 
 def overrides(callback: Callback, name: str) -> bool:

@@ -146,6 +146,12 @@ def check_outputs(step: Callable, outputs, *, needs_loss: bool) -> dict:
     return dict(outputs)
 
 
+def check_same_names(total: Mapping, sums: Mapping) -> None:
+    """That a step returned the same metrics for this batch as for those before: all are divided by one weight."""
+    if some := sorted(total.keys() ^ sums.keys()):
+        raise UserError(f"a step returned {some[0]!r} for one batch and not for another: return it for every batch")
+
+
 def _name_of(step: Callable) -> str:
     """The name of the step that its author wrote: a module validates by its training_step if it has no other."""
     name, module = getattr(step, "__name__", "the step"), getattr(step, "__self__", None)

@@ -1,6 +1,8 @@
 """Logger: what a Trainer and its callbacks write metrics, images, texts and distributions to."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
 
 import numpy as np
 
@@ -52,12 +54,27 @@ class Logger:
     def finalize(self, status: str) -> None:
         """The run has ended; `status` is "success" or "failed"."""
 
+    def begin(self) -> None:
+        """A run begins at step 0: the files of another one, which it would be mixed with, are set aside."""
+
     def position(self) -> int:
         """The size of the logger's file, in bytes."""
         return 0
 
-    def rewind(self, position: int, step: int) -> None:
-        """Discard what was written after `position`, at which `step` updates were done: a run resumes there."""
+    def rewind(self, position: int | None, step: int) -> None:
+        """Discard what was written after `position`, at which `step` updates were done: a run resumes there.
+
+        None: the checkpoint does not know this logger, and the step has to do.
+        """
+
+
+def set_aside(folder: Path, pattern: str) -> None:
+    """Move the files of an earlier run's log into a folder of their own, `earlier_0` and so on."""
+    files = sorted(folder.glob(pattern))
+    own = next(path for n in count() if not any((path := folder / f"earlier_{n}").glob(pattern)))
+    own.mkdir(exist_ok=True)
+    for path in files:
+        path.rename(own / path.name)
 
 
 def repeatable(metrics: Mapping[str, float]) -> dict[str, float]:

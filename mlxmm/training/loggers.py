@@ -1,15 +1,16 @@
 """The loggers of a Trainer, by name or as given; and the one that every run has, of JSON lines."""
 
+import itertools
 import json
 import math
-import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
-from mlxmm.training.logger import Logger
+from mlxmm.training.logger import Logger, set_aside
 from mlxmm.training.logger_names import logger_names
 from mlxmm.training.tensorboard_logger import TensorBoardLogger
 from mlxmm.training.trackers import TrackioLogger, WandbLogger
@@ -39,9 +40,16 @@ class JSONLLogger(Logger):
     def position(self):
         return self.path.stat().st_size if self.path.exists() else 0
 
+    def begin(self):
+        if self.path.exists() and re.search(r'"step": [1-9]', self.path.read_text()):  # not those of a test before it
+            set_aside(self.path.parent, self.path.name)
+
     def rewind(self, position, step):
         if self.path.exists():
-            os.truncate(self.path, min(position, self.path.stat().st_size))
+            with self.path.open("r+b") as file:
+                lines = file.readlines() if position is None else []
+                before = itertools.takewhile(lambda line: json.loads(line)["step"] <= step, lines)
+                file.truncate(min(self.path.stat().st_size, sum(map(len, before)) if position is None else position))
 
 
 def make_loggers(logger: Logger | Sequence[Logger] | str | bool, root: Path | None) -> list[Logger]:

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from mlxmm.distributed import collectives
 from mlxmm.distributed.signals import Interrupted
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
-from mlxmm.storage.atomic import remove_leftovers, replace_symlink
+from mlxmm.storage.atomic import remove_leftovers
+from mlxmm.storage.checkpoint import by_step
+from mlxmm.storage.checkpoint_folder import go_back, name_checkpoint, newest_state
 from mlxmm.terminal import say
 from mlxmm.training.callback import Callback
+from mlxmm.training.monitors import check_monitor, without_validation
 from mlxmm.training.trainer_config import duration, duration_text, is_duration
 
 
@@ -25,10 +29,14 @@ from mlxmm.training.trainer_config import duration, duration_text, is_duration
 class ModelCheckpoint(Callback):
     """Saves `checkpoints/step=N`: at intervals, at the end, and when the run is interrupted.
 
-    The link `last` points to the newest checkpoint. With `monitor`, a checkpoint is also saved after every validation,
-    those with the `save_top_k` best values are kept (-1: all), and `best` points to the best. A checkpoint has a value
-    if its metric was logged at its own step; NaN is never best. Other checkpoints are deleted, except the one that the
-    run was resumed from. In the `background`, a thread writes the arrays of that moment while training continues.
+    The link `last` points to the newest checkpoint. A run that goes on from an earlier one sets aside those after it,
+    in a folder `abandoned_0`. With `monitor`, a checkpoint is also saved after every validation, those with the
+    `save_top_k` best values are kept (-1: all), and `best` points to the best. A checkpoint has a value if its metric
+    was logged at its own step; NaN is never best, and of equal values the first is. Other checkpoints are deleted,
+    except the one that the run was resumed from. In the `background`, a thread writes the arrays of that moment while
+    training continues.
+
+    Each of several needs a `dirpath` of its own. Raises `UserError` if nothing logs `monitor`.
     """
 
     saves_checkpoints = True
@@ -46,6 +54,9 @@ class ModelCheckpoint(Callback):
     scores: dict[int, float] = attrs.field(factory=dict, init=False)  # by step
     last_step: int | None = attrs.field(default=None, init=False)
     _is_in_run: bool = attrs.field(default=True, init=False)  # `dirpath` was not given: it follows the run
+    _enabled: bool = attrs.field(default=True, init=False)
+    _checks_epochs: bool = attrs.field(default=False, init=False)  # for `monitor`, as no validation will
+    _has_warned: bool = attrs.field(default=False, init=False)  # that nothing will be best
     _saved_at: float = attrs.field(default=0.0, init=False)  # in seconds of training
     _resumed_from: Path | None = attrs.field(default=None, init=False)
     _validated: bool = attrs.field(default=False, init=False)
@@ -55,6 +66,11 @@ class ModelCheckpoint(Callback):
     def __attrs_post_init__(self):
         self._is_in_run = self.dirpath is None
 
+    @property
+    def state_key(self):
+        name = type(self).__qualname__
+        return name if self._is_in_run else f"{name}({self.dirpath.name})"
+
     def folder(self, root: Path | None) -> Path | None:
         """Where the checkpoints of a run in `root` are: `dirpath`, if it was given."""
         return self.dirpath if not self._is_in_run else root and Path(root) / "checkpoints"
@@ -62,9 +78,11 @@ class ModelCheckpoint(Callback):
     @property
     def best_step(self) -> int | None:
         """The step whose checkpoint has the best value of `monitor`."""
-        if not self.scores:
-            return None
-        return (min if self.mode == "min" else max)(self.scores, key=self.scores.get)
+        return min(self.scores, key=self._rank, default=None)
+
+    def _rank(self, step: int) -> tuple[float, int]:
+        """The better a checkpoint, the smaller; of equal values the first is best."""
+        return (self.scores[step] if self.mode == "min" else -self.scores[step]), step
 
     @property
     def best_model_score(self) -> float | None:
@@ -77,32 +95,61 @@ class ModelCheckpoint(Callback):
         return None if self.best_step is None else self._folder(self.best_step)
 
     def setup(self, trainer, module, stage):
+        self._enabled = trainer.config.enable_checkpointing
         if self._is_in_run:
-            self.dirpath = self.folder(trainer.log_dir) if trainer.config.enable_checkpointing else None
-        if stage != "fit" or self.dirpath is None or not trainer.is_global_zero:
+            self.dirpath = self.folder(trainer.log_dir) if self._enabled else None
+        if stage != "fit":
             return
-        self._resumed_from = trainer.ckpt_path and trainer.ckpt_path.resolve()  # `last` will soon point to another
-        self.dirpath.mkdir(parents=True, exist_ok=True)
-        if trainer.ckpt_path is None and trainer.global_step == 0 and any(self.dirpath.glob("step=*")):
-            raise UserError(f"{self.dirpath} holds checkpoints of another run: resume it, or name another folder")
-        remove_leftovers(self.dirpath)
-        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        if not self._enabled and not trainer.config.fast_dev_run:
+            raise UserError("ModelCheckpoint saves nothing with enable_checkpointing=False: leave one of the two out")
+        self._checks_epochs = self._has_warned = False
+        if self.monitor is not None and not trainer.enable_validation:
+            fault = without_validation("ModelCheckpoint", self.monitor, validates=False)
+            self._checks_epochs = fault is None
+            self._has_warned = fault is not None
+            if fault:  # a run that has no best checkpoint still has its last
+                warnings.warn(fault, stacklevel=2)
+        if self._enabled and trainer.is_global_zero:
+            self.dirpath.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.dirpath)
+            self._resumed_from = trainer.ckpt_path and trainer.ckpt_path.resolve()
+            self._writer = ThreadPoolExecutor(1, "checkpoint")
 
-    def on_fit_start(self, trainer, module):
-        if self.dirpath is not None:  # a run that is resumed in a new folder leaves its checkpoints behind
-            self.scores = {step: score for step, score in self.scores.items() if self._folder(step).exists()}
-        # What a killed run had no time to delete. Later steps are kept: someone may need them.
-        if self._writer is not None and self._resumed_from is not None and trainer.is_global_zero:
-            steps = [int(folder.name.removeprefix("step=")) for folder in self.dirpath.glob("step=*")]
-            self._delete({step for step in steps if step < trainer.global_step} - {*self.scores, self.last_step})
+    def check_run(self, trainer) -> None:
+        """Raise `UserError` where the folder has checkpoints of another run than the one that is resumed."""
+        newest = newest_state(self.dirpath) if self._enabled else {}
+        if newest.get("run_id", trainer.progress.run_id) != trainer.progress.run_id:
+            raise UserError(
+                f"{self.dirpath} holds checkpoints of another run than {trainer.ckpt_path}: name another folder"
+            )
+
+    def go_back(self, trainer) -> None:
+        """Make the checkpoint that the run is resumed from the newest one of its folder."""
+        if self._enabled:
+            self.load_state_dict(collectives.broadcast_object(lambda: self._go_back(trainer.global_step)))
+
+    def _go_back(self, step: int) -> dict:
+        go_back(self.dirpath, step)
+        steps = by_step(self.dirpath)
+        if not self._resumed_from.exists():  # it was `last`, of a copy that followed links
+            self._resumed_from = self._folder(step)
+        own = newest_state(self.dirpath).get("callbacks", {}).get(self.state_key)
+        # Another callback saved the checkpoint of the run: it may not know of all that this one has saved.
+        if own is not None and own["last_step"] != self.last_step:
+            self.load_state_dict(own)
+        self.scores = {known: score for known, score in self.scores.items() if known in steps}
+        self.last_step = self.last_step if self.last_step in steps else None
+        if own is not None and own["monitor"] == [self.monitor, self.mode]:  # what a killed run had no time to delete
+            self._delete({old for old in steps if old < step} - {*self.scores, self.last_step})
+        self._name(max(steps, default=None), self.best_step)
+        return self.state_dict()
 
     def on_validation_end(self, trainer, module, metrics):
         self._validated = self.monitor is not None
 
     def on_save_point(self, trainer, module):
-        if self._validated and not self.monitor.startswith("train/") and self.monitor not in trainer.callback_metrics:
-            known = ", ".join(sorted(trainer.callback_metrics))
-            raise UserError(f"ModelCheckpoint: nothing logs {self.monitor!r}; there are {known}")
+        if self._validated or (self._checks_epochs and trainer.batch_idx == 0):
+            check_monitor(trainer, "ModelCheckpoint", self.monitor)
         is_due = self._is_due(trainer)
         if self.train_time_interval is not None:
             [is_due] = collectives.all_max(is_due)  # clocks differ, but all processes must save together
@@ -113,6 +160,8 @@ class ModelCheckpoint(Callback):
     def on_train_end(self, trainer, module):
         self._save(trainer)
         self._finish()
+        if self._enabled and self.monitor and self.save_top_k and not (self.scores or self._has_warned):
+            warnings.warn(f"no checkpoint is best: none had a finite {self.monitor!r} of its own step", stacklevel=2)
 
     def on_exception(self, trainer, module, exception):
         # Any other exception may have been raised in the middle of an update.
@@ -133,7 +182,7 @@ class ModelCheckpoint(Callback):
 
     def _save(self, trainer) -> None:
         is_saved = self.last_step == trainer.global_step and not self._validated  # a later score makes it another
-        if self.dirpath is None or is_saved:
+        if not self._enabled or is_saved:
             return
         before = {self.last_step, *self.scores} - {None}
         self.last_step, self._saved_at = trainer.global_step, trainer.training_seconds
@@ -142,11 +191,9 @@ class ModelCheckpoint(Callback):
         if not trainer.is_global_zero:
             return
         self._wait()
-        keep = {"last": self.last_step} | ({} if self.best_step is None else {"best": self.best_step})
         old = before - {self.last_step, *self.scores}
-        self._writing = self._writer.submit(
-            self._write, self.last_step, contents, trainer.module.save_config, keep, old
-        )
+        save_config, best = trainer.module.save_config, self.best_step
+        self._writing = self._writer.submit(self._write, self.last_step, contents, save_config, best, old)
         if not self.background:
             self._wait()
 
@@ -155,14 +202,16 @@ class ModelCheckpoint(Callback):
             return
         self.scores[self.last_step] = score
         if 0 < self.save_top_k < len(self.scores):
-            worst = (max if self.mode == "min" else min)(self.scores, key=self.scores.get)
-            del self.scores[worst]
+            del self.scores[max(self.scores, key=self._rank)]
 
-    def _write(self, step: int, contents: dict, save_config, names: dict[str, int], old: set[int]) -> None:
+    def _write(self, step: int, contents: dict, save_config, best: int | None, old: set[int]) -> None:
         checkpoint.save(self._folder(step), contents, save_config)
-        for name, named in names.items():
-            replace_symlink(self.dirpath / name, self._folder(named))
+        self._name(step, best)
         self._delete(old)
+
+    def _name(self, last: int | None, best: int | None) -> None:
+        name_checkpoint(self.dirpath, "last", last)
+        name_checkpoint(self.dirpath, "best", best)
 
     def _delete(self, steps: set[int]) -> None:
         for folder in map(self._folder, steps):
@@ -187,8 +236,10 @@ class ModelCheckpoint(Callback):
         return self.dirpath / f"step={step}"
 
     def state_dict(self):
-        return {"scores": list(self.scores.items()), "last_step": self.last_step, "saved_at": self._saved_at}
+        scores, monitor = list(self.scores.items()), [self.monitor, self.mode]
+        return {"monitor": monitor, "scores": scores, "last_step": self.last_step, "saved_at": self._saved_at}
 
     def load_state_dict(self, state):
-        self.scores, self.last_step = {int(k): v for k, v in state["scores"]}, state["last_step"]
-        self._saved_at = state["saved_at"]
+        is_same = state["monitor"] == [self.monitor, self.mode]  # values of another metric say nothing
+        self.scores = {int(step): score for step, score in state["scores"]} if is_same else {}
+        self.last_step, self._saved_at = state["last_step"], state["saved_at"]

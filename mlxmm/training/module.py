@@ -14,6 +14,7 @@ from mlxmm.compute.precision import ComputeDtypes
 from mlxmm.config import to_json
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
+from mlxmm.storage.atomic import follow_link
 from mlxmm.storage.lineage import Lineage
 from mlxmm.training import lightning_words
 
@@ -58,7 +59,7 @@ class Module(nn.Module):
         arguments are not part of a checkpoint. Raises `UserError` if they do not fit, or it is no checkpoint of this
         class.
         """
-        folder = Path(checkpoint_path)
+        folder = follow_link(Path(checkpoint_path))
         checkpoint.read_state(folder)
         if hasattr(cls, "from_pretrained") and not (args or kwargs):
             return cls.from_pretrained(folder)

@@ -1,5 +1,7 @@
 """Progress: the counters of a run, which a checkpoint keeps."""
 
+import uuid
+
 import attrs
 
 
@@ -12,6 +14,7 @@ class Progress:
     batch_idx: int = 0  # micro-batches of this epoch that are done
     seconds: float = 0.0  # of training, those before a resume included
     validating: bool = False  # the validation after this update has begun and not ended
+    run_id: str = attrs.field(factory=lambda: uuid.uuid4().hex)  # that of the first fit, in all that resume it
 
     def finish_update(self, num_batches: int) -> None:
         """Count an update made from `num_batches` micro-batches."""
@@ -29,4 +32,4 @@ class Progress:
     def load_state_dict(self, state: dict) -> None:
         """Take back what `state_dict` gave; other entries of `state` are ignored."""
         for field in attrs.fields(type(self)):
-            setattr(self, field.name, state.get(field.name, field.default))
+            setattr(self, field.name, state.get(field.name, getattr(type(self)(), field.name)))

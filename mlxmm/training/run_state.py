@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
+from mlxmm.storage.json_values import encode
 from mlxmm.training.trainable import set_trainable, trainable_names
 
 
-def dump(trainer) -> dict[str, dict]:
-    """What `restore` takes back: arrays by their dotted names, and JSON values as "state".
+def dump(trainer, on_save: Callable[[dict], object]) -> dict[str, dict]:
+    """What `restore` takes back: arrays by their dotted names, and JSON values as "state"; `on_save` may add to it.
 
-    Raises `UserError` where `trainer` has not been fitting anything.
+    Raises `UserError` where `trainer` has not been fitting anything, and for what JSON cannot hold, with its name.
     """
     if trainer.module is None or trainer.optimizer is None:
         raise UserError("there is nothing to save yet: a checkpoint holds the module and the optimizer of a `fit`")
@@ -21,12 +22,15 @@ def dump(trainer) -> dict[str, dict]:
     state = trainer.progress.state_dict() | {
         "seconds": trainer.training_seconds,
         "callback_metrics": trainer.callback_metrics,
+        "logged_at": trainer.logged_at,
         "trainable": trainable_names(trainer.module),
         "callbacks": {callback.state_key: callback.state_dict() for callback in trainer.callbacks},
         "datamodule": trainer.datamodule.state_dict(),
-        "loggers": [logger.position() for logger in trainer.loggers],
+        "loggers": [[type(logger).__qualname__, logger.position()] for logger in trainer.loggers],
     }
-    return checkpoint.contents(trainer.module, trainer.optimizer, state)
+    contents = checkpoint.contents(trainer.module, trainer.optimizer, state)
+    on_save(contents)
+    return contents | {"state": encode(contents["state"])}
 
 
 def restore(trainer, saved: dict[str, dict], on_load: Callable[[], None]) -> None:
@@ -37,12 +41,10 @@ def restore(trainer, saved: dict[str, dict], on_load: Callable[[], None]) -> Non
     state = saved["state"]
     trainer.datamodule.load_state_dict(state.get("datamodule", {}))  # refuses other data before anything is changed
     trainer.progress.load_state_dict(state)
-    trainer.callback_metrics = state["callback_metrics"]
+    trainer.callback_metrics, trainer.logged_at = state["callback_metrics"], state.get("logged_at", {})
     for callback in trainer.callbacks:
         if callback.state_key in state["callbacks"]:
             callback.load_state_dict(state["callbacks"][callback.state_key])
     on_load()
     checkpoint.load_arrays(trainer.ckpt_path, saved["weights"], trainer.module)
     set_trainable(trainer.module, state["trainable"])
-    for logger, position in zip(trainer.loggers, state["loggers"]):
-        logger.rewind(position, trainer.global_step)

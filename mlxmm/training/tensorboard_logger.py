@@ -1,11 +1,13 @@
 """TensorBoardLogger: TensorBoard's event files."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 
-from mlxmm.training.logger import Logger, flat_params
+from mlxmm.training.logger import Logger, flat_params, set_aside
 
+PREFIX = "events.out.tfevents."  # of the files' names: then come the time, the host and a number
 # TensorBoard sorts tags by name. These say how a run went, not what it reached: they come last, after "val/…".
 VITALS = ("epoch", "lr", "memory", "refresh", "schedule", "throughput")
 
@@ -20,6 +22,8 @@ class TensorBoardLogger(Logger):
         self.folder = Path(folder)
         self._writer = None
         self._purge_step = None
+        self._own: set[Path] = set()  # files that this logger began
+        self._has_run = False
         self._end = None  # what says that the run whose settings were written is over
 
     @property
@@ -28,13 +32,24 @@ class TensorBoardLogger(Logger):
         if self._writer is None:
             from tensorboardX import SummaryWriter
 
+            earlier = self._files()
             # Names tell the second alone: without a number, a test right after `fit` would overwrite its file.
-            number = f".{len(list(self.folder.glob('events.out.tfevents.*'))):03}"
+            number = f".{max(map(_number, earlier), default=-1) + 1:03}"
             self._writer = SummaryWriter(str(self.folder), purge_step=self._purge_step, filename_suffix=number)
             self._purge_step = None  # a later file, of a test, must not hide what this one gets
+            self._own |= {_put_last(path, earlier) for path in self._files() - earlier}
         return self._writer
 
+    def _files(self) -> set[Path]:
+        return set(self.folder.glob(f"{PREFIX}*"))
+
+    def begin(self):
+        is_evaluated = (self.folder / "metrics.jsonl").exists()  # of a run before, this log is set aside by now
+        if self._has_run or (self._files() - self._own and not is_evaluated):
+            set_aside(self.folder, f"{PREFIX}*")
+
     def log_metrics(self, metrics, step, epoch):
+        self._has_run |= step > 0
         for name, value in {**metrics, "epoch": epoch}.items():
             self.writer.add_scalar(_tag(name), value, step)
 
@@ -76,8 +91,28 @@ class TensorBoardLogger(Logger):
         self._writer = self._end = None
 
     def rewind(self, position, step):
+        self._has_run = True
         self._purge_step = step + 1  # from this step on, TensorBoard hides what older files hold
 
 
 def _tag(name: str) -> str:
     return f"vitals/{name}" if name.split("/")[0] in VITALS else name
+
+
+def _number(path: Path) -> int:
+    """The number at the end of a file's name; -1 if it has none."""
+    return int(path.suffix[1:]) if path.suffix[1:].isdigit() else -1
+
+
+def _second(path: Path) -> int:
+    """The time in a file's name, in seconds."""
+    return int(re.match(r"\d*", path.name.removeprefix(PREFIX))[0] or 0)
+
+
+def _put_last(path: Path, earlier: set[Path]) -> Path:
+    """Rename a file so that it is read after `earlier` ones, also where the clock was put back: TensorBoard reads in
+    the order of names, and would take what it reads last for the newest."""
+    newest = max(map(_second, earlier), default=0)
+    if _second(path) > newest:
+        return path
+    return path.rename(path.with_name(path.name.replace(str(_second(path)), str(newest + 1), 1)))

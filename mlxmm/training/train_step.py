@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlxmm.compute.compiled import Compiler, snapshot
 from mlxmm.compute.precision import autocast
 from mlxmm.distributed import collectives
-from mlxmm.training.checks import check_outputs, explained
+from mlxmm.training.checks import check_outputs, check_same_names, explained
 from mlxmm.training.randomness import isolated_random_state
 from mlxmm.training.strategy import REPLICATED, Replicated
 
@@ -151,12 +151,19 @@ def checked_twice(train_step: Callable, module, optimizer) -> Callable:
 def weighted_sums(outputs: dict) -> dict:
     """Turn a batch's means into sums, which is what can be added across batches."""
     weight = mx.array(outputs.get("weight", 1.0), dtype=mx.float32)
-    return {name: mean * weight for name, mean in outputs.items() if name != "weight"} | {"weight": weight}
+    sums = {name: mean * weight for name, mean in outputs.items() if name != "weight"}
+    # MLX cannot compile a gradient beside two results that are computed alike (0.32): slices are never alike.
+    if others := [name for name in sums if name != "loss"]:
+        sums |= zip(others, mx.stack([sums[name] for name in others]))
+    return sums | {"weight": weight}
 
 
 def add_sums(total: dict | None, sums: dict) -> dict:
     """Add the sums of a batch to those of the batches before it; `total` is None for the first batch."""
-    return sums if total is None else tree_map(mx.add, total, sums)
+    if total is None:
+        return sums
+    check_same_names(total.get("sums", total), sums.get("sums", sums))
+    return tree_map(mx.add, total, sums)
 
 
 def fill_empty_sums(total: dict | None) -> dict | None:

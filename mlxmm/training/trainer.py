@@ -27,7 +27,14 @@ from mlxmm.storage import checkpoint
 from mlxmm.terminal import say
 from mlxmm.training import batches, lightning_words, run_folder, run_state
 from mlxmm.training.anomaly import DivergenceWarning, assert_finite, watched_outputs
-from mlxmm.training.callback import Callback, arrange_callbacks, hook_table, note_first_state, restart_callbacks
+from mlxmm.training.callback import (
+    Callback,
+    arrange_callbacks,
+    give_each_its_turn,
+    hook_table,
+    note_first_state,
+    restart_callbacks,
+)
 from mlxmm.training.checks import as_callbacks, check_optimizer, check_stage, check_trainable
 from mlxmm.training.datamodule import DataModule, as_datamodule, train_loader, why_empty
 from mlxmm.training.default_callbacks import with_defaults
@@ -88,6 +95,7 @@ class Trainer(TrainerProperties):
         self._hooks = hook_table(self.callbacks, self, None)
         self._train_step: Any = None  # the compiled update
         self._traced: Any = None  # what it was traced with
+        self.locks = contextlib.ExitStack()  # on the folders that a fit writes
         self._request = Request()  # the signal that asks for the end
         self._peak_warning = memory.PeakWarning()
         self._signal = 0  # the one that all processes have agreed on
@@ -159,8 +167,7 @@ class Trainer(TrainerProperties):
 
         With strategy fsdp all processes must call this, at the same update. Raises `UserError` before `fit`.
         """
-        contents = run_state.dump(self)
-        self._call("on_save_checkpoint", contents)
+        contents = run_state.dump(self, lambda contents: self._call("on_save_checkpoint", contents))
         contents = self.strategy.gather(contents)
         mx.eval(contents)  # another thread may write them, and a lazy array belongs to the thread that made it
         return contents
@@ -173,7 +180,7 @@ class Trainer(TrainerProperties):
         with self.profiler.phase("logging"):
             values = {name: float(value) for name, value in metrics.items()}
             self.callback_metrics |= values
-            self.logged_metrics |= values
+            self.logged_at |= dict.fromkeys(values, self.global_step)
             self._divergence.check(values, self.global_step)
             for logger in self.loggers:
                 logger.log_metrics(values, self.global_step, self.current_epoch)
@@ -255,7 +262,6 @@ class Trainer(TrainerProperties):
             self.strategy.check_micro_batches(len(group))
             metrics = self._train_step(group)
             mx.eval(metrics, self.module.state, self.optimizer.state)
-        self.logged_metrics.clear()
         self.progress.finish_update(len(group))
         if self.global_step % self.config.log_every_n_steps == 0:
             self._peak_warning.check()
@@ -334,13 +340,13 @@ class Trainer(TrainerProperties):
                 collectives.barrier()  # what rank 0 wrote is there for all
         except BaseException as exception:
             self._leave("interrupted")
-            self._call("on_exception", exception)
-            self._finalize("failed")
+            give_each_its_turn(self._hooks["on_exception"], exception)
+            give_each_its_turn([self._finalize], "failed")
             if isinstance(exception, Interrupted):
                 collectives.barrier()  # a launcher ends all processes with the first: the last checkpoint comes before
             raise
         finally:
-            run_folder.remove_if_empty(None if self.config.default_root_dir else self.log_dir)
+            run_folder.close(self)
             if outer is not None and outer.state == "running":
                 module.trainer = outer
         self._leave("finished")
@@ -351,14 +357,14 @@ class Trainer(TrainerProperties):
         self.progress = Progress()
         self.schedule = Schedule(self.config, self.progress, self.config.accumulate_grad_batches)
         self.callback_metrics: dict[str, float] = {}  # the newest value of everything that was logged
-        self.logged_metrics: dict[str, float] = {}  # what was logged since the newest update
+        self.logged_at: dict[str, int] = {}  # the step of each
         self._divergence = DivergenceWarning()
 
     def _open_run(self, ckpt_path: Path | str | None) -> None:
         """Begin a run in its folder, which is made if it has no name."""
+        [self.ckpt_path, folder] = collectives.broadcast_paths(lambda: run_folder.open_run(self, ckpt_path))
         self._restart()
         restart_callbacks(self.callbacks)
-        [self.ckpt_path, folder] = collectives.broadcast_paths(lambda: run_folder.open_run(self, ckpt_path))
         if self.config.default_root_dir is None:
             self.log_dir, self.loggers = folder, make_loggers(self._logger, folder)
 
@@ -381,6 +387,7 @@ class Trainer(TrainerProperties):
             run_state.restore(self, saved, lambda: self._call("on_load_checkpoint", saved))
         self.configure_optimizer(saved and saved["optimizer"])
         self.schedule.check_interval()
+        run_folder.begin(self, saved and saved["state"])  # before this nothing is changed that is on disk
         for logger in self.loggers:
             logger.log_hyperparams(self._hparams())
 

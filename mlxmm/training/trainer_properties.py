@@ -4,7 +4,7 @@ import time
 
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
-from mlxmm.training import lightning_words
+from mlxmm.training import batches, lightning_words
 from mlxmm.training.callback import Callback
 from mlxmm.training.logger import Logger
 from mlxmm.training.model_checkpoint import ModelCheckpoint
@@ -43,6 +43,17 @@ class TrainerProperties:
     def accumulate_grad_batches(self) -> int:
         """The micro-batches of an update now."""
         return self.schedule.accumulate_grad_batches
+
+    @property
+    def logged_metrics(self) -> dict[str, float]:
+        """What was logged since the newest update."""
+        return {n: value for n, value in self.callback_metrics.items() if self.logged_at.get(n) == self.global_step}
+
+    @property
+    def enable_validation(self) -> bool:
+        """Whether there is anything to validate on."""
+        loader, limit = self.datamodule.val_dataloader(), self.config.limit_val_batches
+        return bool(self.config.overfit_batches) or (loader is not None and batches.count(loader, limit) != 0)
 
     @property
     def is_global_zero(self) -> bool:

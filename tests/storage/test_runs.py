@@ -1,6 +1,7 @@
 """A run's folder: made once, found again without being touched, and closed with a summary that no recipe can forget."""
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -254,3 +255,21 @@ def test_two_runs_that_begin_in_the_same_second_have_a_folder_each(tmp_path, mon
         with open_run(RunConfig(), "test") as run:
             folders.append(run.folder.name)
     assert folders == ["2026-01-01_00-00-00", "2026-01-01_00-00-00_2", "2026-01-01_00-00-00_3"]
+
+
+def resume(folder: Path) -> str:
+    try:
+        with open_run(TrainingRunConfig(run_dir=folder, resume="last"), "test"):
+            return "opened"
+    except UserError as error:
+        return str(error)
+
+
+def test_a_run_that_another_process_has_open_is_not_resumed_and_its_log_stays(tmp_path):
+    processes = multiprocessing.get_context("fork")
+    with open_run(TrainingRunConfig(run_dir=tmp_path / "r"), "test") as run:
+        (run.folder / "metrics.jsonl").write_text('{"step": 5}\n')
+        with processes.Pool(1) as pool:
+            assert pool.apply(resume, [run.folder]).startswith(f"another process is writing the run in {run.folder}: ")
+        assert (run.folder / "metrics.jsonl").exists()
+    assert resume(tmp_path / "r") == "opened"

@@ -1,6 +1,8 @@
 """Loggers: what TensorBoard's reader finds in its files, W&B and Trackio without a network, and names in a setting."""
 
 import importlib.util
+import json
+import time
 
 import numpy as np
 import pytest
@@ -168,3 +170,58 @@ def test_trackio_keeps_a_run_on_this_machine(tmp_path, monkeypatch):
     rows = sqlite_storage.SQLiteStorage.get_logs("mlxmm-test", name)
     told = {key: row for row in rows for key in row}
     assert told["train/loss"]["train/loss"] == 2.0 and told["test/loss"]["step"] == 2 and "val/samples" in told
+
+
+def test_steps_are_in_order_after_a_clock_that_was_put_back(fit, tmp_path, monkeypatch):
+    settings = {"callbacks": [ModelCheckpoint(every_n_train_steps=2)], "logger": True, "log_every_n_steps": 1}
+    fit(max_steps=4, **settings)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 3600)
+    fit(max_steps=8, ckpt_path="last", **settings).test(datamodule=Data())
+    monkeypatch.undo()
+    fit(max_steps=9, ckpt_path="last", **settings)
+    events = read(tmp_path)
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 10))
+    assert [event.step for event in events.Scalars("test/loss")] == [8]
+
+
+def test_tensorboard_shows_the_branch_that_goes_on(fit, tmp_path):
+    keep = lambda: [ModelCheckpoint(every_n_train_steps=2, monitor="train/loss", save_top_k=-1)]
+    settings = {"logger": "tensorboard", "log_every_n_steps": 1}
+    fit(max_steps=8, callbacks=keep(), **settings)
+    fit(max_steps=6, callbacks=keep(), ckpt_path=tmp_path / "checkpoints/step=4", **settings)
+    fit(max_steps=7, callbacks=keep(), ckpt_path="last", **settings)
+    assert [event.step for event in read(tmp_path).Scalars("train/loss")] == list(range(1, 8))
+
+
+def test_tensorboard_shows_several_runs_in_one_folder_as_several(fit, tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    for number, one in enumerate((logger, logger, TensorBoardLogger(tmp_path))):
+        fit(max_steps=number + 1, logger=one, log_every_n_steps=1)
+    folders = [tmp_path / "earlier_0", tmp_path / "earlier_1", tmp_path]
+    assert [read(folder).Scalars("train/loss")[-1].step for folder in folders] == [1, 2, 3]
+
+
+def trained_steps(folder) -> list[int]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "train/loss" in line]
+
+
+def test_each_log_is_cut_at_its_own_place_whatever_the_order_of_loggers(fit, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = type("More", (JSONLLogger,), {})
+    fit(max_steps=4, logger=[more(one), JSONLLogger(two)], callbacks=[keep := ModelCheckpoint(every_n_train_steps=2)])
+    for folder in (one, two):
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 5}\n{"ste')
+    fit(max_steps=5, logger=[JSONLLogger(two), more(one)], callbacks=[keep], ckpt_path="last", log_every_n_steps=1)
+    for folder in (one, two):
+        assert trained_steps(folder) == [2, 4, 5]
+
+
+def test_a_log_that_the_checkpoint_does_not_know_is_cut_by_its_steps(fit, tmp_path):
+    fit(max_steps=4, logger=True, log_every_n_steps=1)
+    silent = fit(max_steps=3, logger=False)
+    silent.save_checkpoint(tmp_path / "c")
+    fit(max_steps=5, logger=True, log_every_n_steps=1, ckpt_path=tmp_path / "c")
+    assert trained_steps(tmp_path) == [1, 2, 3, 4, 5]

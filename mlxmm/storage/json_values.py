@@ -1,0 +1,44 @@
+"""Values of Python in JSON, and back: what JSON has not, NaN and keys that are no text, is an object of one key."""
+
+import math
+from collections.abc import Mapping
+
+import mlx.core as mx
+import numpy as np
+
+from mlxmm.errors import UserError
+
+FLOAT, ITEMS = "__float__", "__items__"  # {"__float__": "nan"}, {"__items__": [[0, "a"]]}
+
+
+def encode(value, *path: str):
+    """`value` of JSON values alone, in new containers; `decode` gives it back, tuples as lists.
+
+    Scalars of NumPy and MLX become Python's. Raises `UserError` that says what, at which `path`, cannot be held.
+    """
+    if isinstance(value, np.generic) or (isinstance(value, mx.array | np.ndarray) and value.ndim == 0):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return {FLOAT: str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [encode(one, *path, str(place)) for place, one in enumerate(value)]
+    if isinstance(value, Mapping):
+        return _encode_items(value, path)
+    advice = "arrays are added in on_save_checkpoint" if hasattr(value, "shape") else "give JSON values"
+    raise UserError(f"a checkpoint cannot hold {' > '.join(path)}, a {type(value).__name__}: {advice}")
+
+
+def _encode_items(items: Mapping, path: tuple[str, ...]) -> dict:
+    if unknown := [key for key in items if not isinstance(key, str | int | float | np.generic | None)]:
+        raise UserError(f"a checkpoint cannot hold {' > '.join(path)}: its key {unknown[0]!r} is no text or number")
+    encoded = [(encode(key), encode(value, *path, str(key))) for key, value in items.items()]
+    return dict(encoded) if all(isinstance(key, str) for key in items) else {ITEMS: [list(pair) for pair in encoded]}
+
+
+def decode(value: dict):
+    """One object of what `encode` gave: the `object_hook` of `json.loads`."""
+    if len(value) == 1 and FLOAT in value:
+        return float(value[FLOAT])
+    return dict(map(tuple, value[ITEMS])) if len(value) == 1 and ITEMS in value else value

@@ -1,0 +1,119 @@
+"""EarlyStopping and ModelCheckpoint: a metric that does not come is said, and one that is old is not taken for new."""
+
+import warnings
+
+import pytest
+from conftest import DistinctBatches, TinyRegression
+
+from mlxmm import Callback
+from mlxmm.callbacks import EarlyStopping, ModelCheckpoint
+from mlxmm.errors import UserError
+
+
+@pytest.fixture
+def fit(make_trainer, tmp_path):
+    def fit(*callbacks, val=True, ckpt_path=None, **settings):
+        settings = {"log_every_n_steps": 1, "callbacks": list(callbacks)} | settings
+        trainer = make_trainer(**settings)
+        trainer.fit(TinyRegression(), DistinctBatches(4), DistinctBatches(2) if val else None, ckpt_path=ckpt_path)
+        return trainer
+
+    return fit
+
+
+class LogAt(Callback):
+    """Logs a score after the validations at some steps."""
+
+    def __init__(self, **scores: float):
+        self.scores = {int(step[1:]): score for step, score in scores.items()}
+
+    def on_validation_end(self, trainer, module, metrics):
+        if trainer.global_step in self.scores:
+            trainer.log({"score": self.scores[trainer.global_step]})
+
+
+WATCHERS = {
+    "EarlyStopping": EarlyStopping,
+    "ModelCheckpoint": lambda monitor: ModelCheckpoint(monitor=monitor, every_n_train_steps=None),
+}
+
+
+NO_VALIDATION = [{"val": False}, {"limit_val_batches": 0}]
+
+
+@pytest.mark.parametrize("settings", NO_VALIDATION, ids=str)
+def test_early_stopping_by_validation_without_validation_is_refused_before_training(fit, settings):
+    updates = []
+    count = type("Count", (Callback,), {"on_train_batch_start": lambda self, *args: updates.append(1)})()
+    with pytest.raises(UserError, match="^EarlyStopping: 'val/loss' comes from validation, and there is none"):
+        fit(count, EarlyStopping("val/loss"), max_epochs=2, **settings)
+    assert not updates
+
+
+@pytest.mark.parametrize("settings", NO_VALIDATION, ids=str)
+def test_a_best_checkpoint_by_validation_without_validation_is_a_warning_at_once(fit, tmp_path, settings):
+    with pytest.warns(UserWarning, match="^ModelCheckpoint: 'val/loss' comes from validation, and there is none"):
+        fit(WATCHERS["ModelCheckpoint"]("val/loss"), max_epochs=2, **settings)
+    assert (tmp_path / "checkpoints/last").exists() and not (tmp_path / "checkpoints/best").exists()
+
+
+@pytest.mark.parametrize("kind", WATCHERS)
+@pytest.mark.parametrize("val", [True, False])
+def test_a_metric_that_nobody_logs_is_said_at_the_end_of_the_first_epoch(fit, kind, val):
+    steps = []
+    note = type("Note", (Callback,), {"on_exception": lambda self, trainer, *args: steps.append(trainer.global_step)})()
+    with pytest.raises(UserError, match=f"^{kind}: nothing logs 'los'; there are train/grad_norm, train/loss"):
+        fit(note, WATCHERS[kind]("los"), max_epochs=3, val=val)
+    assert steps == [4]
+
+
+@pytest.mark.parametrize("kind", WATCHERS)
+def test_a_training_metric_that_is_not_logged_yet_is_waited_for(fit, tmp_path, kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        settings = {"max_steps": 8, "val_check_interval": 1, "log_every_n_steps": 5}
+        assert fit(WATCHERS[kind]("train/loss"), **settings).global_step == 8
+        with pytest.raises(UserError, match="nothing logs 'train/los'"):
+            fit(WATCHERS[kind]("train/los"), default_root_dir=tmp_path / "other", **settings)
+
+
+def test_without_validation_epochs_count(fit):
+    stop = EarlyStopping("train/loss", min_delta=10.0, patience=2)
+    assert fit(stop, max_epochs=9, val=False).global_step == 12
+    assert stop.stopping_reason.startswith("train/loss did not improve in 2 epochs")
+
+
+def test_a_value_that_was_not_logged_since_the_last_validation_is_no_new_one(fit):
+    stop = EarlyStopping("score", patience=2)
+    trainer = fit(stop, LogAt(s1=1.0, s5=1.0, s9=1.0), max_steps=20, val_check_interval=1)
+    assert trainer.global_step == 9 and stop.wait_count == 2
+
+
+def test_a_value_of_before_a_resume_is_no_new_one(fit, tmp_path):
+    log = lambda: LogAt(s1=1.0, s6=1.0, s8=1.0)
+    keep = lambda: ModelCheckpoint(every_n_train_steps=4)
+    whole = fit(EarlyStopping("score", patience=2), log(), max_steps=20, val_check_interval=1)
+    fit(EarlyStopping("score", patience=2), log(), keep(), max_steps=4, val_check_interval=1)
+    again = EarlyStopping("score", patience=2)
+    trainer = fit(again, log(), keep(), max_steps=20, val_check_interval=1, ckpt_path="last")
+    assert trainer.global_step == whole.global_step == 8 and again.wait_count == 2
+
+
+def test_a_metric_that_another_callback_logs_after_validation_is_read_whatever_the_order(fit):
+    for order in (1, -1):
+        stop = EarlyStopping("score", patience=1)
+        trainer = fit(*[stop, LogAt(s1=1.0, s2=2.0, s3=3.0)][::order], max_steps=9, val_check_interval=1)
+        assert trainer.global_step == 2 and stop.best_score == 1.0
+
+
+def test_a_run_in_which_no_checkpoint_can_be_best_says_so(fit, tmp_path):
+    keep = ModelCheckpoint(monitor="train/loss", every_n_train_steps=3)
+    with pytest.warns(UserWarning, match="no checkpoint is best: none had a finite 'train/loss' of its own step"):
+        fit(keep, max_steps=7, log_every_n_steps=4, val=False)
+    assert keep.best_model_path is None and not (tmp_path / "checkpoints/best").exists()
+
+
+def test_what_was_logged_since_the_newest_update_is_known_after_a_resume_too(fit, tmp_path):
+    fit(ModelCheckpoint(), max_steps=4)
+    trainer = fit(ModelCheckpoint(), max_steps=4, ckpt_path="last")
+    assert trainer.logged_metrics.keys() == {"train/loss", "train/grad_norm", "val/loss"}
