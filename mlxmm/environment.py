@@ -52,6 +52,11 @@ def rank_timeout() -> float:
     return seconds
 
 
+def rank_secret() -> str | None:
+    """What the ranks of a run prove to each other to have: MLXMM_RANK_SECRET, or None."""
+    return os.environ.get("MLXMM_RANK_SECRET") or None
+
+
 def launched_rank() -> int | None:
     """This process's rank, as `mlx.launch` sets it: MLX_RANK. None if it has not started this process."""
     return int(os.environ["MLX_RANK"]) if "MLX_RANK" in os.environ else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
 from mlxmm.storage.json_values import encode
@@ -21,6 +22,7 @@ def dump(trainer, on_save: Callable[[dict], object]) -> dict[str, dict]:
         logger.flush()
     state = trainer.progress.state_dict() | {
         "seconds": trainer.training_seconds,
+        "world_size": collectives.world_size(),
         "callback_metrics": trainer.callback_metrics,
         "logged_at": trainer.logged_at,
         "trainable": trainable_names(trainer.module),
@@ -37,8 +39,10 @@ def restore(trainer, saved: dict[str, dict], on_load: Callable[[], None]) -> Non
     """Take back what `dump` gave. The optimizer comes later: it is made for what is trainable.
 
     `on_load` runs once callbacks have their state, before the module gets its weights.
+    Raises `UserError`, before anything is changed, where there are more or fewer processes than the run had.
     """
     state = saved["state"]
+    _check_world_size(trainer.ckpt_path, state)
     trainer.datamodule.load_state_dict(state.get("datamodule", {}))  # refuses other data before anything is changed
     trainer.progress.load_state_dict(state)
     trainer.callback_metrics, trainer.logged_at = state["callback_metrics"], state.get("logged_at", {})
@@ -48,3 +52,13 @@ def restore(trainer, saved: dict[str, dict], on_load: Callable[[], None]) -> Non
     on_load()
     checkpoint.load_arrays(trainer.ckpt_path, saved["weights"], trainer.module)
     set_trainable(trainer.module, state["trainable"])
+
+
+def _check_world_size(ckpt_path, state: dict) -> None:
+    """Another number of processes is another run: its batches, shares of the data and random keys are others."""
+    now = collectives.world_size()
+    saved = state.get("world_size", now)
+    if saved != now:
+        processes = f"{saved} process" if saved == 1 else f"{saved} processes"
+        there = "there is 1" if now == 1 else f"there are {now}"
+        raise UserError(f"{ckpt_path} is of a run of {processes}, and now {there}: start as many as before")

@@ -85,6 +85,10 @@ def resume(folder):
     save(fit(6, "last"), folder, "plain")
 
 
+def go_on(folder):
+    trainer(folder, callbacks=[ModelCheckpoint()]).fit(TinyRegression(), train_dataloaders=Shards(), ckpt_path="last")
+
+
 def validate(folder):
     """Three rows: rank 0 has a batch of two and a single one, or nothing; rank 1 the rest."""
     rows = DistinctBatches(num_batches=1, batch_size=3).batches[0]
@@ -112,19 +116,19 @@ def load(folder):
 
 
 class At(Callback):
-    """Does something at an update, on rank 1 alone."""
+    """Does something at an update, on one rank alone."""
 
-    def __init__(self, step, what):
-        self.step, self.what = step, what
+    def __init__(self, step, what, who=1):
+        self.step, self.what, self.who = step, what, who
 
     def on_train_batch_end(self, trainer, module, metrics, batches):
-        if trainer.global_step == self.step and collectives.rank() == 1:
+        if trainer.global_step == self.step and collectives.rank() == self.who:
             self.what()
 
 
-def disturbed(folder, what):
+def disturbed(folder, what, who=1):
     checkpoint = ModelCheckpoint(every_n_train_steps=2)
-    trainer(folder, max_steps=200, callbacks=[At(5, what), checkpoint]).fit(
+    trainer(folder, max_steps=200, callbacks=[At(5, what, who), checkpoint]).fit(
         TinyRegression(), train_dataloaders=Shards()
     )
     (folder / "ended-well").touch()
@@ -146,8 +150,16 @@ def hanging(folder):
     disturbed(folder, lambda: time.sleep(60))
 
 
-def frozen(folder):
-    disturbed(folder, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+def frozen(folder, who=1):
+    disturbed(folder, lambda: os.kill(os.getpid(), signal.SIGSTOP), who)
+
+
+def frozen_0(folder):
+    frozen(folder, 0)
+
+
+def frozen_1(folder):
+    frozen(folder, 1)
 
 
 def signalled(folder):
@@ -290,6 +302,17 @@ def test_all_processes_resume_what_rank_0_saved(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["last", "step=4", "step=6"]
 
 
+def test_another_number_of_processes_does_not_resume_a_run(tmp_path):
+    trainer(tmp_path, max_steps=2, callbacks=[ModelCheckpoint(every_n_train_steps=2)]).fit(
+        TinyRegression(), train_dataloaders=Shards()
+    )
+    ended, _ = run("go_on", tmp_path)
+    assert [code for code, _, _ in ended] == [1, 1], ended
+    assert "step=2 is of a run of 1 process, and now there are 2" in ended[0][2], ended
+    names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert sorted(names) == ["last", "step=2"]
+
+
 def test_validation_on_unequal_shards_gives_the_means_of_one_process(tmp_path):
     ended, _ = run("validate", tmp_path)
     assert [code for code, _, _ in ended] == [0, 0], ended
@@ -360,9 +383,24 @@ def test_a_rank_that_is_lost_ends_the_other_with_its_name_and_a_whole_checkpoint
 
 
 def test_a_rank_that_is_frozen_is_named(tmp_path):
-    with two_processes(__file__, "frozen", tmp_path, timeout=4.0) as (zero, _):  # a busy machine is slow, not frozen
+    with two_processes(__file__, "frozen", tmp_path, timeout=4.0) as (zero, one):  # a busy machine is slow, not frozen
         _, err = zero.communicate(timeout=30)
         assert zero.returncode == 1 and re.search("^error: rank 1 (hangs|has been silent)", err, re.MULTILINE)
+        assert one.wait(timeout=5) == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_rank_that_is_frozen_does_not_keep_the_launcher_alive(tmp_path, who):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    launch = "from mlx._distributed_utils.launch import main; main()"
+    options = f"-n 2 --backend ring -p {port} -- {sys.executable} {__file__} frozen_{who} {tmp_path}".split()
+    environment = os.environ | {"PYTHONPATH": IMPORTS, "MLXMM_RANK_TIMEOUT": "3"}
+    ended = subprocess.run(
+        [sys.executable, "-c", launch, *options], env=environment, cwd=ROOT, timeout=40, capture_output=True, text=True
+    )
+    assert re.search(f"error: rank {who} (hangs|has been silent)", ended.stderr), ended
 
 
 @pytest.mark.parametrize(("present", "missing"), [(0, 1), (1, 0)])
