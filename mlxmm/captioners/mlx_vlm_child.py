@@ -14,10 +14,10 @@ def main() -> None:
 
 
 def load(folder: str):
-    """The model and its processor."""
+    """The model and its processor, without Python of theirs (`MlxVlmWriter` refuses a "model_file")."""
     from mlx_vlm import load
 
-    model, processor = load(folder)
+    model, processor = load(folder, trust_remote_code=False)
     processor.detokenizer = CountingDetokenizer(processor.detokenizer)
     return model, processor
 

@@ -11,6 +11,7 @@ from mlxmm.captioners.child_process import ChildFailed, ChildProcess, child_comm
 from mlxmm.captioners.child_writer import ChildWriter
 from mlxmm.config import checked, option
 from mlxmm.errors import UserError
+from mlxmm.export import llava
 from mlxmm.storage.atomic import sha256
 from mlxmm.storage.hub import is_hub_id, local_folder, split_revision
 from mlxmm.storage.pretrained import read_config, weight_files
@@ -54,9 +55,14 @@ def _require_vision(folder: Path, model: str) -> dict:
     settings = read_config(folder)
     if not isinstance(settings.get("vision_config"), dict):
         raise UserError(f"{model} reads no images: its config.json has no vision_config. Name a vision-language model")
-    if is_hub_id(model) and "model_file" in settings:
-        raise UserError(f"{model} brings code, which mlx-vlm would run: read {folder}, then name that folder instead")
+    if (name := settings.get("model_file")) and not _is_ours(folder / str(name)):
+        raise UserError(f"{model} brings code, {name}, which mlx-vlm would run: models are read, but not run")
     return settings
+
+
+def _is_ours(code: Path) -> bool:
+    """Whether this is the code that our own exports bring, letter for letter."""
+    return code.is_file() and sha256(code) == sha256(Path(llava.__file__).with_name(llava.MLX_VLM_MODEL))
 
 
 def _name_and_revision(model: str, folder: Path) -> tuple[str, str]:

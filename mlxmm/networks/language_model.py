@@ -96,7 +96,7 @@ def load_language_model(folder: Path, bits: int = 0) -> tuple[nn.Module, dict]:
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no language model: config.json is missing")
     try:
-        model, config = load_model(folder)
+        model, config = load_model(folder, trust_remote_code=False)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         raise UserError(f"{folder} holds no language model for mlx-lm: {error}") from None
     if widens_half_precision():

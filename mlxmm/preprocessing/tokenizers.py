@@ -13,11 +13,11 @@ IMAGES = ("<image>", "<|image_pad|>")  # image tokens of LLaVA and of Qwen's tok
 
 @staged("loading the tokenizer")
 def load_tokenizer(folder: Path):
-    """The tokenizer of a folder in the Hub's layout."""
+    """The tokenizer of a folder in the Hub's layout. Python in the folder is not run. Raises `UserError`."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
         is_there = (folder / "tokenizer.json").exists()
         reason = str(error).splitlines()[0] if is_there else "tokenizer.json is missing"
