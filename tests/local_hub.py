@@ -4,7 +4,7 @@
         subprocess.run(command, env=hub.environment(home))
 
 A model lies in root/user/name, a data set in root/datasets/user/name, another revision than main in user/name@revision.
-It also answers a commit of small files to a model, which it only remembers. A data set takes commits of small and of
+It also takes a commit of small files to a model. A data set takes commits of small and of
 large files (git-LFS; the clients need HF_HUB_DISABLE_XET=1), by whoever `tokens` lets. (Facts: hf_api.py,
 _commit_api.py, lfs.py and file_download.py of huggingface_hub.)
 """
@@ -59,6 +59,7 @@ class LocalHub:
         self.commits: dict[str, list[str]] = {}
         self.is_private: dict[str, bool] = {}
         self.faults: list[list] = []
+        self.num_model_commits = 0
         self._lock = threading.RLock()
         self._folders: dict[str, Path] = {}  # by the name of their commit
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -80,7 +81,8 @@ class LocalHub:
 
     def fault(self, method: str, path: str, action: int | str | Callable, times: int = 1) -> None:
         """What happens to the next requests whose path holds `path`: a status is answered, "cut" drops the connection
-        in the middle of the body, "lose" does what is asked and drops it before the answer, a function is called."""
+        in the middle of the body (of the request, or of the answer to GET), "lose" does what is asked and drops it
+        before the answer, a function is called. With 429 comes Retry-After: 0."""
         self.faults.append([method, path, action, times])
 
     def next_fault(self, method: str, path: str) -> int | str | Callable | None:
@@ -112,6 +114,14 @@ class LocalHub:
             self.commits.setdefault(name, []).append(commit)
             return commit
 
+    def write(self, name: str, files: list[dict]) -> None:
+        """Put the files of a commit into the folder of a model."""
+        self.num_model_commits += 1
+        for file in files:
+            target = self.root / name / file["path"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(base64.b64decode(file["content"]))
+
     def large_file(self, oid: str) -> Path:
         return self.root / ".lfs" / oid
 
@@ -135,6 +145,14 @@ class LocalHub:
         """The files of a commit, by their paths in the repository."""
         folder = self._folders[commit]
         return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def oid(path: Path) -> str | None:
+    """What git calls a file's content; None of a file that is not there."""
+    if not path.is_file():
+        return None
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def etag(path: Path) -> str:
@@ -163,9 +181,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     hub: LocalHub
     protocol_version = "HTTP/1.1"
     lost = False  # whether the answer is not sent
+    cut = False  # whether half of the answer is sent
 
     def do_GET(self):
         url = urlsplit(self.path)
+        fault = self.hub.next_fault(self.command, self.path)
+        if isinstance(fault, int):
+            return self._fail(fault)
+        self.cut = fault == "cut"
         try:
             if url.path == "/api/whoami-v2":
                 return self._who()
@@ -190,7 +213,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._hang_up()
         body = self.rfile.read(length)
         if isinstance(fault, int):
-            return self._json({"error": "try again"}, fault)
+            return self._fail(fault)
         if callable(fault):
             fault()
         self.lost = fault == "lose"
@@ -235,6 +258,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _send_part(self, path: Path, start: int, end: int) -> None:
         with path.open("rb") as file:
             file.seek(start)
+            if self.cut:
+                self.wfile.write(file.read((end - start) // 2))
+                return self._hang_up()
             while start < end:
                 block = file.read(min(CHUNK, end - start))
                 self.wfile.write(block)
@@ -256,12 +282,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             is_large = lambda file: "/datasets/" in self.path and file["path"].endswith(LARGE)
             modes = {True: "lfs", False: "regular"}
             files = [{"path": file["path"], "uploadMode": modes[is_large(file)]} for file in json.loads(body)["files"]]
-            return self._json({"files": [file | {"shouldIgnore": False} for file in files]})
+            folder = self.hub.root / self.path.split("/api/models/")[-1].split("/preupload/")[0]
+            return self._json({"files": [f | {"shouldIgnore": False, "oid": oid(folder / f["path"])} for f in files]})
         if "/commit/" not in self.path:
             return self._json({})
         if self.hub.commit_status != 200:
             return self._json({"error": "no room left"}, self.hub.commit_status)
         name = self.path.split("/api/models/")[1].split("/commit/")[0]
+        self.hub.write(name, [line["value"] for line in map(json.loads, body.splitlines()) if line["key"] == "file"])
         self._json({"success": True, "commitOid": "c" * 40, "commitUrl": f"http://127.0.0.1/{name}/commit/ccc"})
 
     # ---- data sets
@@ -318,6 +346,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 raise Refused(403, "You don't have the rights to write here")
 
     # ---- answers
+
+    def _fail(self, status: int) -> None:
+        self._json({"error": "try again"}, status, {"Retry-After": "0"} if status == 429 else {})
 
     def _refuse(self, refused: Refused) -> None:
         self._json({"error": str(refused)}, refused.status, {"X-Error-Message": str(refused)})

@@ -5,20 +5,14 @@ public, and does not repeat what failed. One commit of our own files, upon the c
 nothing.
 """
 
-import itertools
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from mlxmm.errors import UserError
 from mlxmm.storage import hub
 from mlxmm.storage.atomic import sha256
+from mlxmm.storage.retries import causes, status, writing
 
-WAITS = (1, 2, 4, 8, 16)  # seconds before the second, third, … try
-MAX_RETRY_AFTER = 120.0  # seconds that we wait if the Hub asks for it
-TRANSIENT = (408, 409, 412, 429)  # and 500 to 599; 409 and 412: somebody else committed meanwhile
-DROPPED_CONNECTIONS = {"TransportError", "ConnectionError", "TimeoutError"}  # of httpx, Python, hf_xet
 DATA = (".parquet", ".csv", ".json", ".jsonl", ".arrow", ".zip", ".tar")
 CONFIG_SECTION = "## Configuration"  # begins what a card says about one configuration
 
@@ -35,16 +29,12 @@ def push_dataset(folder: Path, repo_id: str, config_name: str, *, public: bool =
     names = [config["config_name"] for config in hub.card_configs(folder)]
     if config_name not in names:
         raise UserError(f"{folder} holds {', '.join(names) or 'no configuration'}, and not {config_name!r}")
-    for wait in (*WAITS, None):
-        try:
-            return _push(folder, repo_id, names, public=public)
-        except UserError:
-            raise
-        except Exception as error:  # the client and the network raise a dozen kinds
-            if wait is None or not is_transient(error):
-                raise UserError(f"not pushed to {repo_id}: {_reason(error, repo_id)}") from error
-            time.sleep(max(wait, _retry_after(error)))
-    raise AssertionError("the last try returns or raises")
+    try:
+        return writing(lambda: _push(folder, repo_id, names, public=public))
+    except UserError:
+        raise
+    except Exception as error:  # the client and the network raise a dozen kinds
+        raise UserError(f"not pushed to {repo_id}: {_reason(error, repo_id)}") from error
 
 
 def _push(folder: Path, repo_id: str, names: list[str], *, public: bool) -> str:
@@ -52,7 +42,7 @@ def _push(folder: Path, repo_id: str, names: list[str], *, public: bool) -> str:
     if head is None:
         hub.create_dataset(repo_id, public=public)
         head = hub.dataset_head(repo_id)
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.parquet"))}
+    files = {path.relative_to(folder).as_posix(): path for name in names for path in _shards(folder / name)}
     card, remote = "", hub.dataset_files(repo_id, head)
     if "README.md" in remote:
         card = _read(repo_id, "README.md", head)
@@ -69,6 +59,12 @@ def _push(folder: Path, repo_id: str, names: list[str], *, public: bool) -> str:
     if not _is_there(files, repo_id, commit, list(files)):
         raise UserError(f"{repo_id} has other files at {commit} than were pushed: look at {url}")
     return url
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files of a configuration: no links, which may name anything on this machine."""
+    found = [] if folder.is_symlink() else sorted(folder.glob("*.parquet"))
+    return [path for path in found if path.is_file() and not path.is_symlink()]
 
 
 def _is_taken(names: list[str], card: str, remote: list[str], repo_id: str) -> bool:
@@ -111,46 +107,15 @@ def merge_cards(old: str, new: str) -> str:
     return "\n".join([hub.dataset_metadata(**facts, configs=configs), f"{text.rstrip()}\n", section])
 
 
-def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed later: the Hub said so, or the connection was dropped."""
-    for one in _causes(error):
-        if (status := _status(one)) is not None:
-            return status in TRANSIENT or status >= 500
-    kinds = {kind.__name__ for one in _causes(error) for kind in type(one).__mro__}
-    return bool(kinds & DROPPED_CONNECTIONS) and "OfflineModeIsEnabled" not in kinds
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and the errors that led to it: a client wraps what the network raised."""
-    for _ in itertools.repeat(None, 10):
-        if error is None:
-            return
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _retry_after(error: BaseException) -> float:
-    """The seconds that the Hub asks to wait; 0 if it does not say."""
-    for one in _causes(error):
-        text = getattr(getattr(one, "response", None), "headers", {}).get("Retry-After", "")
-        if text.isdigit():
-            return min(float(text), MAX_RETRY_AFTER)
-    return 0.0
-
-
 def _reason(error: BaseException, repo_id: str) -> str:
     """Why the Hub refused, and what to do."""
-    refusal = next((one for one in _causes(error) if _status(one) is not None), None)
+    refusal = next((one for one in causes(error) if status(one) is not None), None)
     if refusal is None:
         return hub.one_line(error)
-    if _status(refusal) == 401:
+    if status(refusal) == 401:
         return "the token is not valid: hf auth login, or set HF_TOKEN"
-    said = f"the Hub answered {_status(refusal)}: {getattr(refusal, 'server_message', None) or hub.one_line(refusal)}"
-    return (_missing_right(repo_id) if _status(refusal) == 403 else None) or said
+    said = f"the Hub answered {status(refusal)}: {getattr(refusal, 'server_message', None) or hub.one_line(refusal)}"
+    return (_missing_right(repo_id) if status(refusal) == 403 else None) or said
 
 
 def _missing_right(repo_id: str) -> str | None:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from mlxmm.errors import UserError
 from mlxmm.storage.atomic import follow_link
+from mlxmm.storage.retries import reading, writing
 
 WEIGHTS = ["model*.safetensors", "weights.safetensors"]  # of transformers and mlx-lm, and of a checkpoint
 SETTINGS = ["*.json", "*.txt", "*.model", "*.jinja"]
 NEEDED = [*WEIGHTS, *SETTINGS]  # no other frameworks' weights
+WRITTEN = [*NEEDED, "README.md", "mlx_vlm_*.py"]  # of an exported model: nothing else is uploaded
 TORCH_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # read without running what they may hold
 
 
@@ -40,7 +42,7 @@ def _found(path_or_id: str | Path, revision: str | None, fetch: Callable[[str, s
         raise UserError(f"{path_or_id} is not there: neither a folder nor a Hub id (user/name, user/name@revision)")
     name, revision = split_revision(str(path_or_id), revision)
     try:
-        return fetch(name, revision)
+        return reading(lambda: fetch(name, revision))
     except Exception as error:  # the client and the network raise a dozen kinds
         raise UserError(f"{path_or_id} is neither a folder nor to be had from the Hub: {one_line(error)}") from error
 
@@ -90,23 +92,34 @@ def check_upload(repo_id: str) -> None:
 
 
 def upload(folder: Path, repo_id: str, *, public: bool = False) -> str:
-    """Upload the files of `folder` to the Hub model `repo_id` in one commit; return the commit's URL.
+    """Upload the exported model in `folder` to the Hub model `repo_id` in one commit; return the commit's URL.
 
-    A missing repository is created; an existing one keeps its visibility. Raises `UserError` if the upload fails.
+    Only files of an export are sent: nothing hidden, in folders of their own, or behind links. A missing repository is
+    created; an existing one keeps its visibility. Raises `UserError` if the upload fails.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
     check_upload(repo_id)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
     try:
-        api = HfApi()
-        api.create_repo(repo_id, private=not public, exist_ok=True)
-        # One commit of our own: `upload_folder` splits large files over several commits.
-        added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
-        return api.create_commit(repo_id, added, commit_message="A captioner that mlxmm trained").commit_url
-    except Exception as error:
+        return writing(lambda: _commit_model(folder, repo_id, public=public))
+    except Exception as error:  # the client and the network raise a dozen kinds
         again = f"hf upload {repo_id} {folder} . {'' if public else '--private'}".strip()
         raise UserError(f"not uploaded to {repo_id}: {one_line(error)}; to try again: {again}") from error
+
+
+def written_files(folder: Path) -> list[Path]:
+    """The files in `folder` that make an exported model."""
+    found = {path for pattern in WRITTEN for path in folder.glob(pattern) if not path.name.startswith(".")}
+    return sorted(path for path in found if path.is_file() and not path.is_symlink())
+
+
+def _commit_model(folder: Path, repo_id: str, *, public: bool) -> str:
+    """One commit of our own: `upload_folder` splits large files over several. Where all files are there already, as
+    after a commit whose answer was lost, the client makes none, and returns the newest."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi()
+    api.create_repo(repo_id, private=not public, exist_ok=True)
+    added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in written_files(folder)]
+    return api.create_commit(repo_id, added, commit_message="A captioner that mlxmm trained").commit_url
 
 
 def dataset_head(repo_id: str) -> str | None:
@@ -125,7 +138,7 @@ def dataset_commit(repo_id: str, revision: str | None = None) -> str | None:
     from huggingface_hub import HfApi
 
     try:
-        return HfApi().repo_info(repo_id, repo_type="dataset", revision=revision).sha
+        return reading(lambda: HfApi().repo_info(repo_id, repo_type="dataset", revision=revision)).sha
     except Exception:  # the client and the network raise a dozen kinds
         return None
 
@@ -134,8 +147,11 @@ def dataset_card(repo_id: str, revision: str | None = None) -> str:
     """The card of the data set `repo_id`; empty if it has none, or is not to be had."""
     from huggingface_hub import hf_hub_download
 
+    def download() -> str:
+        return hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision)
+
     try:
-        return Path(hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision)).read_text()
+        return Path(reading(download)).read_text()
     except Exception:  # the client and the network raise a dozen kinds
         return ""
 

@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -360,6 +361,7 @@ def test_what_was_pushed_is_the_run_that_was_judged(pushed):
 def test_a_hub_that_refuses_is_one_line_and_the_results_stay(pushed, small_hub, cache):
     folder = pushed[0]
     (folder / "summary.json").unlink()
+    shutil.rmtree(small_hub.root / "alice" / "tiny")  # what is there already is not sent again
     small_hub.commit_status = 403
     done = align("--run-dir", folder, "--resume", "last", cache=cache, endpoint=small_hub.endpoint)
     line = done.stderr.splitlines()[-1]

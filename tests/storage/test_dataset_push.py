@@ -16,8 +16,8 @@ from PIL import Image
 
 from mlxmm.export.dataset import CaptionRecord, PictureRecord, write_dataset
 from mlxmm.export.dataset_card import CardFacts
-from mlxmm.storage import dataset_push
-from mlxmm.storage.dataset_push import is_transient, merge_cards
+from mlxmm.storage.dataset_push import merge_cards
+from mlxmm.storage.retries import TRANSIENT, is_transient
 
 ROOT = Path(__file__).parents[2]
 TOKENS = {"hf_write": ("alice", "write"), "hf_read": ("alice", "read"), "hf_bob": ("bob", "write")}
@@ -93,6 +93,7 @@ def push(hub, tmp_path_factory):
         print(json.dumps(job), file=worker.stdin, flush=True)
         return json.loads(worker.stdout.readline())
 
+    ask.answer = lambda **job: answer(job | {"token": "hf_write"})
     ask.read = lambda source, **settings: answer({"read": {"source": source} | settings, "token": "hf_write"})
     yield ask
     worker.stdin.close()
@@ -196,6 +197,12 @@ def test_a_token_that_cannot_push_to_a_repository_that_is_there_is_one_line(hub,
                 ("POST", "/repos/create", 503, 2),
                 ("PUT", "/lfs/", "cut", 1),
                 ("PUT", "/lfs/", 503, 1),
+                ("POST", "/validate-yaml", 503, 1),
+                ("POST", "/validate-yaml", 429, 1),
+                ("GET", "/api/datasets/", 503, 1),
+                ("GET", "/tree/", 503, 1),
+                ("GET", "/resolve/", 503, 1),
+                ("GET", "/resolve/", "cut", 1),
             ]
         )
     ),
@@ -336,6 +343,74 @@ def test_what_is_transient_is_told_by_status_and_by_kind():
     wrapped = RuntimeError("while uploading")
     wrapped.__cause__ = refused(403)
     transient = [code for code in range(400, 600) if is_transient(refused(code))]
-    assert transient == [*dataset_push.TRANSIENT, *range(500, 600)]
+    assert transient == [*TRANSIENT, *range(500, 600)]
     assert is_transient(ConnectionResetError()) and is_transient(TimeoutError())
     assert not is_transient(wrapped) and not is_transient(ValueError("bad card"))
+
+
+def exported(folder, text="weights"):
+    """A folder as an export writes it, with what must not leave this machine beside it."""
+    (folder / ".cache").mkdir(parents=True)
+    (folder / "__pycache__").mkdir()
+    (folder / "model.safetensors").write_bytes(text.encode() * 1000)
+    (folder / "config.json").write_text("{}")
+    (folder / "mlx_vlm_llava.py").write_text("# a model")
+    (folder / "README.md").write_text(f"---\nlicense: unknown\n---\n# {text}\n")
+    for name in (".env", ".cache/token", "__pycache__/a.pyc", "notes.md", "run.py", ".hidden.json"):
+        (folder / name).write_text("secret")
+    secret = folder.parent / "secret.json"
+    secret.write_text("secret")
+    (folder / "linked.json").symlink_to(secret)
+    (folder / "model-linked.safetensors").symlink_to(secret)
+    return folder
+
+
+def test_only_what_an_export_wrote_is_uploaded(hub, push, tmp_path):
+    before = len(hub.posts)
+    push.answer(upload=str(exported(tmp_path / "export")), repo_id="alice/model")
+    sent = sorted(path.name for path in (hub.root / "alice/model").rglob("*") if path.is_file())
+    assert sent == ["README.md", "config.json", "mlx_vlm_llava.py", "model.safetensors"]
+    assert not [body for _, body, _ in hub.posts[before:] if "secret" in body or ".env" in body]
+
+
+MODEL_FAULTS = [
+    *[("POST", path, status, 1) for path in ("/commit/", "/repos/create", "/validate-yaml") for status in (503, 429)],
+    ("POST", "/commit/", 412, 1),
+    ("POST", "/commit/", "cut", 1),
+    ("POST", "/commit/", "lose", 1),
+    ("POST", "/repos/create", "lose", 1),
+    ("POST", "/preupload/", 503, 1),
+]
+
+
+@pytest.mark.parametrize("number", range(len(MODEL_FAULTS)))
+def test_an_upload_that_failed_for_a_moment_ends_with_one_commit(hub, push, tmp_path, number):
+    folder, name, before = (
+        exported(tmp_path / "export", f"weights {number}"),
+        f"alice/up-{number}",
+        hub.num_model_commits,
+    )
+    hub.fault(*MODEL_FAULTS[number])
+    answer = push.answer(upload=str(folder), repo_id=name)
+    assert "url" in answer and hub.num_model_commits == before + 1, answer
+    assert (hub.root / name / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert [left for *_, left in hub.faults] == [0]
+
+
+READ_FAULTS = [
+    *[("GET", path, status, 1) for path in ("/api/models/", "/tree/", "/resolve/") for status in (503, 429, "cut")],
+    ("HEAD", "/resolve/", 503, 1),
+]
+
+
+@pytest.mark.parametrize("number", range(len(READ_FAULTS)))
+def test_a_download_that_failed_for_a_moment_is_whole(hub, push, number):
+    folder = hub.root / f"alice/down-{number}"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(os.urandom(3000))
+    hub.fault(*READ_FAULTS[number])
+    answer = push.answer(fetch=f"alice/down-{number}")
+    assert "folder" in answer, answer
+    for path in folder.iterdir():
+        assert (Path(answer["folder"]) / path.name).read_bytes() == path.read_bytes()

@@ -26,6 +26,7 @@ from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import SUFFIXES
 from mlxmm.storage.hub import card_configs, is_hub_id, split_revision
+from mlxmm.storage.retries import reading
 from mlxmm.terminal import say
 
 REMOTE = ("hf://", "https://", "http://")
@@ -216,7 +217,7 @@ def _load(
     if not is_hub_id(source) or source.lower().endswith((*BUILDERS, *TEXT_FILES)):
         raise UserError(f"{source} is not there: neither a file, a glob, a folder nor a Hub id")
     name, revision = split_revision(source, revision)
-    return datasets.load_dataset(name, name=config_name, revision=revision, **options)
+    return reading(lambda: datasets.load_dataset(name, name=config_name, revision=revision, **options))
 
 
 def _local_tables(source: str, found: Files | Listed, streaming: bool = False) -> dict:
