@@ -3,6 +3,7 @@
 B pictures, H x W pixels.
 """
 
+import functools
 import io
 import warnings
 from collections.abc import Sequence
@@ -30,7 +31,11 @@ DEFAULTS = {
     "ViT": SQUARE | {"resample": BILINEAR},
 }
 MAX_PIXELS = 100_000_000  # 20,000 x 5,000: larger files are refused as decompression bombs
-DECODER = f"Pillow {PIL.__version__}, at most {MAX_PIXELS} pixels"  # what an image that was decoded once depends on
+STRIP_PIXELS = 4_000_000  # pixels that are converted at once: of large pictures a strip at a time
+# Pillow reads forty formats more: rarer code, and EPS starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+# What an image that was decoded once depends on.
+DECODER = f"Pillow {PIL.__version__}, {' '.join(FORMATS)}, at most {MAX_PIXELS} pixels"
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MAX_STRIP_RATIO = 16  # of a strip too long to be resized, the middle of this length (in widths) is used
@@ -53,14 +58,24 @@ def decode_image(value) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large images and damaged EXIF
-            image = value if isinstance(value, Image.Image) else Image.open(_opened(value))
+            image = value if isinstance(value, Image.Image) else Image.open(_opened(value), formats=_formats())
             if image.width * image.height > MAX_PIXELS:
                 raise UndecodableImage(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
             return _to_rgb(_upright(image, is_own=image is not value))
+    except UserError:
+        raise
     except UnidentifiedImageError:  # which names an address in memory
-        raise UndecodableImage("not a picture that can be decoded: it is of no known format") from None
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-        raise UndecodableImage(f"not a picture that can be decoded: {error}") from None
+        raise UndecodableImage(f"not a picture that can be decoded: it is none of {', '.join(FORMATS)}") from None
+    except Exception as error:  # of a damaged file Pillow's readers raise whatever their code happens to meet
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UndecodableImage(f"not a picture that can be decoded: {reason}") from None
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow reads."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _upright(image: Image.Image, *, is_own: bool) -> Image.Image:
@@ -92,10 +107,30 @@ def _read(path: str | Path) -> Image.Image:
 
 
 def _opened(value):
-    return io.BytesIO(value) if isinstance(value, bytes) else value
+    """What Pillow opens: a pipe or a device would be waited for, maybe for ever. Raises `UndecodableImage`."""
+    if isinstance(value, bytes):
+        return io.BytesIO(value)
+    if isinstance(value, str) and value.startswith(("http://", "https://")):
+        raise UndecodableImage("an address, and no picture: download pictures first, as by img2dataset")
+    if isinstance(value, str | Path) and Path(value).exists() and not Path(value).is_file():
+        raise UndecodableImage("neither a file nor a link to one")
+    return value
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB; a large one strip by strip, as conversions take several times its memory."""
+    rows = max(1, STRIP_PIXELS // max(1, image.width))
+    if image.mode == "RGB" and "transparency" not in image.info or image.height <= rows:
+        return _strip_to_rgb(image)
+    whole = Image.new("RGB", image.size)
+    whole.info = dict(image.info)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(image.height, top + rows)))
+        whole.paste(_strip_to_rgb(strip), (0, top))
+    return whole
+
+
+def _strip_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         # Pillow clips 16-bit greys at 255 instead of scaling them.
         image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
