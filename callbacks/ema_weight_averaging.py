@@ -5,9 +5,10 @@ from collections.abc import Callable
 import attrs
 import mlx.core as mx
 from attrs.validators import ge, le
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from mlxmm.compute.compiled import can_compile
+from mlxmm.compute.named_arrays import put_arrays
 from mlxmm.errors import UserError
 from mlxmm.training.callback import Callback
 from mlxmm.training.trainable import trainable_names
@@ -50,20 +51,24 @@ class EMAWeightAveraging(Callback):
         if step < self.update_starting_at_step or step % self.update_every_n_steps:
             return
         weights = dict(tree_flatten(module.parameters()))
-        joining = [name for name in trainable_names(module) if name not in self.averages]
-        averages = self._averaged(list(self.averages.values()), [weights[name] for name in self.averages])
-        self.averages = dict(zip(self.averages, averages)) | {n: weights[n].astype(mx.float32) for n in joining}
+        # Of a part that was replaced in the meantime by one of other shapes, the average begins anew.
+        held = {n: a for n, a in self.averages.items() if n in weights and weights[n].shape == a.shape}
+        joining = [name for name in trainable_names(module) if name not in held]
+        share = mx.array(1 - self.decay)  # an argument, because a callback may change it
+        averages = self._averaged(list(held.values()), [weights[name] for name in held], share)
+        self.averages = dict(zip(held, averages)) | {n: weights[n].astype(mx.float32) for n in joining}
         self.n_averaged += 1
         mx.async_eval(self.averages)  # without waiting; otherwise the graph would grow with every update
 
-    def _average(self, averages: list[mx.array], weights: list[mx.array]) -> list[mx.array]:
-        return [average + (1 - self.decay) * (weight - average) for average, weight in zip(averages, weights)]
+    @staticmethod
+    def _average(averages: list[mx.array], weights: list[mx.array], share: mx.array) -> list[mx.array]:
+        return [average + share * (weight - average) for average, weight in zip(averages, weights)]
 
     def on_validation_start(self, trainer, module):
         if self._raw is None:
             weights = dict(tree_flatten(module.parameters()))
             self._raw = {name: weights[name] for name in self.averages}
-            _put(module, {name: average.astype(self._raw[name].dtype) for name, average in self.averages.items()})
+            put_arrays(module, {name: average.astype(self._raw[name].dtype) for name, average in self.averages.items()})
 
     def on_validation_end(self, trainer, module, metrics):
         self._swap_back(module)
@@ -85,7 +90,7 @@ class EMAWeightAveraging(Callback):
 
     def _swap_back(self, module) -> None:
         if self._raw is not None and not self._stays:
-            _put(module, self._raw)
+            put_arrays(module, self._raw)
             self._raw = None
 
     def on_save_checkpoint(self, trainer, module, checkpoint):
@@ -105,7 +110,3 @@ class EMAWeightAveraging(Callback):
 
     def load_state_dict(self, state):
         self.n_averaged = state["n_averaged"]
-
-
-def _put(module, arrays: dict[str, mx.array]) -> None:
-    module.update(tree_unflatten(list(arrays.items())) if arrays else {})

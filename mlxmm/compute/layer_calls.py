@@ -3,8 +3,13 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxmm.compute.named_arrays import put_arrays
 
 
 @contextlib.contextmanager
@@ -26,6 +31,14 @@ def repeated_layers(module: nn.Module) -> dict[str, nn.Module]:
     return {name: part for name, part in module.named_modules() if re.search(r"(^|\.)layers\.\d+$", name)}
 
 
+def call_with_written(module: nn.Module, call: Callable[[], Any]) -> tuple[Any, dict[str, mx.array]]:
+    """What `call()` returns, and the arrays that it wrote into `module`, by dotted names: running statistics."""
+    before = dict(tree_flatten(module.parameters()))
+    outputs = call()
+    now = tree_flatten(module.parameters())
+    return outputs, {name: mx.stop_gradient(array) for name, array in now if array is not before.get(name)}
+
+
 @contextlib.contextmanager
 def replaced_parameters(module: nn.Module, everything: dict, parameters: dict) -> Iterator[None]:
     """Within the block, `module` has the arrays of `everything`, overridden by those of `parameters`.
@@ -34,9 +47,9 @@ def replaced_parameters(module: nn.Module, everything: dict, parameters: dict) -
     (mixed precision has restored the float32 weights). Its own arrays are restored at the end.
     """
     own = module.parameters()
-    module.update(everything)
-    module.update(parameters)
+    put_arrays(module, everything)
+    put_arrays(module, parameters)
     try:
         yield
     finally:
-        module.update(own)
+        put_arrays(module, own)

@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxmm.compute.named_arrays import is_differentiable, own_arrays
 from mlxmm.compute.quantized import is_quantized
 from mlxmm.errors import UserError
 from mlxmm.training.module import Module
@@ -29,25 +30,29 @@ def trainable_names(module: nn.Module) -> list[str]:
 
 
 def set_trainable(module: nn.Module, names: Iterable[str]) -> None:
-    """Make the named parameters trainable and freeze all others."""
-    wanted = set(names)
+    """Make the named parameters trainable and freeze all others. Of a part with several names, any will do."""
+    wanted, parts = set(names), {}
     for prefix, part in module.named_modules():
-        own = [key for key, value in part.items() if isinstance(value, mx.array)]
+        parts.setdefault(id(part), (part, []))[1].append(prefix)
+    for part, prefixes in parts.values():
+        chosen = [key for key in own_arrays(part) if any(f"{p}.{key}".lstrip(".") in wanted for p in prefixes)]
+        part.unfreeze(recurse=False)  # lists and dicts that were frozen as a whole
         part.freeze(recurse=False)
-        part.unfreeze(recurse=False, keys=[key for key in own if f"{prefix}.{key}".lstrip(".") in wanted])
+        part.unfreeze(recurse=False, keys=chosen)
 
 
 def match_parameters(module: nn.Module, pattern: str) -> list[str]:
     """The names of the trainable parameters under `pattern`, a dotted name with Python slices for layers.
 
     Examples: "projector", "language_model.model.layers[-2:]", "vision.layers[0].mlp"; or one of the module's
-    `parameter_groups`: "lora". Quantized weights cannot be trained. Raises `UserError` if nothing matches.
+    `parameter_groups`: "lora". Quantized weights, and arrays of integers and booleans, cannot be trained. Raises `UserError` if nothing matches.
     """
     groups = module.parameter_groups() if isinstance(module, Module) else {}
     expression = re.compile(_expand(module, pattern) + r"(\.|$)")
     packed = tuple(f"{prefix}." for prefix, part in module.named_modules() if is_quantized(part))
     found = groups.get(pattern) or filter(expression.match, (name for name, _ in tree_flatten(module.parameters())))
-    names = [name for name in found if not name.startswith(packed)]
+    integers = {name for name, array in tree_flatten(module.parameters()) if not is_differentiable(array)}
+    names = [name for name in found if not name.startswith(packed) and name not in integers]
     if not names:
         parts = ", ".join(sorted({*module.children(), *groups}))
         raise UserError(
