@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from numbers import Number
 from typing import Any
 
@@ -12,6 +13,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
 from mlxmm.errors import UserError
+from mlxmm.optimizers import split_by_group
 from mlxmm.training import lightning_words
 from mlxmm.training.callback import HOOKS, Callback, overrides
 from mlxmm.training.datamodule import DataModule
@@ -91,6 +93,8 @@ def check_optimizer(module) -> optim.Optimizer:
             told = "an optimizer of MLX takes no parameters, and learning_rate, not lr: AdamW(learning_rate=1e-3)"
             raise UserError(f"{call}: {told}") from error
         raise
+    if isinstance(optimizer, optim.MultiOptimizer):
+        vars(optimizer)["_split_dictionary"] = partial(split_by_group, optimizer)
     if isinstance(optimizer, optim.Optimizer):
         return optimizer
     if isinstance(optimizer, Mapping | list | tuple):

@@ -1,13 +1,14 @@
 """What of a module is trainable: read, set, and matched by dotted names."""
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxmm.compute.named_arrays import is_differentiable, own_arrays
+from mlxmm.compute.named_arrays import is_differentiable, own_arrays, put_arrays
 from mlxmm.compute.quantized import is_quantized
 from mlxmm.errors import UserError
 from mlxmm.training.module import Module
@@ -39,6 +40,29 @@ def set_trainable(module: nn.Module, names: Iterable[str]) -> None:
         part.unfreeze(recurse=False)  # lists and dicts that were frozen as a whole
         part.freeze(recurse=False)
         part.unfreeze(recurse=False, keys=chosen)
+
+
+@contextlib.contextmanager
+def frozen_parts_unchanged(module: nn.Module) -> Iterator[None]:
+    """At the end of the block, undo what frozen parts wrote into themselves: the running statistics of a BatchNorm.
+
+    An array that was written belongs to the smallest part around it that has other parameters. That part is frozen if
+    none of these is trainable.
+    """
+    before = dict(tree_flatten(module.parameters()))
+    yield
+    now, trained = dict(tree_flatten(module.parameters())), set(trainable_names(module))
+    written = [name for name, array in now.items() if name in before and array is not before[name]]
+    others = now.keys() - written
+    put_arrays(module, {name: before[name] for name in written if _in_frozen_part(name, others, trained)})
+
+
+def _in_frozen_part(name: str, others: Iterable[str], trained: set[str]) -> bool:
+    while name:
+        name = name.rpartition(".")[0]
+        if around := [other for other in others if not name or other.startswith(f"{name}.")]:
+            return trained.isdisjoint(around)
+    return False
 
 
 def match_parameters(module: nn.Module, pattern: str) -> list[str]:
