@@ -20,7 +20,12 @@ def option(
     in `--help-all` only. `converter` makes the value of what is given in Python.
     """
     metadata = {"help": help, "flag": flag, "first": first, "rare": rare}
-    return attrs.field(default=default, validator=list(checks), metadata=metadata, converter=converter)
+    return attrs.field(default=default, validator=list(checks), metadata=metadata, converter=converter or plain)
+
+
+def plain(value):
+    """A number of NumPy, MLX or torch as Python's, which JSON and comparisons with `int` know; all else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def texts(value: str | Iterable[str] | None) -> tuple[str, ...]:

@@ -72,8 +72,11 @@ class Schedule:
         done = -(-progress.batch_idx // self.accumulate_grad_batches)
         return done % max(1, int(self.updates_in_epoch * interval)) == 0
 
-    def check_interval(self) -> None:
-        """Raise `UserError` for a `val_check_interval` that is a fraction of an epoch of unknown length."""
+    def check(self) -> None:
+        """Raise `UserError` where no batch is left to train on, or for a `val_check_interval` that is a fraction of an
+        epoch of unknown length."""
+        if not (self.config.overfit_batches or self.config.limit_train_batches):
+            raise UserError("limit_train_batches=0 leaves nothing to train on: give a number of batches, or a fraction")
         interval = self.config.val_check_interval
         if self.updates_in_epoch is None and isinstance(interval, float) and interval != 1.0:
             raise UserError(

@@ -29,9 +29,10 @@ from mlxmm.training import batches, lightning_words, run_folder, run_state
 from mlxmm.training.anomaly import assert_finite, watched_outputs
 from mlxmm.training.callback import Callback, arrange_callbacks, hook_table, note_first_state, restart_callbacks
 from mlxmm.training.checks import as_callbacks, check_optimizer, check_stage, check_trainable
-from mlxmm.training.datamodule import DataModule, as_datamodule, train_loader, why_empty
+from mlxmm.training.datamodule import DataModule, as_datamodule, stage_loader, train_loader, why_empty
 from mlxmm.training.default_callbacks import with_defaults
 from mlxmm.training.eval_loop import Evaluator
+from mlxmm.training.loader_randomness import OwnRandomState, epoch_seed
 from mlxmm.training.logger import Logger
 from mlxmm.training.loggers import make_loggers
 from mlxmm.training.module import Module
@@ -138,7 +139,8 @@ class Trainer(TrainerProperties):
     ) -> dict[str, float]:
         """The means of `test_step` over the test data, as "test/…"; arguments as of `validate`."""
         with self._stage("test", model, as_datamodule(datamodule, test=dataloaders), ckpt_path):
-            return self._evaluator.measure("test", self.datamodule.test_dataloader(), self.config.limit_test_batches)
+            loader = stage_loader(self.datamodule, "test")
+            return self._evaluator.measure("test", loader, self.config.limit_test_batches)
 
     @lightning_words.answers_calls
     def predict(
@@ -146,7 +148,8 @@ class Trainer(TrainerProperties):
     ) -> list:
         """What `predict_step` returns for each batch; arguments as of `validate`."""
         with self._stage("predict", model, as_datamodule(datamodule, predict=dataloaders), ckpt_path):
-            return self._evaluator.predict(self.datamodule.predict_dataloader(), self.config.limit_predict_batches)
+            loader = stage_loader(self.datamodule, "predict")
+            return self._evaluator.predict(loader, self.config.limit_predict_batches)
 
     def save_checkpoint(self, folder: Path | str) -> None:
         """Write a checkpoint of the run as it is now, whole or not at all. Raises `UserError` before `fit`."""
@@ -266,9 +269,10 @@ class Trainer(TrainerProperties):
         """The micro-batches of each update left in this epoch, and whether it is the epoch's last."""
         limit = self.config.overfit_batches or self.config.limit_train_batches
         number = 0 if self.config.overfit_batches else self.current_epoch
-        loader = train_loader(self.datamodule)
+        with OwnRandomState(epoch_seed(self.config.seed, number))():
+            loader = train_loader(self.datamodule)
         self.schedule.measure_epoch(loader)
-        rest = batches.epoch(loader, number, self.batch_idx, limit)
+        rest = batches.epoch(loader, number, self.batch_idx, limit, self.config.seed)
         groups = batches.updates(rest, self.accumulate_grad_batches)
         empty = True
         while True:
@@ -291,12 +295,14 @@ class Trainer(TrainerProperties):
     def _validate(self) -> dict[str, float]:
         if self.config.overfit_batches:
             return self._evaluator.measure("validation", train_loader(self.datamodule), self.config.overfit_batches)
-        loader, limit = self.datamodule.val_dataloader(), self.config.limit_val_batches
+        loader, limit = stage_loader(self.datamodule, "val"), self.config.limit_val_batches
         return self._evaluator.measure("validation", loader, limit)
 
     def _sanity_check(self) -> None:
-        loader, limit = self.datamodule.val_dataloader(), self.config.num_sanity_val_steps
-        if loader is not None and limit > 0 and self.global_step == 0 and self.config.limit_val_batches != 0:
+        loader, limit = stage_loader(self.datamodule, "val"), self.config.num_sanity_val_steps
+        if loader is None or batches.count(loader, self.config.limit_val_batches) == 0:
+            return
+        if limit > 0 and self.global_step == 0:
             self._evaluator.sanity_check(loader, limit)
 
     # ------------------------------------------------------------------ before and after
@@ -378,7 +384,7 @@ class Trainer(TrainerProperties):
         if saved is not None:
             run_state.restore(self, saved, lambda: self._call("on_load_checkpoint", saved))
         self.configure_optimizer(saved and saved["optimizer"])
-        self.schedule.check_interval()
+        self.schedule.check()
         for logger in self.loggers:
             logger.log_hyperparams(self._hparams())
 
