@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -23,6 +23,20 @@ def replaced_calls(parts: Mapping[str, nn.Module], wrap: Callable[[str, Callable
         yield
     finally:
         for part, kind in own.values():
+            part.__class__ = kind
+
+
+@contextlib.contextmanager
+def replaced_classes(parts: Iterable[nn.Module], wrap: Callable[[type], type]) -> Iterator[None]:
+    """Within the block, each of `parts` is of the class `wrap(its own)`, which is a subclass."""
+    own = [(part, type(part)) for part in {id(part): part for part in parts}.values()]
+    wrapped = {kind: wrap(kind) for _, kind in own}
+    for part, kind in own:
+        part.__class__ = wrapped[kind]
+    try:
+        yield
+    finally:
+        for part, kind in own:
             part.__class__ = kind
 
 

@@ -104,6 +104,40 @@ def check_optimizer(module) -> optim.Optimizer:
     raise UserError(f"{call} returned {kind}: {ONE_OPTIMIZER}")
 
 
+def check_schedules(module, optimizer: optim.Optimizer, compiles: bool) -> None:
+    """That the optimizer's schedules can be part of a compiled update. One that returns Python's numbers, a constant,
+    returns arrays from now on."""
+    for one in getattr(optimizer, "optimizers", [optimizer]):
+        for name, schedule in one._schedulers.items():
+            as_array = lambda step, schedule=schedule: mx.array(schedule(step), mx.float32)
+            if not isinstance(one.state[name], mx.array):
+                one._schedulers[name], one.state[name] = as_array, mx.array(one.state[name], mx.float32)
+            try:
+                mx.compile(as_array)(one.step)
+            except Exception as error:
+                if not compiles:
+                    continue
+                call = f"{type(module).__name__}.configure_optimizers: the schedule of {name}"
+                told = "compute with mx (mx.where, mx.cos), take one of mlx.optimizers, or set Trainer(compile=False)"
+                raise UserError(f"{call} reads its step as Python's number (if, float, math): {told}") from error
+
+
+def check_containers(module) -> None:
+    """That no layer or array is in a tuple, where MLX neither trains nor saves it."""
+    for prefix, part in module.named_modules():
+        for key, value in part.items():
+            if isinstance(value, tuple) and not key.startswith("_") and _holds_arrays(value):
+                name = f"{prefix}.{key}".lstrip(".")
+                told = "make it a list; constants have a name that begins with _"
+                raise UserError(f"{type(module).__name__}.{name} is a tuple, which MLX neither trains nor saves: {told}")
+
+
+def _holds_arrays(value) -> bool:
+    if isinstance(value, list | tuple | dict):
+        return any(map(_holds_arrays, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, mx.array)
+
+
 def check_trainable(module) -> None:
     """That there is something to train."""
     if not tree_flatten(module.trainable_parameters()):
@@ -122,8 +156,9 @@ def explained(step: Callable, batch) -> Iterator[None]:
         raise lightning_words.missing("an array of MLX", name[1], lightning_words.TENSORS) from error
     except TypeError as error:
         if isinstance(batch, list) and "list indices must be integers" in str(error):
+            data = getattr(step, "__name__", "").removesuffix("_step").replace("idation", "").replace("ing", "")
             told = "a stage has one loader, not a list of them"
-            raise UserError(f"{_name_of(step)} got a list as its batch: {told}") from error
+            raise UserError(f"{_name_of(step)} got a list as its batch of the {data} data: {told}") from error
         raise
     except ValueError as error:
         if "during function transformations" not in str(error):

@@ -38,15 +38,16 @@ def isolated_random_state() -> Iterator[None]:
         restore()
 
 
-def remembered_random_state() -> Callable[[], None]:
-    """A function that restores every random state as it is now."""
+def remembered_random_state(numpy: bool = True) -> Callable[[], None]:
+    """A function that restores every random state as it is now; NumPy's only if asked to."""
     high, low = mx.random.state[0].tolist()
-    numpy, python, torch = np.random.get_state(), random.getstate(), _torch()
+    of_numpy, python, torch = numpy and np.random.get_state(), random.getstate(), _torch()
     of_torch = torch and torch.default_generator.get_state()
 
     def restore() -> None:
         mx.random.seed(high << 32 | low)  # the key of seed(n) is n's two halves
-        np.random.set_state(numpy)
+        if numpy:
+            np.random.set_state(of_numpy)
         random.setstate(python)
         if torch:
             torch.default_generator.set_state(of_torch)

@@ -42,7 +42,8 @@ class TrainStep:
         self.strategy, self.on_gradients = strategy, on_gradients
         self._loss_and_grad = nn.value_and_grad(module, self._loss)
         self._sums_and_grad = nn.value_and_grad(module, self._weighted_loss)
-        compiled = partial(compiler, state=[module.state, optimizer.state, mx.random.state])
+        optimizers = getattr(optimizer, "optimizers", [optimizer])
+        compiled = partial(compiler, state=[module.state, optimizer.state, mx.random.state], others=optimizers)
         self._compiled_whole, self._compiled_gradients = compiled(self._whole), compiled(self._gradients)
         self._compiled_accumulate, self._compiled_average = compiled(self._accumulate), compiled(self._average)
         self._compiled_finish = compiled(lambda total: self._update(*self._average(total)))
@@ -72,7 +73,8 @@ class TrainStep:
 
     def _whole(self, batch):
         """The usual case, an update from one micro-batch, in one compiled function."""
-        return self._update(*self._gradients(batch))
+        (_, (measured, weight)), grads = self._loss_and_grad(batch)
+        return self._update(*self._averaged(measured, counted(grads, weight)))
 
     def _gradients(self, batch):
         (_, (measured, weight)), grads = self._loss_and_grad(batch)
@@ -104,7 +106,9 @@ class TrainStep:
 
     def _loss(self, batch):
         """Means of one process; sums of several, which `_averaged` divides. A lone process spares that division."""
-        _, sums = self._weighted_loss(batch)
+        step, module = self.module.training_step, self.module
+        with frozen_parts_unchanged(module), autocast(module, self.config.precision), explained(step, batch):
+            sums = weighted_sums(check_outputs(step, step(batch), needs_loss=True))
         measured = sums if collectives.world_size() > 1 else average_sums(sums)[0]
         return measured["loss"], (measured, sums["weight"])
 

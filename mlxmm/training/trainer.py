@@ -28,7 +28,7 @@ from mlxmm.terminal import say
 from mlxmm.training import batches, lightning_words, run_folder, run_state
 from mlxmm.training.anomaly import assert_finite, watched_outputs
 from mlxmm.training.callback import Callback, arrange_callbacks, hook_table, note_first_state, restart_callbacks
-from mlxmm.training.checks import as_callbacks, check_optimizer, check_stage, check_trainable
+from mlxmm.training.checks import as_callbacks, check_containers, check_optimizer, check_schedules, check_stage, check_trainable
 from mlxmm.training.datamodule import DataModule, as_datamodule, stage_loader, train_loader, why_empty
 from mlxmm.training.default_callbacks import with_defaults
 from mlxmm.training.eval_loop import Evaluator
@@ -206,6 +206,7 @@ class Trainer(TrainerProperties):
         self.schedule.measure_epoch(self.datamodule.train_dataloader())
         self.optimizer = check_optimizer(self.module)
         self.strategy.check_optimizer(self.optimizer)
+        check_schedules(self.module, self.optimizer, self.compiler.enabled)
         if state is not None:
             checkpoint.load_optimizer(state, self.optimizer, self.module)
         self._build_train_step()
@@ -380,6 +381,7 @@ class Trainer(TrainerProperties):
             yield
 
     def _prepare_fit(self) -> None:
+        check_containers(self.module)
         saved = None if self.ckpt_path is None else self.strategy.own(checkpoint.load(self.ckpt_path))
         if saved is not None:
             run_state.restore(self, saved, lambda: self._call("on_load_checkpoint", saved))
