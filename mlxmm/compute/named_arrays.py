@@ -4,7 +4,7 @@
 the empty dicts that stand for frozen arrays in a list. Here a name means the place that has it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -25,12 +25,12 @@ def trainable_arrays(part: nn.Module) -> dict:
 
 def own_arrays(part: nn.Module) -> list[str]:
     """The names, in `part`, of its arrays that are not of a part below it: "weight", "gains.0"."""
-    return [name for name, _ in _places(part, lambda child: not isinstance(child, nn.Module))]
+    return [name for name, _ in array_places(part, lambda child: not isinstance(child, nn.Module))]
 
 
 def put_arrays(module: nn.Module, tree: Any, strict: bool = True) -> None:
     """Put the arrays of `tree`, nested or by dotted names, into `module`. Raises `ValueError` for a name it lacks."""
-    places = dict(_places(module, lambda child: True))
+    places = dict(array_places(module))
     for name, array in tree_flatten(tree):
         if name in places and isinstance(array, mx.array):
             node, key = places[name]
@@ -55,13 +55,15 @@ def unflatten_like(arrays: Mapping[str, mx.array], like: Any) -> Any:
     return found | (tree_unflatten(list(rest.items())) if rest else {})
 
 
-def _places(node, enters, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+def array_places(
+    node, enters: Callable[[Any], bool] = lambda child: True, prefix: str = ""
+) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """(name, (container, key)) of each array; `enters(child)` says which containers to look into."""
     for key, value in _items(node):
         if isinstance(value, mx.array):
             yield f"{prefix}{key}", (node, key)
         elif isinstance(value, dict | list) and enters(value):
-            yield from _places(value, enters, f"{prefix}{key}.")
+            yield from array_places(value, enters, f"{prefix}{key}.")
 
 
 def _items(node):

@@ -14,17 +14,6 @@ from mlxmm.errors import UserError
 from mlxmm.training.module import Module
 
 
-class TraceSnapshot:
-    """Snapshot of frozen flags and train/eval modes that a compiled step was traced with."""
-
-    def __init__(self, module: nn.Module):
-        self._parts = [(part, part.training, frozenset(part._no_grad)) for part in module.modules()]
-
-    def changed(self) -> bool:
-        """True if anything was frozen, unfrozen or switched since: the step must be compiled again."""
-        return any(part._training is not mode or part._no_grad != frozen for part, mode, frozen in self._parts)
-
-
 def trainable_names(module: nn.Module) -> list[str]:
     """The dotted names of the parameters that receive gradients."""
     return [name for name, _ in tree_flatten(module.trainable_parameters())]

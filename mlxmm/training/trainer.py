@@ -42,7 +42,7 @@ from mlxmm.training.randomness import seed_everything, step_seed
 from mlxmm.training.schedule import Schedule
 from mlxmm.training.strategy import make_strategy
 from mlxmm.training.train_step import TrainStep, checked_twice
-from mlxmm.training.trainable import TraceSnapshot
+from mlxmm.training.trace import TraceSnapshot, forget_moments
 from mlxmm.training.trainer_config import TrainerConfig
 from mlxmm.training.trainer_properties import TrainerProperties
 
@@ -250,6 +250,8 @@ class Trainer(TrainerProperties):
         if -1 in self._call("on_train_batch_start", group):
             return False
         if self._traced.changed():
+            if replaced := self._traced.replaced(self.module):
+                forget_moments(self.optimizer, self.module, replaced)
             self._build_train_step()
         with self.profiler.phase("step"):
             seed_everything(step_seed(self.config.seed, collectives.rank(), self.global_step))
