@@ -7,6 +7,7 @@ import mlx.core as mx
 from attrs.validators import ge, in_
 from mlx.utils import tree_flatten
 
+from mlxmm.config import plain
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.training import batches
@@ -29,11 +30,11 @@ class BatchSizeFinder(Callback):
     `UserError` if no size fits.
     """
 
-    memory_limit: int = attrs.field(validator=ge(1))
+    memory_limit: int = attrs.field(validator=ge(1), converter=plain)
     mode: str = attrs.field(default="power", validator=in_(("power", "binsearch")))
-    steps_per_trial: int = attrs.field(default=3, validator=ge(1))
-    init_val: int = attrs.field(default=2, validator=ge(1))
-    max_trials: int = attrs.field(default=25, validator=ge(1))
+    steps_per_trial: int = attrs.field(default=3, validator=ge(1), converter=plain)
+    init_val: int = attrs.field(default=2, validator=ge(1), converter=plain)
+    max_trials: int = attrs.field(default=25, validator=ge(1), converter=plain)
     attribute: str = attrs.field(default="batch_size", kw_only=True)
     batch_size: int | None = attrs.field(default=None, init=False)
 
@@ -69,7 +70,8 @@ class BatchSizeFinder(Callback):
     def _fits(self, trainer, size: int) -> bool:
         self._set(trainer, size)
         first = next(batches.epoch(trainer.datamodule.train_dataloader(), 0), None)
-        fits = first is not None and len(tree_flatten(first)[0][1]) >= size and self._runs(trainer)
+        lengths = [len(array) for _, array in tree_flatten(first) if array.ndim] if first is not None else [0]
+        fits = lengths[0] >= size and self._runs(trainer)
         return collectives.all_sum(mx.array(not fits)).item() == 0
 
     def _runs(self, trainer) -> bool:
@@ -111,4 +113,7 @@ def _replaced(owner, path: str, value):
         setattr(owner, name, value)
     except attrs.exceptions.FrozenInstanceError:
         return attrs.evolve(owner, **{name: value})
+    except (AttributeError, TypeError, ValueError) as error:  # torch's DataLoader
+        told = "give a DataModule whose train_dataloader makes a loader of its batch_size"
+        raise UserError(f"BatchSizeFinder: {type(owner).__name__} cannot take another {name}: {told}") from error
     return owner

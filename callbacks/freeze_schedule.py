@@ -6,6 +6,7 @@ import attrs
 from attrs.validators import in_
 from mlx.utils import tree_flatten
 
+from mlxmm.config import plain
 from mlxmm.training.callback import Callback
 from mlxmm.training.trainable import match_parameters, set_trainable
 
@@ -22,7 +23,7 @@ class FreezeSchedule(Callback):
     Logs "schedule/num_trainable" with the training metrics, and as text which parts are trained when a stage begins.
     """
 
-    stages: Mapping[int, str | Sequence[str]]
+    stages: Mapping[int, str | Sequence[str]] = attrs.field(converter=plain)
     unit: str = attrs.field(default="epoch", validator=in_(("epoch", "step")), kw_only=True)
     _names: dict[int, list[str]] = attrs.field(factory=dict, init=False)
     _sizes: dict[str, int] = attrs.field(factory=dict, init=False)  # of whole arrays, before they are sharded

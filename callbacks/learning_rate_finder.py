@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 from attrs.validators import ge, gt, in_, optional
 
+from mlxmm.config import plain
 from mlxmm.errors import UserError
 from mlxmm.training.callback import Callback
 from mlxmm.training.trial_updates import restored_after, trial_updates
@@ -28,7 +29,7 @@ class LearningRateFinder(Callback):
 
     min_lr: float = attrs.field(default=1e-8, validator=gt(0))
     max_lr: float = attrs.field(default=1.0, validator=gt(0))
-    num_training_steps: int = attrs.field(default=100, validator=ge(2))
+    num_training_steps: int = attrs.field(default=100, validator=ge(2), converter=plain)
     mode: str = attrs.field(default="exponential", validator=in_(("exponential", "linear")))
     early_stop_threshold: float | None = attrs.field(default=4.0, validator=optional(gt(0)))
     update_optimizer: bool = attrs.field(default=False, kw_only=True)

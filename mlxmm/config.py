@@ -24,7 +24,10 @@ def option(
 
 
 def plain(value):
-    """A number of NumPy, MLX or torch as Python's, which JSON and comparisons with `int` know; all else as it is."""
+    """A number of NumPy, MLX or torch as Python's, which JSON and comparisons with `int` know; all else as it is.
+    Of a mapping, its keys and values."""
+    if isinstance(value, Mapping):
+        return {plain(key): plain(part) for key, part in value.items()}
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 

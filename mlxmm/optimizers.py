@@ -6,7 +6,6 @@ import attrs
 import mlx.core as mx
 import mlx.optimizers as optim
 from attrs.validators import ge, gt, le, lt
-from mlx.utils import tree_map, tree_map_with_path
 
 from mlxmm.config import option
 
@@ -66,17 +65,6 @@ def grouped(default: optim.Optimizer, **groups: optim.Optimizer) -> optim.MultiO
         return lambda name, parameter: name.startswith(part + ".")
 
     return optim.MultiOptimizer([*groups.values(), default], [within(part) for part in groups])
-
-
-def split_by_group(optimizer: optim.MultiOptimizer, gradients: dict) -> list[dict]:
-    """For each optimizer of `optimizer`, `gradients` with empty dicts in the places of the others.
-
-    MLX's own splitting builds lists anew: it loses the layers without gradients at their ends, which have moments.
-    """
-    first = lambda name, array: next(i for i, holds in enumerate(optimizer.filters) if holds(name, array))
-    groups = tree_map_with_path(first, gradients)
-    within = lambda i: tree_map(lambda array, group: array if group == i else {}, gradients, groups)
-    return [within(i) for i in range(len(optimizer.optimizers))]
 
 
 def warmup_cosine(peak: float, warmup_steps: int, num_steps: int, *, final_fraction: float = 0.0) -> Callable:

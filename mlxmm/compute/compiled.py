@@ -19,8 +19,10 @@ class Compiled:
     """`function` compiled once per shape of its arguments, for the `most` shapes used last.
 
     `state` are the trees that `function` reads and writes beside its arguments; `others` are objects whose attributes
-    it reads. It is compiled again when an attribute that it read, of a module in `state` too, has another value. MLX keeps every variant it ever
-    compiled (mlx#4464), so each variant is a compiled function of its own here, freed when it is dropped.
+    it reads. It is compiled again when an attribute that it read, of a module in `state` too, has another value.
+
+    MLX keeps every variant it ever compiled (mlx#4464), so each variant is a compiled function of its own here, freed
+    when it is dropped.
     """
 
     def __init__(self, function: Callable, state: list, most: int, others: Sequence = ()):

@@ -1,7 +1,7 @@
 """The arrays of a module by their dotted names, also those in lists and dicts of any keys.
 
-`tree_unflatten` makes a list of a dict whose keys are digits, and levels of the dots in a key; `nn.Module.update` refuses
-the empty dicts that stand for frozen arrays in a list. Here a name means the place that has it.
+`tree_unflatten` makes a list of a dict whose keys are digits, and levels of the dots in a key; `nn.Module.update`
+refuses the empty dicts that stand for frozen arrays in a list. Here a name means the place that has it.
 """
 
 from collections.abc import Callable, Iterator, Mapping

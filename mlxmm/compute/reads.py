@@ -26,7 +26,7 @@ class Reads:
         """Within the block, note what is read of `modules` and the parts in them; of `others` everything counts."""
         read: dict[tuple[int, str], Any] = {}
 
-        def wrap(kind: type) -> type:
+        def wrap(kind: Any) -> type:
             def get(self, name):
                 read[id(self), name] = self
                 return kind.__getattribute__(self, name)

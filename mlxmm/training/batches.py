@@ -56,8 +56,8 @@ def _begun(loader, number: int, start: int, seed: int) -> Iterator:
 
 
 def as_arrays(batch):
-    """`batch`, a tree of mappings, lists and tuples, with MLX arrays in place of NumPy's, of torch's tensors, of numbers
-    and of lists of numbers. Raises `UserError` that names the field."""
+    """`batch`, a tree of mappings, lists and tuples, with MLX arrays in place of NumPy's, of torch's tensors, of
+    numbers and of lists of numbers. Raises `UserError` that names the field."""
     return _arrays(batch, "")
 
 

@@ -13,11 +13,11 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
 from mlxmm.errors import UserError
-from mlxmm.optimizers import split_by_group
 from mlxmm.training import lightning_words
 from mlxmm.training.callback import HOOKS, Callback, overrides
 from mlxmm.training.datamodule import DataModule
 from mlxmm.training.module import Module
+from mlxmm.training.optimizer_groups import split_by_group
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 NEEDED_BY_FIT = ("training_step", "configure_optimizers")
@@ -81,8 +81,8 @@ def check_datamodule(datamodule) -> None:
     _check_methods(datamodule, DataModule, expected, lightning_words.HOOKS)
 
 
-def check_optimizer(module) -> optim.Optimizer:
-    """The optimizer that `module` configures, if it is one of MLX's."""
+def check_optimizer(module, compiles: bool = False) -> optim.Optimizer:
+    """The optimizer that `module` configures, if it is one of MLX's that can be part of an update, compiled or not."""
     call = f"{type(module).__name__}.configure_optimizers"
     try:
         optimizer = module.configure_optimizers()
@@ -96,6 +96,7 @@ def check_optimizer(module) -> optim.Optimizer:
     if isinstance(optimizer, optim.MultiOptimizer):
         vars(optimizer)["_split_dictionary"] = partial(split_by_group, optimizer)
     if isinstance(optimizer, optim.Optimizer):
+        _check_schedules(call, optimizer, compiles)
         return optimizer
     if isinstance(optimizer, Mapping | list | tuple):
         schedule = "a schedule is its learning_rate: AdamW(learning_rate=schedule), which gets the step"
@@ -104,7 +105,7 @@ def check_optimizer(module) -> optim.Optimizer:
     raise UserError(f"{call} returned {kind}: {ONE_OPTIMIZER}")
 
 
-def check_schedules(module, optimizer: optim.Optimizer, compiles: bool) -> None:
+def _check_schedules(call: str, optimizer: optim.Optimizer, compiles: bool) -> None:
     """That the optimizer's schedules can be part of a compiled update. One that returns Python's numbers, a constant,
     returns arrays from now on."""
     for one in getattr(optimizer, "optimizers", [optimizer]):
@@ -117,19 +118,21 @@ def check_schedules(module, optimizer: optim.Optimizer, compiles: bool) -> None:
             except Exception as error:
                 if not compiles:
                     continue
-                call = f"{type(module).__name__}.configure_optimizers: the schedule of {name}"
                 told = "compute with mx (mx.where, mx.cos), take one of mlx.optimizers, or set Trainer(compile=False)"
-                raise UserError(f"{call} reads its step as Python's number (if, float, math): {told}") from error
+                why = f"the schedule of {name} reads its step as Python's number (if, float, math)"
+                raise UserError(f"{call}: {why}: {told}") from error
 
 
-def check_containers(module) -> None:
+def _check_containers(module) -> None:
     """That no layer or array is in a tuple, where MLX neither trains nor saves it."""
     for prefix, part in module.named_modules():
         for key, value in part.items():
             if isinstance(value, tuple) and not key.startswith("_") and _holds_arrays(value):
                 name = f"{prefix}.{key}".lstrip(".")
                 told = "make it a list; constants have a name that begins with _"
-                raise UserError(f"{type(module).__name__}.{name} is a tuple, which MLX neither trains nor saves: {told}")
+                raise UserError(
+                    f"{type(module).__name__}.{name} is a tuple, where MLX trains and saves nothing: {told}"
+                )
 
 
 def _holds_arrays(value) -> bool:
@@ -139,7 +142,8 @@ def _holds_arrays(value) -> bool:
 
 
 def check_trainable(module) -> None:
-    """That there is something to train."""
+    """That there is something to train, and that all of it can be."""
+    _check_containers(module)
     if not tree_flatten(module.trainable_parameters()):
         raise UserError(f"nothing in {type(module).__name__} is trainable: unfreeze() a part of it")
 

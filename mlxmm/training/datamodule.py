@@ -8,6 +8,7 @@ import attrs
 from mlxmm.config import to_json
 from mlxmm.errors import UserError
 from mlxmm.training.batches import has_epochs
+from mlxmm.training.loader_randomness import OwnRandomState
 
 AGAIN = "give a list, or an object whose __iter__ begins again"
 
@@ -111,9 +112,10 @@ def stage_loader(datamodule: DataModule, stage: str):
     return loader
 
 
-def train_loader(datamodule: DataModule):
-    """The training loader. Raises `UserError` where there is none."""
-    loader = stage_loader(datamodule, "train")
+def train_loader(datamodule: DataModule, seed: int = 0):
+    """The training loader, whose making draws from `seed`. Raises `UserError` where there is none."""
+    with OwnRandomState(seed)():
+        loader = stage_loader(datamodule, "train")
     if loader is None:
         raise UserError("there is no training data: give a datamodule or train_dataloaders")
     return loader
@@ -143,7 +145,7 @@ def _check_loader(stage: str, loader) -> None:
             f"the {stage} data are {getattr(loader, '__name__', loader)!r}: call it, and give what it returns"
         )
     if isinstance(loader, list | tuple) and any(map(_is_lone_loader, loader)):
-        raise UserError(f"the {stage} data are a list of loaders: a stage has one, which may draw from several data sets")
+        raise UserError(f"the {stage} data are a list of loaders: a stage has one, which may draw from several sets")
     is_loader = any(hasattr(loader, name) for name in ("epoch", "__iter__", "__getitem__"))
     if loader is not None and (not is_loader or isinstance(loader, str)):
         raise UserError(f"the {stage} data are {loader!r}: a loader is a list of batches, or another iterable of them")

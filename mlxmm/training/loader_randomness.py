@@ -15,6 +15,7 @@ from mlxmm.training.randomness import remembered_random_state, seed_everything, 
 
 HELD = ("batch_sampler", "sampler", "dataset")  # the parts of torch's DataLoader, and of those like it
 END = object()
+_numpy: Any = np.random  # whose types do not have `get_bit_generator`
 
 
 class OwnRandomState:
@@ -26,14 +27,14 @@ class OwnRandomState:
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        outer, restore = np.random.get_bit_generator(), remembered_random_state(numpy=False)
-        np.random.set_bit_generator(self._numpy)
+        outer, restore = _numpy.get_bit_generator(), remembered_random_state(numpy=False)
+        _numpy.set_bit_generator(self._numpy)
         self._resume()
         try:
             yield
         finally:
             self._resume = remembered_random_state(numpy=False)
-            np.random.set_bit_generator(outer)
+            _numpy.set_bit_generator(outer)
             restore()
 
 

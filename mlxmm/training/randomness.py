@@ -16,6 +16,7 @@ def seed_everything(seed: int, workers: bool = True) -> None:
 
     `workers` is Lightning's, and changes nothing: the threads of loaders draw from the seed of their Trainer and epoch.
     """
+    seed = int(seed)
     mx.random.seed(seed)
     np.random.seed(((seed >> 32) * GOLDEN ^ seed) & 0xFFFFFFFF)  # one integer seeds three times as fast as two
     random.seed(seed)

@@ -37,8 +37,10 @@ class TraceSnapshot:
         return {name for name, (node, _, shape) in self._places.items() if now.get(name) != (id(node), shape)}
 
 
-def forget_moments(optimizer: optim.Optimizer, module: nn.Module, names: set[str]) -> None:
-    """Drop what `optimizer` knows of the named parameters: they are not those that it has seen."""
+def forget_moments(optimizer: optim.Optimizer, module: nn.Module, before: TraceSnapshot) -> None:
+    """Drop what `optimizer` knows of parameters that were replaced since `before`."""
+    if not (names := before.replaced(module)):
+        return
     known = dict(tree_flatten(optimizer.state))
     is_of = lambda array, name: array.startswith(f"{name}.")
     groups = range(len(getattr(optimizer, "optimizers", ())))

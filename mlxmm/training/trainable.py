@@ -4,7 +4,6 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
@@ -58,7 +57,8 @@ def match_parameters(module: nn.Module, pattern: str) -> list[str]:
     """The names of the trainable parameters under `pattern`, a dotted name with Python slices for layers.
 
     Examples: "projector", "language_model.model.layers[-2:]", "vision.layers[0].mlp"; or one of the module's
-    `parameter_groups`: "lora". Quantized weights, and arrays of integers and booleans, cannot be trained. Raises `UserError` if nothing matches.
+    `parameter_groups`: "lora". Quantized weights, and arrays of integers and booleans, cannot be trained. Raises
+    `UserError` if nothing matches.
     """
     groups = module.parameter_groups() if isinstance(module, Module) else {}
     expression = re.compile(_expand(module, pattern) + r"(\.|$)")

@@ -28,11 +28,11 @@ from mlxmm.terminal import say
 from mlxmm.training import batches, lightning_words, run_folder, run_state
 from mlxmm.training.anomaly import assert_finite, watched_outputs
 from mlxmm.training.callback import Callback, arrange_callbacks, hook_table, note_first_state, restart_callbacks
-from mlxmm.training.checks import as_callbacks, check_containers, check_optimizer, check_schedules, check_stage, check_trainable
+from mlxmm.training.checks import as_callbacks, check_optimizer, check_stage, check_trainable
 from mlxmm.training.datamodule import DataModule, as_datamodule, stage_loader, train_loader, why_empty
 from mlxmm.training.default_callbacks import with_defaults
 from mlxmm.training.eval_loop import Evaluator
-from mlxmm.training.loader_randomness import OwnRandomState, epoch_seed
+from mlxmm.training.loader_randomness import epoch_seed
 from mlxmm.training.logger import Logger
 from mlxmm.training.loggers import make_loggers
 from mlxmm.training.module import Module
@@ -41,8 +41,8 @@ from mlxmm.training.progress import Progress
 from mlxmm.training.randomness import seed_everything, step_seed
 from mlxmm.training.schedule import Schedule
 from mlxmm.training.strategy import make_strategy
-from mlxmm.training.train_step import TrainStep, checked_twice
 from mlxmm.training.trace import TraceSnapshot, forget_moments
+from mlxmm.training.train_step import TrainStep, checked_twice
 from mlxmm.training.trainer_config import TrainerConfig
 from mlxmm.training.trainer_properties import TrainerProperties
 
@@ -186,7 +186,7 @@ class Trainer(TrainerProperties):
 
     def accumulate(self, num_batches: int) -> None:
         """Make every following update from so many micro-batches. To be called between epochs."""
-        self.schedule.accumulate_grad_batches = num_batches
+        self.schedule.accumulate_grad_batches = int(num_batches)
 
     def replace_datamodule(self, datamodule) -> None:
         """Take batches from another datamodule, from the next epoch or validation on."""
@@ -204,9 +204,8 @@ class Trainer(TrainerProperties):
         `state` is what a checkpoint has of it.
         """
         self.schedule.measure_epoch(self.datamodule.train_dataloader())
-        self.optimizer = check_optimizer(self.module)
+        self.optimizer = check_optimizer(self.module, self.compiler.enabled)
         self.strategy.check_optimizer(self.optimizer)
-        check_schedules(self.module, self.optimizer, self.compiler.enabled)
         if state is not None:
             checkpoint.load_optimizer(state, self.optimizer, self.module)
         self._build_train_step()
@@ -250,8 +249,7 @@ class Trainer(TrainerProperties):
         if -1 in self._call("on_train_batch_start", group):
             return False
         if self._traced.changed():
-            if replaced := self._traced.replaced(self.module):
-                forget_moments(self.optimizer, self.module, replaced)
+            forget_moments(self.optimizer, self.module, self._traced)
             self._build_train_step()
         with self.profiler.phase("step"):
             seed_everything(step_seed(self.config.seed, collectives.rank(), self.global_step))
@@ -272,8 +270,7 @@ class Trainer(TrainerProperties):
         """The micro-batches of each update left in this epoch, and whether it is the epoch's last."""
         limit = self.config.overfit_batches or self.config.limit_train_batches
         number = 0 if self.config.overfit_batches else self.current_epoch
-        with OwnRandomState(epoch_seed(self.config.seed, number))():
-            loader = train_loader(self.datamodule)
+        loader = train_loader(self.datamodule, epoch_seed(self.config.seed, number))
         self.schedule.measure_epoch(loader)
         rest = batches.epoch(loader, number, self.batch_idx, limit, self.config.seed)
         groups = batches.updates(rest, self.accumulate_grad_batches)
@@ -303,9 +300,7 @@ class Trainer(TrainerProperties):
 
     def _sanity_check(self) -> None:
         loader, limit = stage_loader(self.datamodule, "val"), self.config.num_sanity_val_steps
-        if loader is None or batches.count(loader, self.config.limit_val_batches) == 0:
-            return
-        if limit > 0 and self.global_step == 0:
+        if loader is not None and limit > 0 and self.global_step == 0 and self.config.limit_val_batches != 0:
             self._evaluator.sanity_check(loader, limit)
 
     # ------------------------------------------------------------------ before and after
@@ -383,12 +378,11 @@ class Trainer(TrainerProperties):
             yield
 
     def _prepare_fit(self) -> None:
-        check_containers(self.module)
         saved = None if self.ckpt_path is None else self.strategy.own(checkpoint.load(self.ckpt_path))
         if saved is not None:
             run_state.restore(self, saved, lambda: self._call("on_load_checkpoint", saved))
         self.configure_optimizer(saved and saved["optimizer"])
-        self.schedule.check()
+        self.schedule.check(stage_loader(self.datamodule, "val"))
         for logger in self.loggers:
             logger.log_hyperparams(self._hparams())
 

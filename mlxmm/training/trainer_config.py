@@ -86,7 +86,9 @@ class TrainerConfig:
     val_check_interval: int | float = option(1.0, "updates between validations, or a fraction of an epoch", is_interval)
     check_val_every_n_epoch: int = option(1, "validate in every n-th epoch", ge(1), rare=True)
     accumulate_grad_batches: int = option(1, "batches per update", ge(1))
-    gradient_clip_val: float | None = option(1.0, "largest global gradient norm; 0 or none: no clipping", optional(ge(0)))
+    gradient_clip_val: float | None = option(
+        1.0, "largest global gradient norm; 0 or none: no clipping", optional(ge(0))
+    )
     gradient_clip_algorithm: str = option(
         "norm", "norm: scale all gradients; value: bound each number", in_(("norm", "value")), rare=True
     )
