@@ -38,10 +38,12 @@ def epoch(loader, number: int, start: int = 0, limit: int | float = 1.0, seed: i
     if isinstance(loader, list | tuple):
         batches = iter(loader[start:])
     else:
-        if start and not has_epochs(loader):
+        skipped = 0 if has_epochs(loader) else start
+        if skipped:
             told = f"{type(loader).__name__} cannot start at batch {start}: skipping the batches before it"
             warnings.warn(told, stacklevel=2)
-        batches = isolated(lambda: _begun(loader, number, start, seed), epoch_seed(seed, number))
+        every = isolated(lambda: _begun(loader, number, start, seed), epoch_seed(seed, number))
+        batches = islice(every, skipped, None)  # one by one, as they were taken the first time
     most = count(loader, limit)
     if most is not None:
         batches = islice(batches, max(0, most - start))
@@ -52,7 +54,7 @@ def _begun(loader, number: int, start: int, seed: int) -> Iterator:
     if has_epochs(loader):
         return iter(loader.epoch(number, start))
     begin_epoch(loader, seed, number)
-    return islice(iter(loader), start, None)
+    return iter(loader)
 
 
 def as_arrays(batch):

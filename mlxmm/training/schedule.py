@@ -86,8 +86,8 @@ class Schedule:
         return done % max(1, int(self.updates_in_epoch * interval)) == 0
 
     def check(self, val_loader) -> None:
-        """Raise `UserError` where no batch is left to train on or to validate, or for a `val_check_interval` that is a fraction of an
-        epoch of unknown length."""
+        """Raise `UserError` where a limit leaves no batch to train on or to validate with, or for a
+        `val_check_interval` that is a fraction of an epoch of unknown length."""
         if not (self.config.overfit_batches or self.config.limit_train_batches):
             raise UserError("limit_train_batches=0 leaves nothing to train on: give a number of batches, or a fraction")
         if val_loader is not None:
