@@ -1,6 +1,7 @@
 """EMAWeightAveraging: an exponential moving average of the weights, which is validated, tested and saved."""
 
 from collections.abc import Callable
+from typing import Any
 
 import attrs
 import mlx.core as mx
@@ -11,6 +12,7 @@ from mlxmm.compute.compiled import can_compile
 from mlxmm.compute.named_arrays import put_arrays
 from mlxmm.errors import UserError
 from mlxmm.training.callback import Callback
+from mlxmm.training.trace import TraceSnapshot
 from mlxmm.training.trainable import trainable_names
 
 
@@ -35,6 +37,7 @@ class EMAWeightAveraging(Callback):
     _raw: dict[str, mx.array] | None = attrs.field(default=None, init=False)  # set while the module holds the averages
     _stays: bool = attrs.field(default=False, init=False)
     _module: object = attrs.field(default=None, init=False)
+    _traced: Any = attrs.field(default=None, init=False)  # the parts that are averaged
     _averaged: Callable | None = attrs.field(default=None, init=False)
 
     def setup(self, trainer, module, stage):
@@ -42,7 +45,7 @@ class EMAWeightAveraging(Callback):
             raise UserError("EMAWeightAveraging averages whole layers, which strategy fsdp does not have: use ddp")
         if stage == "fit" or module is not self._module:
             self.n_averaged, self.averages, self._raw, self._stays = 0, {}, None, False
-        self._module = module
+        self._module, self._traced = module, TraceSnapshot(module)
         compiles = trainer.config.compile and can_compile()
         self._averaged = mx.compile(self._average) if compiles else self._average
 
@@ -50,15 +53,20 @@ class EMAWeightAveraging(Callback):
         step = trainer.global_step - 1
         if step < self.update_starting_at_step or step % self.update_every_n_steps:
             return
-        weights = dict(tree_flatten(module.parameters()))
-        # Of a part that was replaced in the meantime by one of other shapes, the average begins anew.
-        held = {n: a for n, a in self.averages.items() if n in weights and weights[n].shape == a.shape}
+        self._forget_replaced(module)
+        weights, held = dict(tree_flatten(module.parameters())), self.averages
         joining = [name for name in trainable_names(module) if name not in held]
         share = mx.array(1 - self.decay)  # an argument, because a callback may change it
         averages = self._averaged(list(held.values()), [weights[name] for name in held], share)
         self.averages = dict(zip(held, averages)) | {n: weights[n].astype(mx.float32) for n in joining}
         self.n_averaged += 1
         mx.async_eval(self.averages)  # without waiting; otherwise the graph would grow with every update
+
+    def _forget_replaced(self, module) -> None:
+        """Of a part that a callback has replaced, the average begins anew."""
+        if self._traced.changed():
+            replaced, self._traced = self._traced.replaced(module), TraceSnapshot(module)
+            self.averages = {name: average for name, average in self.averages.items() if name not in replaced}
 
     @staticmethod
     def _average(averages: list[mx.array], weights: list[mx.array], share: mx.array) -> list[mx.array]:
