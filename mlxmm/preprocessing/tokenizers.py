@@ -69,7 +69,7 @@ def start_tokens(tokenizer) -> tuple[int, ...]:
 
 
 def lower_cased(tokenizer):
-    """The tokenizer, changed in place to lower-case its texts, as SigLIP 2 was trained (arXiv 2502.14786, section 3)."""
+    """The tokenizer, changed in place to lower-case its texts, as transformers' `Siglip2Tokenizer` does."""
     from tokenizers import normalizers
 
     backend = tokenizer.backend_tokenizer
