@@ -64,19 +64,31 @@ def _report_shared(source: str, split: str, rows: Mapping, pictures: Mapping) ->
 
 
 def _grouped(rows, numbers: np.ndarray):
+    """The first row of each picture, where the columns have what is known of all. Other rows stay in the table, unread:
+    rows are named by their places there."""
     groups: dict[int, list[int]] = {}
     for place, number in enumerate(numbers.tolist()):
         groups.setdefault(number, []).append(place)
     if len(groups) == len(numbers):
         return rows
-    table, captions, columns = rows.table.select(rows.indices), rows.caption_lists(), {}
-    for name in table.column_names:
-        values = table[name][:] if name not in (rows.columns.image, rows.columns.caption) else ()
-        if all(isinstance(value, PLAIN) for value in values) and values and _differs(values, groups):
-            columns[name] = [[values[place] for place in own for _ in captions[place]] for own in groups.values()]
-    columns[rows.columns.caption] = [[text for place in own for text in captions[place]] for own in groups.values()]
-    table = with_columns(table.select([own[0] for own in groups.values()]), columns)
-    return attrs.evolve(rows, table=table, indices=np.arange(len(groups)))
+    captions, first = rows.caption_lists(), rows.indices[[own[0] for own in groups.values()]]
+
+    def column(values: Iterable[list]) -> list[list]:
+        cells: list[list] = [[] for _ in range(len(rows.table))]
+        for index, value in zip(first.tolist(), values):
+            cells[index] = value
+        return cells
+
+    columns = {
+        rows.columns.caption: column([text for place in own for text in captions[place]] for own in groups.values())
+    }
+    selected = rows.table.select(rows.indices)
+    for name in selected.column_names:
+        values = selected[name][:] if name not in (rows.columns.image, rows.columns.caption) else []
+        if values and all(isinstance(value, PLAIN) for value in values) and _differs(values, groups):
+            own_values = ([values[place] for place in own for _ in captions[place]] for own in groups.values())
+            columns[name] = column(own_values)
+    return attrs.evolve(rows, table=with_columns(rows.table, columns), indices=first)
 
 
 def _differs(values: Sequence, groups: Mapping) -> bool:
