@@ -214,10 +214,10 @@ class ContrastiveCLIP(Module):
         """
         images, texts = self._features(batch["pixels"], batch["tokens"])
         tokens = batch["tokens"]
-        if self.training and collectives.world_size() > 1:
-            parts = [images, texts, tokens.astype(mx.float32)]  # which holds each token exactly
-            both = collectives.all_gather(mx.concatenate(parts, axis=1))
-            images, texts, tokens = mx.split(both, [images.shape[1], 2 * images.shape[1]], axis=1)
+        if self.training:
+            both = collectives.all_gather(mx.concatenate([images, texts], axis=1))
+            images, texts = mx.split(both, 2, axis=1)
+            tokens = collectives.all_gather(tokens)
         logits = self.network.logits(images, texts)
         # A text that two images share is right for both.
         hits = (tokens[logits.argmax(1)] == tokens).all(axis=1).mean()
