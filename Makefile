@@ -14,7 +14,7 @@ READY := .venv/ready$(BACKEND:%=-%)
 # Threads of a BLAS that wait for each other on a busy machine cost more than they give in small tests.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-slow test-browser docs lint chaos bench real prove resolve clean
+.PHONY: demo test test-lowest test-newest constraints test-slow test-browser docs lint chaos bench real prove resolve clean
 
 demo: $(READY)
 	$(BIN)/python -m recipes.align_qwen3
@@ -24,6 +24,22 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow
+
+# The tests with the oldest direct dependencies that setup.cfg allows, and with the newest, each in an environment of its
+# own. TESTS=tests/storage, for example.
+test-lowest: RESOLUTION := lowest-direct
+test-newest: RESOLUTION := highest
+test-lowest test-newest:
+	$(PYTHON) -m venv --clear .venv-$@
+	.venv-$@/bin/python -m pip install --quiet uv
+	.venv-$@/bin/python -m uv pip install --quiet --python .venv-$@/bin/python --resolution $(RESOLUTION) -e ".[dev$(BACKEND:%=,%)]"
+	$(TEST_ENV) .venv-$@/bin/python -m pytest -n auto --dist worksteal $(TESTS)
+
+# The versions that every .venv gets: those that were tested last. Run it to take newer ones; needs PyPI.
+constraints: $(READY)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python -m uv pip compile setup.cfg --universal --all-extras --python-version 3.11 --upgrade --quiet \
+	    --no-annotate --custom-compile-command "make constraints" --output-file constraints.txt
 
 # Needs Chromium: `apt install chromium`, or name one by CHROMIUM=/path/to/it.
 test-browser: $(READY)
@@ -61,12 +77,12 @@ lint: $(READY)
 	$(BIN)/mypy
 
 # A new .venv each time: two backends in one would overwrite each other's files, and one that failed may lack any part.
-$(READY): setup.cfg pyproject.toml
+$(READY): setup.cfg pyproject.toml constraints.txt
 	$(if $(filter-out cpu cuda12 cuda13,$(BACKEND)),$(error BACKEND=$(BACKEND): choose cpu, cuda12 or cuda13))
 	$(if $(PYTHON_FITS),,$(error $(PYTHON) is not Python 3.11 or newer. Name one that is: make PYTHON=python3.12 $(or $(MAKECMDGOALS),demo)))
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet -e ".[dev$(BACKEND:%=,%)]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev$(BACKEND:%=,%)]"
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache runs site
+	rm -rf .venv .venv-test-* .mypy_cache runs site

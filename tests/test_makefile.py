@@ -3,6 +3,7 @@
 The machine is played by programs at the front of PATH.
 """
 
+import configparser
 import os
 import re
 import shutil
@@ -27,7 +28,7 @@ def program(folder: Path, name: str, script: str) -> None:
 def make(tmp_path):
     """make in a folder with the Makefile alone, on a Linux machine without a GPU."""
     shutil.copy(ROOT / "Makefile", tmp_path)
-    for name in ("setup.cfg", "pyproject.toml"):
+    for name in ("setup.cfg", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).touch()
     program(tmp_path, "uname", "echo Linux")
     program(tmp_path, "nvidia-smi", "exit 9")
@@ -76,14 +77,16 @@ def test_the_backend_is_that_of_the_machine_unless_it_is_named(system, nvidia_sm
     program(tmp_path, "uname", f"echo {system}")
     program(tmp_path, "nvidia-smi", nvidia_smi)
     done = make("-n", "test", *arguments)
-    assert done.returncode == 0 and f'install --quiet -e ".[{extras}]"' in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and f'install --quiet -c constraints.txt -e ".[{extras}]"' in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
 def test_another_backend_is_installed_into_a_new_venv(make, tmp_path):
     program(tmp_path, "python", f'{PLAYED}\necho "$@" >> log')
     for backend in ("cpu", "cpu", "cuda12"):
         assert make("demo", "PYTHON=python", f"BACKEND={backend}").returncode == 0
-    installs = [f"-m pip install --quiet -e .[dev,{backend}]" for backend in ("cpu", "cuda12")]
+    installs = [f"-m pip install --quiet -c constraints.txt -e .[dev,{backend}]" for backend in ("cpu", "cuda12")]
     assert steps(tmp_path) == ["-m venv --clear .venv", installs[0], "-m venv --clear .venv", installs[1]]
 
 
@@ -117,4 +120,27 @@ def test_a_venv_that_failed_is_made_anew(make, tmp_path):
     for failure, code in ((pip_fails, 2), ("", 0)):
         program(tmp_path, "python", f'{PLAYED}{failure}\necho "$@" >> log')
         assert make("demo", "PYTHON=python").returncode == code
-    assert steps(tmp_path) == ["-m venv --clear .venv"] * 2 + ["-m pip install --quiet -e .[dev,cpu]"]
+    assert steps(tmp_path) == ["-m venv --clear .venv"] * 2 + [
+        "-m pip install --quiet -c constraints.txt -e .[dev,cpu]"
+    ]
+
+
+def test_the_oldest_and_the_newest_dependencies_are_tested_in_environments_of_their_own(make):
+    for goal, resolution in (("test-lowest", "lowest-direct"), ("test-newest", "highest")):
+        told = make("-n", goal, "TESTS=tests/storage").stdout
+        assert f"--resolution {resolution} -e" in told and f".venv-{goal}/bin/python -m pytest" in told
+        assert told.rstrip().endswith("tests/storage") and " .venv/bin" not in told
+
+
+def test_every_direct_dependency_has_a_bound_and_a_tested_version():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = setup["options.extras_require"]
+    wanted = "\n".join([setup["options"]["install_requires"], *extras.values()]).splitlines()
+    pins = {
+        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
+    for line in filter(None, map(str.strip, wanted)):
+        name = re.match(r"[\w-]+", line)[0]
+        assert "<" in line or name == "setuptools", line
+        assert name.lower().replace("_", "-") in pins, name

@@ -5,12 +5,13 @@ import builtins
 import json
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlxmm.captioners import mlx_vlm_writer
 from mlxmm.errors import UserError
 from mlxmm.export import llava
-from mlxmm.networks.language_model import load_language_model
+from mlxmm.networks.language_model import Qwen3Config, load_language_model
 from mlxmm.preprocessing.tokenizers import load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +47,10 @@ def test_a_tokenizer_that_needs_code_of_its_folder_is_refused_in_one_line(brings
 
 def test_a_language_model_that_needs_code_of_its_folder_is_refused(brings_code):
     folder, marker = brings_code
-    with pytest.raises(UserError, match="holds no language model"):
+    values = Qwen3Config().to_hub(train_tokenizer(["a red circle"], 300)) | {"model_file": "evil.py"}
+    (folder / "config.json").write_text(json.dumps(values))
+    mx.save_safetensors(str(folder / "model.safetensors"), {"a": mx.zeros(1)})
+    with pytest.raises(UserError, match="language model .* custom module"):
         load_language_model(folder)
     assert not marker.exists()
 

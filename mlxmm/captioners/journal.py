@@ -5,6 +5,7 @@ for again. Its key is (SHA-256 of the image, prompt id, writer, its revision, sa
 may be resumed with its pictures in another order, or with more of them.
 """
 
+import contextlib
 import json
 import sqlite3
 import time
@@ -104,9 +105,11 @@ def identity_of(path: Path) -> tuple[str, str, Sampling]:
     """Writer, revision and sampling of the captions in a journal. Raises `UserError` unless they are of one kind."""
     if not path.exists():
         raise UserError(f"{path} is not there: this shard has not been written")
-    connection = _open(path)
-    kinds = connection.execute("SELECT DISTINCT writer, revision, sampling FROM captions").fetchall()
-    connection.close()
+    try:
+        with contextlib.closing(_open(path)) as connection:
+            kinds = connection.execute("SELECT DISTINCT writer, revision, sampling FROM captions").fetchall()
+    except sqlite3.Error as error:
+        raise UserError(f"{path} cannot be read as a journal of captions: {error}") from None
     if len(kinds) != 1:
         raise UserError(f"{path} holds captions of {len(kinds)} writers or samplings; one was expected")
     [(writer, revision, sampling)] = kinds
@@ -118,6 +121,7 @@ _OWN = "writer = ? AND revision = ? AND sampling = ?"
 
 def _open(path: Path) -> sqlite3.Connection:
     """Raises `UserError` if the file is no journal, or cannot be written."""
+    connection = None
     try:
         connection = sqlite3.connect(path, timeout=30)
         connection.execute("PRAGMA journal_mode=WAL")
@@ -126,4 +130,6 @@ def _open(path: Path) -> sqlite3.Connection:
         connection.execute(SCHEMA)
         return connection
     except sqlite3.Error as error:
+        if connection is not None:
+            connection.close()  # or it would keep the file locked
         raise UserError(f"{path} cannot be opened as a journal of captions: {error}") from None

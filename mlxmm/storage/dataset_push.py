@@ -69,7 +69,7 @@ def _shards(folder: Path) -> list[Path]:
 
 def _is_taken(names: list[str], card: str, remote: list[str], repo_id: str) -> bool:
     """Whether a configuration of this name is there. Raises `UserError` if there are data of another layout."""
-    configs = [config["config_name"] for config in hub.split_card(card)[0].get("configs") or ()]
+    configs = [config["config_name"] for config in hub.configs_of(hub.split_card(card)[0])]
     if not configs and any(path.endswith(DATA) for path in remote):
         raise UserError(f"{repo_id} holds data that its card does not name: push to another repository")
     return bool(set(names) & set(configs)) or any(
@@ -97,7 +97,8 @@ def merge_cards(old: str, new: str) -> str:
     if not old:
         return new
     (facts, text), (added, added_text) = hub.split_card(old), hub.split_card(new)
-    configs = facts.pop("configs", None) or []
+    configs = hub.configs_of(facts)
+    facts.pop("configs", None)
     for config in added.pop("configs"):
         configs.append({name: value for name, value in config.items() if name != "default" or not configs})
     for name, value in added.items():

@@ -252,19 +252,37 @@ def dataset_metadata(**data) -> str:
 
 
 def card_configs(folder: Path) -> list[dict]:
-    """The configurations in the card of a data set's folder; empty if there is no card, or none in it."""
+    """The configurations in the card of a data set's folder; empty if there is no card, or none in it.
+
+    Raises `UserError` where the card cannot be read.
+    """
     path = folder / "README.md"
-    return split_card(path.read_text())[0].get("configs") or [] if path.is_file() else []
+    try:
+        return configs_of(split_card(path.read_text())[0]) if path.is_file() else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+
+
+def configs_of(metadata: dict) -> list[dict]:
+    """The configurations in the metadata of a card. Raises `UserError` where they are no list of names and more."""
+    configs = metadata.get("configs") or []
+    named = isinstance(configs, list) and all(isinstance(one, dict) for one in configs)
+    if not named or not all(isinstance(one.get("config_name"), str) for one in configs):
+        raise UserError('"configs" in the card of a data set is no list of configurations with a config_name each')
+    return configs
 
 
 def split_card(text: str) -> tuple[dict, str]:
-    """The metadata of a card and what follows them; a text without metadata has none."""
+    """The metadata of a card and what follows them; a text without metadata has none. Raises `UserError`."""
     from huggingface_hub import DatasetCard
 
     if not text.startswith("---"):
         return {}, text
-    card = DatasetCard(text, ignore_metadata_errors=True)
-    return card.data.to_dict(), card.text
+    try:
+        card = DatasetCard(text, ignore_metadata_errors=True)
+        return card.data.to_dict(), card.text
+    except Exception as error:  # of YAML and the client, for whatever people write
+        raise UserError(f"the metadata of a card cannot be read: {one_line(error)}") from None
 
 
 def one_line(error: Exception) -> str:
