@@ -35,7 +35,8 @@ def test_only_the_formats_that_are_wanted_are_opened():
             decode_image(data)
             opened.add(name)
         except UndecodableImage as error:
-            assert name not in FORMATS and "it is none of JPEG, PNG" in str(error), name
+            # Some versions of Pillow write modes that they cannot read.
+            assert (name not in FORMATS) == ("it is none of JPEG, PNG" in str(error)), (name, error)
     aliases = {"DIB", "MPO"}  # BMP and JPEG in other words
     assert {"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"} <= opened <= {*FORMATS, *aliases}
 
