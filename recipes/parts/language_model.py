@@ -56,7 +56,7 @@ def train(config: LanguageModelConfig, source: CaptionSource, run: Run, seed: in
     mx.random.seed(seed)
     model = TextModel(attrs.evolve(config.module, max_tokens=longest), tokenizer)
     model.lineage = Lineage(source.lineage)
-    data = TextData(source, transform=model.transform, batch_size=config.batch_size)
+    data = TextData(source, transform=model.transform, collate=model.collate, batch_size=config.batch_size)
     trainer = Trainer(
         attrs.evolve(config.trainer, seed=seed, default_root_dir=run.folder),
         callbacks=[
