@@ -4,9 +4,9 @@
     python -m tools.bench --quick --rows "CLIP step, small" --peers .venv-bench/bin/python
 
 Each side of a row is a process of its own, on the same shapes, data and seed. After a first turn, which compiles, they
-take turns, so that both feel whatever else the machine does; medians count. "times faster" is the peer's time over ours,
-by the CPU's seconds (on a GPU, by the clock), unless the row says otherwise. Losses and tokens of the first turn are
-compared, too: "same" is the fraction that agrees to a thousandth.
+take turns, so that both feel whatever else the machine does; medians count. "times faster" is the peer's time over
+ours, by the CPU's seconds (on a GPU, by the clock), unless the row says otherwise. Losses and tokens of the first turn
+are compared, too: "same" is the fraction that agrees to a thousandth.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """A language model that learns to read a frozen tower: an update, and an epoch over pictures.
 
-Tower of ViT-S's width, Qwen3 of 512 features, vocabulary 8,192. The projector is trained; logits are computed where
-there is a label, on both sides. transformers reads the folder that mlxmm exports.
+The projector is trained; logits are computed where there is a label, on both sides. transformers reads the folder that
+mlxmm exports. The update has a tower of ViT-S's width and a Qwen3 of 512 features, the epoch ViT-B/32 and 256 features.
 """
 
 import io
@@ -10,12 +10,14 @@ import numpy as np
 
 from tools.bench.child import Case, clocked
 
-TOWER = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
-TOWER |= {"image_size": 224, "patch_size": 16}
+VIT_S = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
+VIT_S |= {"image_size": 224, "patch_size": 16}
+VIT_B = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+VIT_B |= {"image_size": 224, "patch_size": 32}
 VOCABULARY, LONGEST = 8_192, 24
 
 
-def build(case: Case, layers: int = 8):
+def build(case: Case, tower: dict = VIT_S, width: int = 512, layers: int = 8):
     """The module, which is also written to the case's folder."""
     import attrs
     import mlx.core as mx
@@ -29,9 +31,11 @@ def build(case: Case, layers: int = 8):
     from tools.bench.ours import WORDS
 
     tokenizer = train_tokenizer(WORDS, 300)
-    sizes = {"hidden_size": 512, "num_hidden_layers": layers, "intermediate_size": 1536, "num_attention_heads": 8}
-    hub = Qwen3Config(**sizes, num_key_value_heads=4, head_dim=64).to_hub(tokenizer) | {"vocab_size": VOCABULARY}
-    vision = VisionConfig(**TOWER)
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 3 * width}
+    hub = Qwen3Config(**sizes, num_attention_heads=width // 64, num_key_value_heads=width // 128, head_dim=64).to_hub(
+        tokenizer
+    ) | {"vocab_size": VOCABULARY}
+    vision = VisionConfig(**tower)
     mx.random.seed(0)
     parts = CLIPVisionTower(vision), attrs.asdict(vision) | {"model_type": "clip_vision_model"}
     parts += ImageProcessor.square(224), build_language_model(hub), hub, tokenizer
@@ -92,7 +96,7 @@ def _loss(model, images, batch: dict):
     import torch
 
     tokens, mask = (torch.from_numpy(batch[name]).to(images.device) for name in ("tokens", "mask"))
-    num_patches = (TOWER["image_size"] // TOWER["patch_size"]) ** 2
+    num_patches = model.config.image_seq_length
     patches = torch.full((len(tokens), num_patches), model.config.image_token_id, device=images.device)
     ids = torch.cat([patches, tokens[:, :-1].long()], dim=1)
     states = model.model(input_ids=ids, pixel_values=images, use_cache=False).last_hidden_state
@@ -141,7 +145,7 @@ def our_epoch(case: Case):
         batch_size=16,
         num_threads=case.threads,
     )
-    source, module, texts = open_source(config, 0), build(case), captions(count + 2)
+    source, module, texts = open_source(config, 0), build(case, VIT_B, 256, 4), captions(count + 2)
 
     def transform(row: dict, caption: str) -> dict:
         return module.transform(row, "red") | {name: array[int(caption)] for name, array in texts.items()}

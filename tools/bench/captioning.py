@@ -36,7 +36,7 @@ def theirs(case: Case):
     model = transformers.LlavaForConditionalGeneration.from_pretrained(case.folder / "llava").to(name).eval()
     count = num_pictures(case)
     pixels = np.random.default_rng(0).integers(0, 256, (count, 224, 224, 3), dtype=np.uint8)
-    num_patches = (aligner.TOWER["image_size"] // aligner.TOWER["patch_size"]) ** 2
+    num_patches = model.config.image_seq_length
     ids = torch.full((count, num_patches), model.config.image_token_id, device=name)
     settings = {"max_new_tokens": NUM_TOKENS, "do_sample": False, "attention_mask": torch.ones_like(ids)}
 

@@ -1,4 +1,4 @@
-"""A small Qwen3 that learns captions of 5 to 60 tokens, all of its weights: an epoch over 128 of them.
+"""A small Qwen3 that learns captions of 5 to 60 tokens, all of its weights: an epoch over 512 of them.
 
 mlx-lm's trainer sorts captions by length and pads batches to multiples of 32; both count the tokens with a label only.
 """
@@ -14,7 +14,7 @@ VOCABULARY, LONGEST, BATCH = 8_192, 62, 16
 def texts(case: Case) -> list[list[int]]:
     """Captions as tokens, without start and end. Most are short, as those of pictures are."""
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(2.5, 0.5, 64 if case.quick else 128), 5, LONGEST - 2).astype(int)
+    lengths = np.clip(rng.lognormal(2.5, 0.5, 128 if case.quick else 512), 5, LONGEST - 2).astype(int)
     return [rng.integers(2, VOCABULARY, length).tolist() for length in lengths]
 
 

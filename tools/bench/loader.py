@@ -1,7 +1,5 @@
 """An epoch over JPEGs of 500 x 375 pixels: decoded, resized, cropped to 224 and stacked by as many workers."""
 
-
-
 from tools.bench.aligner import jpegs
 from tools.bench.child import Case
 

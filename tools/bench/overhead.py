@@ -1,6 +1,5 @@
 """What a Trainer adds to a step that is nearly free, as tools/benchmark_overhead.py measures it."""
 
-
 from tools.bench.child import Case
 
 
@@ -28,6 +27,7 @@ def theirs(case: Case):
     import warnings
 
     import lightning  # noqa: F401
+
     from tools.benchmark_overhead import run_lightning
 
     warnings.simplefilter("ignore")
