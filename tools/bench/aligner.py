@@ -115,21 +115,11 @@ def num_pictures(case: Case) -> int:
 def our_epoch(case: Case):
     import datasets
 
-    from mlxmm import Callback, Trainer
+    from mlxmm import Trainer
     from mlxmm.callbacks import CachedFeatures
     from mlxmm.data.caption_data import CaptionData
     from mlxmm.data.caption_source import CaptionDataConfig, open_source
-    from tools.bench.child import clocks
-
-    class Epochs(Callback):
-        """The seconds of the newest epoch."""
-
-        def on_train_epoch_start(self, trainer, module):
-            self.before = clocks()
-
-        def on_train_epoch_end(self, trainer, module):
-            after = clocks()
-            self.seconds = {name: after[name] - self.before[name] for name in after}
+    from tools.bench.ours import QUIET, Epochs
 
     count = num_pictures(case)
     split = ["train"] * count + ["val"] + ["test"]
@@ -151,10 +141,9 @@ def our_epoch(case: Case):
         return module.transform(row, "red") | {name: array[int(caption)] for name, array in texts.items()}
 
     def turn() -> dict:
-        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
         epochs = Epochs()
         callbacks = [CachedFeatures(case.folder / "features"), epochs]
-        trainer = Trainer(max_epochs=2, num_sanity_val_steps=0, limit_val_batches=0, callbacks=callbacks, **quiet)
+        trainer = Trainer(max_epochs=2, num_sanity_val_steps=0, limit_val_batches=0, callbacks=callbacks, **QUIET)
         trainer.fit(module, CaptionData(source, transform=transform, collate=module.collate))
         return epochs.seconds
 

@@ -35,12 +35,16 @@ def clocks() -> dict[str, float]:
     return {"cpu": time.process_time() + ended.ru_utime + ended.ru_stime, "wall": time.perf_counter()}
 
 
+def since(before: dict[str, float]) -> dict[str, float]:
+    """The seconds since `before` was read."""
+    return {name: now - before[name] for name, now in clocks().items()}
+
+
 def clocked(function, *args) -> tuple:
     """What `function` returns, and the seconds that it took."""
     before = clocks()
     result = function(*args)
-    after = clocks()
-    return result, {name: after[name] - before[name] for name in before}
+    return result, since(before)
 
 
 def peak_mb() -> float:

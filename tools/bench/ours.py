@@ -5,12 +5,23 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from mlxmm import TrainerConfig
+from mlxmm import Callback, TrainerConfig
 from mlxmm.compute.compiled import Compiler
 from mlxmm.training.train_step import TrainStep
+from tools.bench.child import clocks, since
 
 WORDS = "red green blue small large round square old new open".split()
-RATE = 1e-4
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
+
+
+class Epochs(Callback):
+    """The `seconds` of the newest epoch."""
+
+    def on_train_epoch_start(self, trainer, module):
+        self.before = clocks()
+
+    def on_train_epoch_end(self, trainer, module):
+        self.seconds = since(self.before)
 
 
 def updates(module, batch: dict) -> Callable[[], dict]:
