@@ -14,7 +14,8 @@ READY := .venv/ready$(BACKEND:%=-%)
 # Threads of a BLAS that wait for each other on a busy machine cost more than they give in small tests.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-lowest test-newest constraints test-slow test-browser docs lint chaos bench real prove resolve clean
+.PHONY: demo test test-lowest test-newest constraints test-slow test-browser docs lint chaos bench bench-quick real prove
+.PHONY: resolve clean
 
 demo: $(READY)
 	$(BIN)/python -m recipes.align_qwen3
@@ -56,8 +57,19 @@ chaos: $(READY)
 	$(BIN)/python tools/chaos.py --kills 9 --refresh
 	$(BIN)/python tools/chaos.py --kills 50 --tiny
 
-bench: $(READY)
-	$(BIN)/python tools/benchmark_overhead.py
+# docs/speed.md. FLAGS='--rows "CLIP step" --threads 1', for example.
+bench: $(READY) .venv-bench/ready
+	$(BIN)/python -m tools.bench --peers .venv-bench/bin/python $(FLAGS)
+
+bench-quick: $(READY) .venv-bench/ready
+	$(BIN)/python -m tools.bench --quick --peers .venv-bench/bin/python $(FLAGS)
+
+# The peers, in an environment of their own. On a CPU, torch without the libraries of CUDA.
+.venv-bench/ready: setup.cfg tools/bench/requirements.txt
+	$(PYTHON) -m venv --clear .venv-bench
+	.venv-bench/bin/python -m pip install --quiet -e ".$(BACKEND:%=[%])" -r tools/bench/requirements.txt \
+		$(if $(filter cpu,$(BACKEND)),--extra-index-url https://download.pytorch.org/whl/cpu)
+	touch $@
 
 # FLAGS="--preset flickr30k-lora --batch-size 12", for example.
 real: $(READY)
@@ -85,4 +97,4 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-test-* .mypy_cache runs site
+	rm -rf .venv .venv-* .mypy_cache runs site

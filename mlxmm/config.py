@@ -154,4 +154,5 @@ def _first_line(error: Exception) -> str:
     [line, *_] = transform_error(error, path="settings")
     while hasattr(error, "exceptions"):
         error = error.exceptions[0]
-    return line + (f": {error.args[0]}" if isinstance(error, ValueError) and error.args else "")
+    reason = f": {error.args[0]}" if isinstance(error, ValueError) and error.args else ""
+    return " ".join((line + reason).split())  # a name may hold anything

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/architecture.md").read_text()
 # From top to bottom. A file imports from rooms of lower layers, and from its own room.
 LAYERS = [
+    ("tools/bench",),
     ("tools",),
     ("recipes", "mlxmm/__main__"),
     ("recipes/parts",),

@@ -66,7 +66,7 @@ def test_a_flag_of_a_page_is_a_flag_of_a_recipe_or_of_a_tool():
         for flag in flags_of(presets(recipe)["default"].config)
         for name in (flag.name, (flag.field.metadata.get("flag") or "").removeprefix("--"))
     }
-    tools = "".join(path.read_text() for path in (ROOT / "tools").glob("*.py"))
+    tools = "".join(path.read_text() for path in (ROOT / "tools").rglob("*.py"))
     known |= set(re.findall(r'"--([\w-]+)"', tools)) | {"backend", "hosts"}  # mlx.launch has the last two
     known |= {"install", "logdir", "array", "wrap", "project", "samples_per_plugin"}  # of other programs
     named = set(re.findall(r"--([a-z][\w.-]+)", ALL))

@@ -137,7 +137,6 @@ def run_lightning(width: int, depth: int, batches: list[dict]) -> Stopwatch:
     from lightning.pytorch.callbacks import ModelCheckpoint as TorchCheckpoint
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-    torch.set_num_threads(2)
     data = [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in batches]
 
     class TorchMLP(lightning.LightningModule):

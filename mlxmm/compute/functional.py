@@ -100,6 +100,5 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask=None)
         mask = mx.arange(S) <= mx.arange(S - L, S)[:, None]
     if mask is not None:
         scores = mx.where(mask, scores, -mx.inf) if mask.dtype == mx.bool_ else scores + mask
-    weights: mx.array = linux_functions.softmax(scores)
-    weights = weights.reshape(B, G, H // G * L, S)
-    return (weights @ v).reshape(B, H, L, -1)
+    mixed: mx.array = linux_functions.softmax_product(scores.reshape(B, G, H // G * L, S), v)
+    return mixed.reshape(B, H, L, -1)

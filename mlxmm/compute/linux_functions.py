@@ -141,6 +141,25 @@ def _softmax_vjp(_, g, y):
     return y * (g - (g * y).sum(axis=-1, keepdims=True))
 
 
+def softmax_product(scores, values):
+    """softmax(scores) @ values: (..., L, S) by (..., S, D). It is divided by the sums after the product, over D."""
+    return _softmax_product(scores, values)[0]
+
+
+@mx.custom_function
+def _softmax_product(scores, values):
+    e = exp(scores - scores.max(axis=-1, keepdims=True))
+    share = 1 / (e @ mx.ones((e.shape[-1], 1)))  # a product takes a quarter of the time of a sum
+    return (e @ values) * share, e, share
+
+
+@_softmax_product.vjp
+def _softmax_product_vjp(primals, cotangents, outputs):
+    (_, values), (mixed, e, share) = primals, outputs
+    g = cotangents[0] * share
+    return e * (g @ values.swapaxes(-1, -2) - (g * mixed).sum(axis=-1, keepdims=True)), e.swapaxes(-1, -2) @ g
+
+
 @mx.custom_function
 def cross_entropy(logits, targets):
     top = logits.max(axis=-1, keepdims=True)

@@ -16,6 +16,7 @@ from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.terminal import say
 
+WINDOW = 32  # batches among whose rows those of like lengths are found
 NUM_PREFETCHED = 4  # batches that are prepared ahead, or one for each thread
 
 
@@ -50,7 +51,11 @@ class Loader:
     drop_last: bool = False
     num_threads: int = 1
     collate: Callable[[dict], dict] | None = None  # completes a batch of stacked examples
+    lengths: Sequence[int] | None = None  # of `rows`; a batch then has rows of about one length, so that it pads little
     parts: tuple[Part, ...] = ()  # of `rows`, one after the other, where an epoch does not have each row once
+
+    def __attrs_post_init__(self):
+        assert self.lengths is None or not self.parts, "the rows of a mixture are not drawn by length"
 
     def __len__(self) -> int:
         num_rows = len(range(*self._share.indices(self.num_drawn)))
@@ -60,7 +65,9 @@ class Loader:
         """The batches of an epoch from number `start` on."""
         grain = _grain()
         rows = self._drawn(grain.MapDataset.source(self.rows), epoch).seed(_seed(self.seed, epoch))
-        if self.shuffle:
+        if self.lengths is not None:
+            rows = grain.MapDataset.source(_Ordered(self.rows, self._by_length(epoch))).seed(_seed(self.seed, epoch))
+        elif self.shuffle:
             rows = rows.shuffle()
         # Sliced last, so that the `rng` of a row is the same on whichever process it lands.
         rows = rows.random_map(self.transform)[self._share]
@@ -87,10 +94,36 @@ class Loader:
                 drawn.append(own[: part.num_drawn])
         return _grain().MapDataset.concatenate(drawn) if drawn else rows
 
+    def _by_length(self, epoch: int) -> np.ndarray:
+        """The rows in batches of neighbours by length, drawn from `WINDOW` shuffled batches at a time; the batches are
+        shuffled too. A function of (seed, epoch)."""
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self.rows)) if self.shuffle else np.arange(len(self.rows))
+        lengths, size = np.asarray(self.lengths), self.batch_size * collectives.world_size()
+        windows = np.split(order, range(WINDOW * size, len(order), WINDOW * size))
+        order = np.concatenate([window[np.argsort(lengths[window], kind="stable")] for window in windows])
+        whole, rest = np.split(order, [len(order) // size * size])
+        batches = whole.reshape(-1, size)
+        return np.concatenate([(rng.permutation(batches) if self.shuffle else batches).reshape(-1), rest])
+
     @property
     def _share(self) -> slice:
         size, end = collectives.world_size(), self.num_drawn
         return slice(collectives.rank(), end // size * size if self.drop_last else end, size)
+
+
+@attrs.frozen
+class _Ordered:
+    """`rows` in another order."""
+
+    rows: Sequence
+    order: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, place: int):
+        return self.rows[int(self.order[place])]
 
 
 def _seed(*numbers: int) -> int:

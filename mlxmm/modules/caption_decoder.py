@@ -15,6 +15,7 @@ from mlxmm.config import checked, from_json, option, to_json
 from mlxmm.errors import UserError
 from mlxmm.losses import token_accuracy, token_loss
 from mlxmm.modules.captioning_module import CaptioningModule
+from mlxmm.modules.token_metrics import at_labels
 from mlxmm.networks.decoder import CachedDecoder, Decoder, DecoderConfig
 from mlxmm.networks.generation import GenerationConfig
 from mlxmm.networks.pretrained_vision import build_vision_tower, load_vision_tower
@@ -130,6 +131,10 @@ class CaptionDecoder(CaptioningModule):
         return CachedDecoder(self.network, self.vision.config.num_patches)
 
     @property
+    def vocab_size(self) -> int:
+        return len(self.tokenizer)
+
+    @property
     def stop_id(self) -> int:
         return self._stop_id
 
@@ -172,9 +177,11 @@ class CaptionDecoder(CaptioningModule):
         return self._measure(image, batch) | {"loss_shuffled": self._measure(others, batch)["loss"]}
 
     def _measure(self, image: mx.array, batch: dict, smoothing: float = 0.0) -> dict:
-        tokens, mask = batch["tokens"], batch["mask"]
+        tokens = batch["tokens"]
         start = mx.full((len(tokens), 1), self._start_id, dtype=tokens.dtype)
-        logits = self.network(image, mx.concatenate([start, tokens[:, :-1]], axis=1))
+        before = self.network.token_embedding(mx.concatenate([start, tokens[:, :-1]], axis=1))
+        states, tokens, mask = at_labels(self.network.hidden_states(image, before), batch)
+        logits = self.network.head(states)
         return {
             "loss": token_loss(logits, tokens, mask, smoothing=smoothing),
             "accuracy": token_accuracy(logits, tokens, mask),

@@ -10,13 +10,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlxmm.compute.precision import autocast
+from mlxmm.modules.token_metrics import PICKED_FROM, label_positions, trimmed
 from mlxmm.networks.generation import DecoderInterface, GenerationConfig, cache_bytes, generate, sequence_keys, stream
 from mlxmm.preprocessing.images import as_images
 from mlxmm.preprocessing.tokenizers import plain_ids
 from mlxmm.progress_bar import passing_bar
 from mlxmm.training.module import Module, evaluating
 
-BUCKET = 8  # batches are as long as a multiple of this many tokens
 BATCH = 256  # most sequences decoded at a time: images times beams
 CACHE_BYTES = 512 * 2**20  # most that the cache of past positions may take, which decides how many are decoded
 
@@ -29,6 +29,11 @@ class CaptioningModule(Module):
     @property
     def decoder(self) -> DecoderInterface:
         """The network that generates captions."""
+        raise NotImplementedError
+
+    @property
+    def vocab_size(self) -> int:
+        """How many logits a position has."""
         raise NotImplementedError
 
     @property
@@ -73,13 +78,11 @@ class CaptioningModule(Module):
         return {"pixels": self.processor.pixels(row["image"]), "tokens": tokens, "mask": mask}
 
     def collate(self, batch: dict) -> dict:
-        """Trim padding shared by the whole batch: cut to the longest caption, rounded up to a multiple of `BUCKET`.
-
-        The training step is compiled again for each new length; rounding leaves T / `BUCKET` of them at most.
-        """
-        longest = int(np.flatnonzero(batch["mask"].any(axis=0))[-1]) + 1
-        length = -(-longest // BUCKET) * BUCKET
-        return batch | {name: batch[name][:, :length] for name in ("tokens", "mask")}
+        """Cut padding that the whole batch shares; with a large vocabulary, add the "positions" that get logits."""
+        batch = trimmed(batch)
+        if self.vocab_size < PICKED_FROM:
+            return batch
+        return batch | {"positions": label_positions(batch["mask"])}
 
     def caption(self, images, prompt: str = "", **settings) -> list[str]:
         """One caption for each image, which is a PIL image or a path; one alone need not be in a list.

@@ -15,7 +15,7 @@ from mlxmm.config import checked, from_json, option, to_json
 from mlxmm.errors import UserError
 from mlxmm.export import llava
 from mlxmm.modules.captioning_module import CaptioningModule
-from mlxmm.modules.token_metrics import fuses_head, label_positions, token_metrics
+from mlxmm.modules.token_metrics import token_metrics
 from mlxmm.networks.adapters import LoRAConfig, adapter_names, add_adapters
 from mlxmm.networks.generation import GenerationConfig
 from mlxmm.networks.language_model import (
@@ -109,7 +109,6 @@ class Qwen3Aligner(CaptioningModule):
         self.projector = Projector(
             config.projector, vision.config.hidden_size, config.projector_width, width_out, config.projector_factor
         )
-        self._fuses_head = fuses_head(lm)
         self._stop_id = end_token(tokenizer)
         self._start, self._prompt = start_tokens(tokenizer), self._token_ids(config.prompt)
         self._check_context()
@@ -196,14 +195,13 @@ class Qwen3Aligner(CaptioningModule):
     def parameter_groups(self) -> dict[str, list[str]]:
         return {"lora": [f"language_model.{name}" for name in adapter_names(self.language_model)]}
 
-    def collate(self, batch: dict) -> dict:
-        """As the base class; if the vocabulary is large, also the "positions" that get logits."""
-        batch = super().collate(batch)
-        return batch | {"positions": label_positions(batch["mask"])} if self._fuses_head else batch
-
     @property
     def decoder(self) -> CachedLanguageModel:
         return CachedLanguageModel(self.language_model)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.lm_config["vocab_size"]
 
     @property
     def stop_id(self) -> int:

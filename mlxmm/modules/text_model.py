@@ -9,7 +9,7 @@ from attrs.validators import ge
 
 from mlxmm.config import checked, option
 from mlxmm.errors import UserError
-from mlxmm.modules.token_metrics import token_metrics
+from mlxmm.modules.token_metrics import PICKED_FROM, label_positions, token_metrics, trimmed
 from mlxmm.networks.language_model import Qwen3Config, build_language_model, embed, hidden_states, save_language_model
 from mlxmm.optimizers import OptimizerConfig
 from mlxmm.preprocessing.tokenizers import end_token, plain_ids
@@ -53,10 +53,17 @@ class TextModel(Module):
         mask[len(before) : len(before) + len(learned)] = 1
         return {"tokens": tokens, "mask": mask}
 
+    def collate(self, batch: dict) -> dict:
+        """Cut padding that the whole batch shares; with a large vocabulary, add the "positions" that get logits."""
+        batch = trimmed(batch)
+        if self.hub_config["vocab_size"] < PICKED_FROM:
+            return batch
+        return batch | {"positions": label_positions(batch["mask"][:, 1:])}
+
     def training_step(self, batch):
         tokens, mask = batch["tokens"], batch["mask"]
         states = hidden_states(self.language_model, embed(self.language_model, tokens[:, :-1]))  # (B, L - 1, D)
-        return token_metrics(self.language_model, states, {"tokens": tokens[:, 1:], "mask": mask[:, 1:]})
+        return token_metrics(self.language_model, states, batch | {"tokens": tokens[:, 1:], "mask": mask[:, 1:]})
 
     def configure_optimizers(self):
         return self.config.optimizer.build(self.trainer.estimated_stepping_batches)

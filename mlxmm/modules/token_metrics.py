@@ -10,6 +10,8 @@ from mlxmm.losses import linear_token_loss, token_accuracy, token_loss
 from mlxmm.networks.language_model import head, head_part, head_weight
 
 FUSED_FROM = 32_768  # vocabulary size from which fusing pays; see tools/benchmark_head.py
+PICKED_FROM = 1_024  # vocabulary size from which logits cost more than picking the positions that get them
+BUCKET = 8  # batches are as long as a multiple of this many tokens
 SIZES = 8  # batches of one shape have this many different numbers of positions at most
 
 
@@ -19,11 +21,7 @@ def token_metrics(model, states: mx.array, batch: dict) -> dict[str, mx.array]:
     A large head is fused with its loss, so that the logits (B, L, V) are never held at once. If the batch has
     "positions" (see `label_positions`), only these get logits.
     """
-    tokens, mask = batch["tokens"], batch["mask"]
-    if "positions" in batch:
-        positions = batch["positions"]
-        states = states.reshape(-1, states.shape[-1])[positions]  # (M, D)
-        tokens, mask = tokens.reshape(-1)[positions], mask.reshape(-1)[positions]  # (M,)
+    states, tokens, mask = at_labels(states, batch)
     if not fuses_head(model):
         logits = head(model, states)
         loss, accuracy = token_loss(logits, tokens, mask), token_accuracy(logits, tokens, mask)
@@ -33,6 +31,28 @@ def token_metrics(model, states: mx.array, batch: dict) -> dict[str, mx.array]:
             states, head_weight(model), tokens, mask, for_states=model.training, for_weight=trained
         )
     return {"loss": loss, "accuracy": accuracy, "weight": mask.sum()}
+
+
+def at_labels(states: mx.array, batch: dict) -> tuple[mx.array, mx.array, mx.array]:
+    """`states` (B, L, D), "tokens" and "mask" (B, L) at the batch's "positions" (M,): (M, D), (M,) and (M,).
+
+    A batch without them keeps all.
+    """
+    tokens, mask = batch["tokens"], batch["mask"]
+    if "positions" not in batch:
+        return states, tokens, mask
+    positions = batch["positions"]
+    return states.reshape(-1, states.shape[-1])[positions], tokens.reshape(-1)[positions], mask.reshape(-1)[positions]
+
+
+def trimmed(batch: dict) -> dict:
+    """`batch` with "tokens" and "mask" (B, T) cut to its longest text, rounded up to a multiple of `BUCKET`.
+
+    The training step is compiled again for each new length; rounding leaves T / `BUCKET` of them at most.
+    """
+    longest = int(np.flatnonzero(batch["mask"].any(axis=0))[-1]) + 1
+    length = -(-longest // BUCKET) * BUCKET
+    return batch | {name: batch[name][:, :length] for name in ("tokens", "mask")}
 
 
 def fuses_head(model) -> bool:

@@ -123,21 +123,37 @@ def _require_length(config: GenerationConfig) -> None:
 
 
 def _columns(network, prefix, config, stop_id, keys) -> Iterator[np.ndarray]:
-    """Yield the next token of every row, (B,), until all have stopped; ignore tokens of a row after its stop."""
+    """Yield the next token of every row, (B,), until all have stopped; a row that has stopped gets anything.
+
+    The next step is dispatched before the last one is read, so that the device does not wait for Python. Whenever half
+    of the rows have stopped, the others go on without them.
+    """
     keys = sequence_keys(config.seed, range(len(prefix))) if keys is None else keys
-    cache, generated = network.make_cache(num_positions(prefix, config)), None
-    running = np.ones(len(prefix), dtype=bool)
-    logits = network.logits(prefix, cache)
+    cache = network.make_cache(num_positions(prefix, config))
+    tokens, *state = _drawn(network.logits(prefix, cache), None, keys, config)
+    column, rows = np.full(len(prefix), stop_id), np.arange(len(prefix))  # `rows` are those that are still computed
     for length in range(1, config.max_new_tokens + 1):
-        keys, drawn = mx.vmap(mx.random.split)(keys).swapaxes(0, 1)
-        tokens = _choose(_penalised(logits, generated, config), config, drawn)
-        column = np.array(tokens)
-        yield column
-        running &= column != stop_id
-        if not running.any() or length == config.max_new_tokens:
+        read = tokens
+        if length < config.max_new_tokens:
+            logits = network.logits(network.embed(tokens[:, None]), cache)
+            tokens, *state = _drawn(logits, _with_tokens(state[0], tokens, logits), state[1], config)
+        column[rows] = np.array(read)
+        yield column.copy()
+        [running] = np.nonzero(column[rows] != stop_id)
+        if not running.size:
             return
-        generated = _with_tokens(generated, tokens, logits)
-        logits = network.logits(network.embed(tokens[:, None]), cache)
+        if 2 * running.size <= rows.size:
+            rows, kept = rows[running], mx.array(running, dtype=mx.uint32)
+            _take_rows(cache, kept)
+            tokens, state = tokens[kept], [array if array is None else array[kept] for array in state]
+
+
+def _drawn(logits, generated, keys, config) -> tuple[mx.array, mx.array | None, mx.array]:
+    """The next tokens (B,), which are being computed, with `generated` and the random keys after them."""
+    keys, drawn = mx.vmap(mx.random.split)(keys).swapaxes(0, 1)
+    tokens = _choose(_penalised(logits, generated, config), config, drawn)
+    mx.async_eval(tokens)
+    return tokens, generated, keys
 
 
 def _choose(logits: mx.array, config: GenerationConfig, keys: mx.array) -> mx.array:

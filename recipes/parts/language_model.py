@@ -5,7 +5,6 @@ import mlx.core as mx
 from attrs.validators import ge
 
 from mlxmm import Trainer, TrainerConfig
-from mlxmm.callbacks import ModelCheckpoint
 from mlxmm.config import checked, option, section, to_json
 from mlxmm.data.caption_source import CaptionSource
 from mlxmm.data.text_data import TextData
@@ -17,7 +16,7 @@ from mlxmm.storage.runs import Run
 from mlxmm.training.logger import repeatable
 
 from .fast_dev_run import tried_too
-from .monitoring import monitors
+from .monitoring import checkpoints, monitors
 
 
 @attrs.frozen(kw_only=True, slots=False, field_transformer=checked)  # recipes derive their Config from two of these
@@ -56,12 +55,12 @@ def train(config: LanguageModelConfig, source: CaptionSource, run: Run, seed: in
     mx.random.seed(seed)
     model = TextModel(attrs.evolve(config.module, max_tokens=longest), tokenizer)
     model.lineage = Lineage(source.lineage)
-    data = TextData(source, transform=model.transform, batch_size=config.batch_size)
+    data = TextData(source, transform=model.transform, collate=model.collate, batch_size=config.batch_size)
     trainer = Trainer(
         attrs.evolve(config.trainer, seed=seed, default_root_dir=run.folder),
         callbacks=[
             *monitors("language model"),
-            ModelCheckpoint(every_n_train_steps=200),
+            *checkpoints(config.trainer, every_n_train_steps=200),
         ],
     )
     trainer.fit(model, data, ckpt_path=run.ckpt_path)

@@ -107,6 +107,24 @@ def test_an_epoch_resumed_gives_the_batches_it_would_have_given():
     assert not np.array_equal(next(loader.epoch(1))["row"], whole[0]["row"])
 
 
+def test_batches_by_length_pad_little_and_are_a_function_of_seed_and_epoch():
+    lengths = np.random.default_rng(0).integers(5, 60, 70).tolist()
+
+    def batches(epoch, start=0, **settings):
+        loader = Loader(
+            rows=range(70), transform=lambda row, rng: {"row": np.array(row)}, batch_size=8, shuffle=True, **settings
+        )
+        return [batch["row"].tolist() for batch in loader.epoch(epoch, start)]
+
+    def padding(rows):
+        return sum(max(lengths[row] for row in batch) - lengths[row] for batch in rows for row in batch)
+
+    sorted_ones = batches(1, lengths=lengths)
+    assert sorted(row for batch in sorted_ones for row in batch) == list(range(70))
+    assert padding(sorted_ones) < padding(batches(1)) / 4
+    assert batches(1, 3, lengths=lengths) == sorted_ones[3:] and batches(2, lengths=lengths) != sorted_ones
+
+
 def test_batches_do_not_depend_on_the_number_of_threads():
     def transform(row, rng):
         time.sleep(rng.random() / 500)  # some examples take longer than those after them

@@ -7,12 +7,18 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from small_modules import CAPTIONS, VISION, small_aligner, tokenizer
 
 from mlxmm import losses
 from mlxmm.config import to_json
 from mlxmm.losses import linear_token_loss
+from mlxmm.modules import captioning_module, text_model
 from mlxmm.modules import token_metrics as measures
+from mlxmm.modules.caption_decoder import CaptionDecoder, CaptionDecoderConfig
+from mlxmm.modules.text_model import TextModel, TextModelConfig
+from mlxmm.networks.clip import CLIPVisionTower
 from mlxmm.networks.language_model import Qwen3Config, build_language_model, embed, hidden_states
+from mlxmm.preprocessing.images import ImageProcessor
 
 B, L, D, V = 3, 7, 8, 50
 
@@ -128,14 +134,69 @@ def test_a_language_model_gets_the_same_gradients_either_way(case, monkeypatch, 
     batch = {"tokens": targets, "mask": mask}
     values, expected = grads_of(model, batch, False, monkeypatch)
     if positions:
-        batch["positions"] = mx.array(measures.label_positions(np.array(mask)))
+        batch["positions"] = positions_of(mask)
         assert len(batch["positions"]) < B * L
     fused, actual = grads_of(model, batch, True, monkeypatch)
     assert np.allclose(values, fused, atol=1e-5)
+    assert_same_gradients(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all trained", "head frozen"])
+def test_a_plain_head_at_labelled_positions_gets_the_same_gradients(case, monkeypatch, frozen):
+    model, (_, _, targets, mask) = tiny_lm(tied=True), case
+    if frozen:
+        model.freeze()
+        model.layers[0].unfreeze()
+    batch = {"tokens": targets, "mask": mask}
+    values, expected = grads_of(model, batch, False, monkeypatch)
+    picked, actual = grads_of(model, batch | {"positions": positions_of(mask)}, False, monkeypatch)
+    assert np.allclose(values, picked, atol=1e-6)
+    assert_same_gradients(actual, expected, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["text", "decoder", "aligner"])
+def test_a_collated_batch_gives_the_gradients_of_the_padded_one(kind, monkeypatch):
+    for file in (measures, captioning_module, text_model):
+        monkeypatch.setattr(file, "PICKED_FROM", 1, raising=False)
+    module, batch = padded(kind)
+    collated = module.collate(batch)
+    assert len(collated["positions"]) < batch["mask"].size and collated["tokens"].shape < batch["tokens"].shape
+    arrays = [{name: mx.array(array) for name, array in one.items()} for one in (batch, collated)]
+    (loss, expected), (picked, actual) = (
+        nn.value_and_grad(module, lambda one: module.training_step(one)["loss"])(one) for one in arrays
+    )
+    assert abs(loss.item() - picked.item()) < 1e-5
+    assert_same_gradients(actual, expected, 1e-5)
+
+
+def padded(kind: str) -> tuple:
+    """A module and a batch of which less than half counts."""
+    tokens, rng = tokenizer(kind != "text"), np.random.default_rng(0)
+    if kind == "text":
+        network = Qwen3Config(hidden_size=32, num_hidden_layers=2, intermediate_size=64)
+        module = TextModel(TextModelConfig(network=network, max_tokens=32), tokens)
+        examples = [module.transform(("a", caption)) for caption in CAPTIONS]
+        return module, {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+    if kind == "aligner":
+        module = small_aligner()
+    else:
+        config = CaptionDecoderConfig(max_new_tokens=32)
+        module = CaptionDecoder(config, CLIPVisionTower(VISION), {}, ImageProcessor.square(16), tokens)
+    ids = rng.integers(2, 200, (4, 32)).astype(np.int32)
+    mask = (np.arange(32) < np.array([[3], [9], [5], [12]])).astype(np.float32)
+    pixels = rng.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    return module, {"pixels": pixels, "tokens": ids, "mask": mask}
+
+
+def positions_of(mask: mx.array) -> mx.array:
+    return mx.array(measures.label_positions(np.array(mask)))
+
+
+def assert_same_gradients(actual, expected, tolerance: float) -> None:
     expected, actual = (dict(tree_flatten(tree)) for tree in (expected, actual))
     assert expected.keys() == actual.keys() and len(actual) > 5
     for name in expected:
-        assert mx.abs(expected[name] - actual[name]).max() < 1e-5, name
+        assert mx.abs(expected[name] - actual[name]).max() < tolerance, name
 
 
 @pytest.mark.parametrize("count", [0, 1, 8, 9, 63, 64])

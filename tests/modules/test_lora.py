@@ -20,6 +20,7 @@ from mlxmm.compute.quantized import use_unpacking
 from mlxmm.errors import UserError
 from mlxmm.modules import token_metrics
 from mlxmm.modules.qwen3_aligner import Qwen3AlignerConfig
+from mlxmm.modules.token_metrics import fuses_head
 from mlxmm.networks.adapters import LoRAConfig
 from mlxmm.networks.clip import CLIPVisionTower
 from mlxmm.networks.language_model import (
@@ -157,7 +158,7 @@ def test_no_row_of_the_embeddings_is_cut_where_the_tokenizer_has_fewer_tokens(fo
     write(tmp_path / "lm", build_language_model(config), config)
     module = make(folders, str(tmp_path / "lm"))
     table = np.array(module.language_model.model.embed_tokens.weight)
-    assert len(module.tokenizer) < 400 and len(table) == rows and module._fuses_head
+    assert len(module.tokenizer) < 400 and len(table) == rows and fuses_head(module.language_model)
     fit(make_trainer, module, 1).save_checkpoint(tmp_path / "c")
     again = Qwen3Aligner.from_pretrained(tmp_path / "c").language_model.model.embed_tokens.weight
     assert np.array_equal(np.array(again), table)

@@ -49,7 +49,7 @@ class Recomputing(nn.Module):
 
     def __init__(self, network):
         super().__init__()
-        self.network, self.num_calls = network, 0
+        self.network, self.batch_sizes = network, []
 
     def make_cache(self, num_positions=1):
         return [Past()]
@@ -58,7 +58,7 @@ class Recomputing(nn.Module):
         return self.network.embed(tokens)
 
     def logits(self, embeddings, cache):
-        self.num_calls += 1
+        self.batch_sizes.append(len(embeddings))
         past = cache[0].state
         cache[0].state = {"all": embeddings if past is None else mx.concatenate([past["all"], embeddings], axis=1)}
         return self.network.logits(cache[0].state["all"], self.network.make_cache())
@@ -103,7 +103,20 @@ def test_a_batch_equals_its_rows_one_by_one(network, prefix, way):
 def test_the_cache_equals_recomputing(network, prefix, way):
     config, recomputing = GenerationConfig(max_new_tokens=9, **way), Recomputing(network)
     assert generate(network, prefix, config, stop_id=STOP) == generate(recomputing, prefix, config, stop_id=STOP)
-    assert recomputing.num_calls > 1
+    assert len(recomputing.batch_sizes) > 1
+
+
+@pytest.mark.parametrize(
+    ("way", "chosen"), [({}, [3, 3, 0, 3, 1]), (WAYS["sampled"], [1, 3, 0, 1, 2])], ids=["greedy", "sampled"]
+)
+def test_rows_that_have_stopped_are_no_longer_computed(network, prefix, way, chosen):
+    config, recomputing = GenerationConfig(max_new_tokens=9, **way), Recomputing(network)
+    keys = sequence_keys(config.seed, chosen)
+    rows = generate(recomputing, prefix[mx.array(chosen)], config, stop_id=STOP, keys=keys)
+    stops = len(rows[0]) + 1  # the step in which three of five rows stop
+    assert sorted(map(len, rows)) == [stops - 1] * 3 + [9, 9]
+    # The step after it was dispatched before they were known to have stopped.
+    assert recomputing.batch_sizes == [5] * (stops + 1) + [2] * (8 - stops)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.6])
@@ -232,7 +245,8 @@ def test_streamed_tokens_are_those_of_generate(network, prefix):
         recomputing, seen = Recomputing(network), []
         for [token] in stream(recomputing, prefix[:1], config, stop_id=STOP):
             seen.append(token)
-            assert recomputing.num_calls == len(seen)  # each comes before the next is computed
+            # Each comes while the next one is computed, and before the one after it.
+            assert len(recomputing.batch_sizes) == min(len(seen) + 1, 9)
         assert [token for token in seen if token is not None] == expected
         columns = list(stream(network, prefix, config, stop_id=STOP))
         together = [[token for token in row if token is not None] for row in zip(*columns)]
@@ -321,7 +335,7 @@ class Scripted:
         self.tokens, self.vocab_size = tokens, vocab_size
 
     def make_cache(self, num_positions=1):
-        return [iter(self.tokens)]
+        return [iter([*self.tokens, 0])]  # one more, which is computed and not read
 
     def embed(self, tokens):
         return mx.zeros((*tokens.shape, D))
