@@ -38,15 +38,15 @@ def test_a_backend_is_an_extra_and_nothing_that_everybody_installs():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     required = setup["options"]["install_requires"].split()
-    assert [line for line in required if line.startswith(("mlx>", "mlx[", "scipy"))] == ["mlx>=0.32.4"]
+    assert [line for line in required if line.startswith(("mlx>", "mlx[", "scipy"))] == ["mlx>=0.32.4,<1"]
     extras = setup["options.extras_require"]
     assert extras["cpu"].splitlines()[1:] == [
-        "mlx[cpu]>=0.32.4",
-        'scipy-openblas32>=0.3.30; sys_platform == "linux"',
+        "mlx[cpu]>=0.32.4,<1",
+        'scipy-openblas32>=0.3.30,<1; sys_platform == "linux"',
     ]
-    assert extras["cuda12"].split() == ["mlx[cuda12]>=0.32.4"]
+    assert extras["cuda12"].split() == ["mlx[cuda12]>=0.32.4,<1"]
     headers = 'nvidia-cuda-crt>=13,<14; sys_platform == "linux"'  # which MLX compiles quantized products with
-    assert extras["cuda13"].splitlines()[1:] == ["mlx[cuda13]>=0.32.4", headers]
+    assert extras["cuda13"].splitlines()[1:] == ["mlx[cuda13]>=0.32.4,<1", headers]
 
 
 @LINUX
