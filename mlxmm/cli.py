@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import errno
 import inspect
 import io
 import select
@@ -22,6 +21,7 @@ from mlxmm.config import Preset, from_json
 from mlxmm.distributed import collectives
 from mlxmm.distributed.signals import Ended, raised
 from mlxmm.errors import UserError
+from mlxmm.storage.disk import is_of_the_machine, reason
 from mlxmm.storage.pretrained import read_json
 from mlxmm.storage.runs import find_run
 from mlxmm.terminal import Forgiving, discard
@@ -29,8 +29,6 @@ from mlxmm.terminal import Forgiving, discard
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 COLUMN = 42  # where the explanations of flags begin
 MAX_WIDTH = 120
-# What the machine lacks, not the program: room, rights, a disk that works.
-OF_THE_MACHINE = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG")}
 
 
 def run_recipe(recipe: str, main: Callable, presets: Mapping[str, Preset]) -> None:
@@ -58,9 +56,9 @@ def run_recipe(recipe: str, main: Callable, presets: Mapping[str, Preset]) -> No
             raise
         _end("", 128 + signal.SIGPIPE)
     except OSError as error:
-        if error.errno not in OF_THE_MACHINE:
+        if not is_of_the_machine(error):
             raise
-        _end(": ".join(["error", *filter(None, [error.filename, error.strerror])]), 2)
+        _end(f"error: {reason(error)}", 2)
 
 
 def _is_closed(stream) -> bool:
@@ -160,7 +158,11 @@ def _saved_config(recipe: str, cls: type, flags: Sequence[str]):
     if resume is None or {"-h", "--help", "--help-all"} & set(flags):
         return None
     path = find_run(recipe, resume, run_dir and Path(run_dir)) / "config.json"
-    return from_json(cls, read_json(path)) if path.exists() else None
+    try:
+        return from_json(cls, read_json(path))
+    except UserError as error:
+        again = "name the run's settings again, by --preset and flags, to resume it without that file"
+        raise UserError(f"{'' if str(path) in str(error) else f'{path}: '}{error}; {again}") from None
 
 
 # ---- the flags of a config

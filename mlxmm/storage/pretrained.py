@@ -15,7 +15,11 @@ WEIGHT_FILES = {"model.safetensors": "model*.safetensors", "pytorch_model.bin": 
 
 
 def read_config(folder: Path) -> dict:
-    """The `config.json` of a folder."""
+    """The `config.json` of a folder; of a checkpoint, once its files were compared with their checksums.
+
+    Raises `UserError` that names the file that is missing or damaged.
+    """
+    checkpoint.check_model(folder)
     return read_json(folder / "config.json")
 
 
@@ -25,7 +29,7 @@ def read_json(path: Path) -> dict:
         values = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: it is damaged, {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} cannot be read: a JSON object was expected, {type(values).__name__} came")

@@ -4,7 +4,6 @@ runs/<recipe>/<name>/config.json  data.json  metrics.jsonl  events.out.tfevents.
 """
 
 import contextlib
-import json
 import shlex
 import shutil
 import tempfile
@@ -88,14 +87,19 @@ class Run:
 
     def save_lineage(self, sources: Sequence[dict]) -> None:
         """Write what the run is trained on as `data.json`; of a resumed run it stays, whose data may not change."""
-        if self.is_global_zero and (self.ckpt_path is None or not (self.folder / DATA).exists()):
+        if self.is_global_zero and (self.ckpt_path is None or not _has_lineage(self.folder)):
             Lineage(tuple(sources)).write(self.folder)
 
     def save(self) -> None:
         """Write what was reported so far as `summary.json`: before something that takes long or may fail."""
         if self.is_global_zero:
-            finite = json.loads(json.dumps(self.metrics), parse_constant=lambda name: None)  # JSON has no NaN
-            write_json(self.folder / "summary.json", finite)
+            write_json(self.folder / "summary.json", self.metrics)
+
+
+def _has_lineage(folder: Path) -> bool:
+    with contextlib.suppress(UserError):
+        return bool(Lineage.read(folder).sources)
+    return False
 
 
 @contextlib.contextmanager
@@ -190,6 +194,7 @@ def _open(config: RunConfig, recipe: str, lock: contextlib.ExitStack) -> tuple[P
     if resume != "last":
         checkpoint.read_state(Path(resume))
     lock.enter_context(locked(folder))
+    remove_leftovers(folder / "checkpoints")
     ckpt_path = checkpoint.latest(folder / "checkpoints") if resume == "last" else follow_link(Path(resume))
     remove_leftovers(folder)
     if not (folder / "config.json").exists():
@@ -225,6 +230,7 @@ def _write_config(config: RunConfig, folder: Path) -> None:
 
 def _open_subrun(folder: Path) -> tuple[Path, Path | None]:
     folder.mkdir(exist_ok=True)
+    remove_leftovers(folder / "checkpoints")
     return _reopen(folder, checkpoint.latest(folder / "checkpoints"))
 
 

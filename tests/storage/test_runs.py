@@ -17,7 +17,7 @@ from mlxmm.callbacks import ModelCheckpoint
 from mlxmm.cli import parse_config, run_recipe
 from mlxmm.config import Preset
 from mlxmm.errors import UserError
-from mlxmm.storage import checkpoint
+from mlxmm.storage import checkpoint, checksums
 from mlxmm.storage.cache import cached
 from mlxmm.storage.runs import RunConfig, TrainingRunConfig, open_run, table
 
@@ -166,9 +166,9 @@ def test_a_run_that_fails_has_no_summary(tmp_path):
 
 def test_a_checkpoint_is_hashed_once_from_the_flags_to_the_first_update(tmp_path, monkeypatch):
     folder, hashed = checkpoints(tmp_path / "r"), []
-    checkpoint._checksum_of.cache_clear()
-    sha256 = checkpoint.sha256
-    monkeypatch.setattr(checkpoint, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    checksums._checksum_of.cache_clear()
+    sha256 = checksums.sha256
+    monkeypatch.setattr(checksums, "sha256", lambda path: hashed.append(path.name) or sha256(path))
     config = parse_config("test", PRESETS, ["--resume", "last", "--run-dir", str(folder)])
     with open_run(config, "test") as run:
         trainer = Trainer(max_steps=5, logger=False, enable_model_summary=False, enable_checkpointing=False)
