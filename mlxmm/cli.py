@@ -21,6 +21,7 @@ from mlxmm.config import Preset, from_json
 from mlxmm.distributed import collectives
 from mlxmm.distributed.signals import Ended, raised
 from mlxmm.errors import UserError
+from mlxmm.escaping import visible
 from mlxmm.storage.disk import is_of_the_machine, reason
 from mlxmm.storage.pretrained import read_json
 from mlxmm.storage.runs import find_run
@@ -76,7 +77,7 @@ def _interrupted(error: BaseException) -> str:
 def _end(line: str, code: int) -> NoReturn:
     """End the program with a line; what standard output still holds and cannot take is dropped."""
     if line:
-        print(line, file=Forgiving(sys.stderr), flush=True)
+        print(visible(line), file=Forgiving(sys.stderr), flush=True)
     try:
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):

@@ -3,14 +3,13 @@
     python -m tools.damage                  every file in every way
     python -m tools.damage --only caption   one way of use alone
 
-Prints a line for each trial and a table, and exits with 1 unless all end well: with one line that names the damaged file
-and exit code 2, or with the results of an undamaged run.
+Prints a line for each trial and a table, and exits with 1 unless all end well: with one line that names the damaged
+file and exit code 2, or with the results of an undamaged run.
 """
 
 import argparse
 import contextlib
 import hashlib
-import io
 import json
 import os
 import random
@@ -22,6 +21,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 
 import attrs
@@ -29,8 +29,8 @@ import attrs
 SECONDS = 120  # within which a trial has to end
 GOOD = ("named", "repaired", "harmless")
 TRAIN = ["align_qwen3", "--preset", "tiny", "--cached-features", "--max-test", "2"]
-SHORT = "--max-steps 1 --trainer.val-check-interval 1".split()  # the cache is that of a longer run
-DATA = "--data.shapes.num-train 64 --data.shapes.num-val 16 --data.shapes.num-test 8 --generation.max-new-tokens 8".split()
+SHORT = "--max-steps 5 --trainer.val-check-interval 5".split()  # the cache is that of a longer run
+DATA = "--data.shapes.num-train 64 --data.shapes.num-val 16 --data.shapes.num-test 8".split()
 MODEL = "run/checkpoints/best"
 # What a user does next: the recipe and its flags, in a folder that holds `run` and `cache`.
 USES = {
@@ -107,22 +107,23 @@ class Trial:
 
 def trials(root: Path) -> Iterator[Trial]:
     """All trials of the folder `root`, which holds `run` and `cache`."""
-    for path in sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink()):
+    readers = cycle(["caption", "evaluate", "serve"])
+    for path in sorted(path for path in root.rglob("*.*") if path.is_file() and not path.is_symlink()):
         file = str(path.relative_to(root))
         for damage in DAMAGES if path.suffix == ".json" else [one for one in DAMAGES if one != "value"]:
-            for use in uses_of(file):
+            for use in uses_of(file, readers):
                 yield Trial(use, file, damage)
 
 
-def uses_of(file: str) -> list[str]:
-    """The uses that read a file, or may."""
+def uses_of(file: str, readers: Iterator[str]) -> list[str]:
+    """The uses that read a file, or may; of those that read a checkpoint alike, the next of `readers`."""
     if file.startswith("cache/"):
         return ["again"]
     if file.startswith("run/checkpoints/"):
-        return ["resume", "caption", "evaluate", "serve"]
-    if file.startswith("run/"):
-        return ["resume", "serve"] if file.count("/") == 1 else ["resume"]
-    return []
+        return ["resume", next(readers)]
+    if file == "run/config.json":
+        return ["resume", "serve"]
+    return ["resume"] if file.startswith("run/") else []
 
 
 def make_run(root: Path) -> None:
@@ -207,11 +208,14 @@ def run(folder: Path, arguments: list[str]) -> int:
     os.chdir(folder)
     os.environ["MLXMM_CACHE"] = str(folder / "cache")
     sys.argv = arguments
-    sys.stdout, sys.stderr = io.open(1, "w", closefd=False), io.open(2, "w", closefd=False)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(SECONDS)
     try:
-        serve(*arguments[1:]) if arguments[0] == "serve" else runpy.run_module(f"recipes.{arguments[0]}", run_name="__main__")
+        if arguments[0] == "serve":
+            serve(*arguments[1:])
+        else:
+            runpy.run_module(f"recipes.{arguments[0]}", run_name="__main__")
         code = 0
     except SystemExit as exit:
         code = exit.code or 0

@@ -188,6 +188,20 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def cut_to_lines(path: Path) -> None:
+    """Cut off what follows the last newline of a file: what a kill, or a full disk, left of a line."""
+    with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - 4_096)
+            file.seek(start)
+            if (newline := file.read(end - start).rfind(b"\n")) >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        file.truncate(end)
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 checksum of a file, in hexadecimal."""
     with path.open("rb") as file:

@@ -70,7 +70,7 @@ class Run:
     def print(self, text: str) -> None:
         """Print on one process only."""
         if self.is_global_zero:
-            say(text)
+            say(*text.split("\n"))
 
     def suggest(self, what: str, recipe: str, *arguments: str | Path) -> None:
         """Name a command that one may want after this run: it is printed at the end."""
@@ -256,7 +256,7 @@ def _close(run: Run) -> None:
         run.next_steps["see the curves"] = _tensorboard(run.folder)
     if run.next_steps:
         lines += ["next:", *(f"  {what:<16}{command}" for what, command in run.next_steps.items())]
-    say("\n".join(filter(None, lines)))
+    say(*"\n".join(filter(None, lines)).split("\n"))
 
 
 def _tensorboard(folder: Path) -> str:
