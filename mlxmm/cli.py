@@ -162,8 +162,8 @@ def _saved_config(recipe: str, cls: type, flags: Sequence[str]):
     try:
         return from_json(cls, read_json(path))
     except UserError as error:
-        again = "name the run's settings again, by --preset and flags, to resume it without that file"
-        raise UserError(f"{'' if str(path) in str(error) else f'{path}: '}{error}; {again}") from None
+        told = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise UserError(f"{told}; to resume the run without that file, give --preset and its flags") from None
 
 
 # ---- the flags of a config

@@ -254,27 +254,40 @@ def preload() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=USES, help="one use alone")
-    parser.add_argument("--file", default="", help="files whose path holds this text alone")
+    parser.add_argument("--every", type=int, default=1, help="each so many of the trials alone")
+    parser.add_argument("--trial", action="append", help="this trial alone, and others named so: USE,FILE,DAMAGE")
     parser.add_argument("--base", type=Path, help="keep the finished run here, or take the one that is here")
     arguments = parser.parse_args()
     preload()
     with contextlib.ExitStack() as stack:
-        root = arguments.base or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        root = root.resolve()
+        root = (arguments.base or Path(stack.enter_context(tempfile.TemporaryDirectory()))).resolve()
         if not (root / "picture.png").exists():
             root.mkdir(parents=True, exist_ok=True)
             make_run(root)
-        chosen = [t for t in trials(root) if arguments.only in (None, t.use) and arguments.file in t.file]
-        controls = {use: attempt(root, None, use, None)[1] for use in {trial.use for trial in chosen}}
-        counts: Counter = Counter()
-        for trial in chosen:
-            what, line = attempt(root, trial, trial.use, controls[trial.use])
-            counts[trial.use, what] += 1
-            print(f"{what:<10} {trial.use:<9} {trial.damage:<8} {trial.file}: {line[:200]}", flush=True)
+        counts = try_all(root, list(chosen(root, arguments)))
     print_table(counts)
     good = sum(count for (_, what), count in counts.items() if what in GOOD)
     print(f"{good} of {counts.total()} right")
     sys.exit(0 if good == counts.total() else 1)
+
+
+def chosen(root: Path, arguments) -> Iterator[Trial]:
+    """The trials that the command line asks for; a file of `--trial` may be a pattern."""
+    if arguments.trial is None:
+        yield from (trial for trial in list(trials(root))[:: arguments.every] if arguments.only in (None, trial.use))
+    for use, pattern, damage in (trial.split(",") for trial in arguments.trial or ()):
+        yield Trial(use, str(min(root.glob(pattern)).relative_to(root)), damage)
+
+
+def try_all(root: Path, chosen: list[Trial]) -> Counter:
+    """How often each use came to each outcome. Prints a line for each trial."""
+    controls = {use: attempt(root, None, use, None)[1] for use in dict.fromkeys(trial.use for trial in chosen)}
+    counts: Counter = Counter()
+    for trial in chosen:
+        what, line = attempt(root, trial, trial.use, controls[trial.use])
+        counts[trial.use, what] += 1
+        print(f"{what:<10} {trial.use:<9} {trial.damage:<8} {trial.file}: {line[:200]}", flush=True)
+    return counts
 
 
 def print_table(counts: Counter) -> None:

@@ -106,7 +106,7 @@ def _opened(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """The file at its full length; blocks that were never written read as zeros."""
     size = int(np.prod(shape)) * 2
     if not path.exists() or path.stat().st_size != size:
-        with path.open("ab") as file:
+        with naming(path), path.open("ab") as file:
             file.truncate(size)
     return np.memmap(path, np.float16, "r+", shape=shape)
 

@@ -206,7 +206,11 @@ def _make(config: RunConfig, recipe: str) -> Path:
     now = RUNS / recipe / time.strftime("%Y-%m-%d_%H-%M-%S")
     same_second = (now.with_name(f"{now.name}_{number}") for number in count(2))
     folder = make_first([config.run_dir] if config.run_dir else chain([now], same_second))
-    _write_config(config, folder)
+    try:
+        _write_config(config, folder)
+    except OSError:  # the disk is full
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder
 
 

@@ -225,10 +225,14 @@ class ModelCheckpoint(Callback):
     def _failure(self) -> str | None:
         """Why the newest checkpoint could not be written, once that is over; None: it was. Raises what is no disk's."""
         writing, self._writing = self._writing, None
-        error = writing and writing.exception()
-        if error is not None and not is_of_the_machine(error):
-            raise error
-        return error and f"the checkpoint of step {self.last_step} cannot be written: {error.strerror}"
+        try:
+            if writing is not None:
+                writing.result()
+        except OSError as error:
+            if not is_of_the_machine(error):
+                raise
+            return f"the checkpoint of step {self.last_step} cannot be written: {error.strerror}"
+        return None
 
     def _go_on_without(self, failure: str | None) -> None:
         """Forget the newest checkpoint, on all ranks, where it could not be written."""

@@ -4,6 +4,7 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ class TensorBoardLogger(Logger):
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
-        self._writer = None
+        self._writer: Any = None  # of tensorboardX
         self._purge_step = None
         self._own: set[Path] = set()  # files that this logger began
         self._has_run = False

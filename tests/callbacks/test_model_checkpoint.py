@@ -2,8 +2,6 @@
 
 import json
 import math
-import resource
-import signal
 import time
 
 import mlx.core as mx
@@ -136,29 +134,20 @@ def test_saving_over_the_checkpoint_that_was_resumed_from_keeps_its_bytes_right(
 class FullDisk(Callback):
     """The disk takes no more from the update `since` on, and everything again from `until` on."""
 
-    def __init__(self, since: int, until: int = 10**9):
-        self.since, self.until = since, until
+    def __init__(self, limit, since: int, until: int | None = None):
+        self.limit, self.since, self.until = limit, since, until
 
     def on_train_batch_start(self, trainer, module, batches):
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         while trainer.global_step == self.since and named(trainer.log_dir / "checkpoints", "last") != self.since - 1:
             time.sleep(0.001)  # until the thread has written it
         if trainer.global_step in (self.since, self.until):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (200 if trainer.global_step == self.since else hard, hard))
-
-
-@pytest.fixture
-def limited():
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+            self.limit(200 if trainer.global_step == self.since else None)
 
 
 @pytest.mark.parametrize("monitor", [None, "train/loss"])
-def test_a_full_disk_costs_a_checkpoint_and_the_next_one_is_tried(fit, tmp_path, limited, capsys, monitor):
+def test_a_full_disk_costs_a_checkpoint_and_the_next_one_is_tried(fit, tmp_path, full_disk, capsys, monitor):
     save = ModelCheckpoint(every_n_train_steps=2, background=False, monitor=monitor, save_top_k=-1 if monitor else 1)
-    fit(FullDisk(5, until=7), save, max_steps=9)
+    fit(FullDisk(full_disk, 5, until=7), save, max_steps=9)
     folder, told = tmp_path / "checkpoints", capsys.readouterr().out
     assert told.count("warning:") == 1 and "the checkpoint of step 6 cannot be written" in told
     assert f"training goes on, kept is {folder / 'step=4'}" in told
@@ -169,12 +158,12 @@ def test_a_full_disk_costs_a_checkpoint_and_the_next_one_is_tried(fit, tmp_path,
 
 @pytest.mark.parametrize("background", [True, False])
 def test_a_run_whose_last_checkpoint_cannot_be_written_says_so_and_keeps_the_one_before(
-    fit, tmp_path, limited, capsys, background
+    fit, tmp_path, full_disk, capsys, background
 ):
     save = ModelCheckpoint(every_n_train_steps=2, background=background)
     with pytest.raises(UserError, match="the checkpoint of step 9 cannot be written: .* kept is .*step=4"):
-        fit(FullDisk(5), save, max_steps=9)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
+        fit(FullDisk(full_disk, 5), save, max_steps=9)
+    full_disk(None)
     folder = tmp_path / "checkpoints"
     assert capsys.readouterr().out.count("training goes on, kept is") == 2  # of the steps 6 and 8
     assert steps(folder) == {named(folder, "last")} == {4} and not list(folder.glob(".*"))

@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import math
-import resource
-import signal
 import time
 
 import numpy as np
@@ -228,15 +226,6 @@ def test_a_log_that_the_checkpoint_does_not_know_is_cut_by_its_steps(fit, tmp_pa
     silent.save_checkpoint(tmp_path / "c")
     fit(max_steps=5, logger=True, log_every_n_steps=1, ckpt_path=tmp_path / "c")
     assert trained_steps(tmp_path) == [1, 2, 3, 4, 5]
-
-
-@pytest.fixture
-def full_disk():
-    """A function that lets files grow to so many bytes; None: without bound."""
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (limits[1] if size is None else size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("kind", [JSONLLogger, TensorBoardLogger])
