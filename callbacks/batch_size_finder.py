@@ -70,7 +70,8 @@ class BatchSizeFinder(Callback):
     def _fits(self, trainer, size: int) -> bool:
         self._set(trainer, size)
         first = next(batches.epoch(trainer.datamodule.train_dataloader(), 0), None)
-        fits = first is not None and len(tree_flatten(first)[0][1]) >= size and self._runs(trainer)
+        lengths = [len(array) for _, array in tree_flatten(first) if array.ndim] if first is not None else [0]
+        fits = lengths[0] >= size and self._runs(trainer)
         return collectives.all_sum(mx.array(not fits)).item() == 0
 
     def _runs(self, trainer) -> bool:
@@ -112,4 +113,7 @@ def _replaced(owner, path: str, value):
         setattr(owner, name, value)
     except attrs.exceptions.FrozenInstanceError:
         return attrs.evolve(owner, **{name: value})
+    except (AttributeError, TypeError, ValueError) as error:  # torch's DataLoader
+        told = "give a DataModule whose train_dataloader makes a loader of its batch_size"
+        raise UserError(f"BatchSizeFinder: {type(owner).__name__} cannot take another {name}: {told}") from error
     return owner

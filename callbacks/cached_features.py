@@ -15,7 +15,7 @@ from mlxmm.errors import UserError
 from mlxmm.storage.cache import cache_folder
 from mlxmm.training.callback import Callback
 from mlxmm.training.module import evaluating
-from mlxmm.training.trainable import TraceSnapshot
+from mlxmm.training.trace import TraceSnapshot
 
 
 @attrs.define(field_transformer=checked)

@@ -1,16 +1,19 @@
 """EMAWeightAveraging: an exponential moving average of the weights, which is validated, tested and saved."""
 
 from collections.abc import Callable
+from typing import Any
 
 import attrs
 import mlx.core as mx
 from attrs.validators import ge, le
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from mlxmm.compute.compiled import can_compile
+from mlxmm.compute.named_arrays import put_arrays
 from mlxmm.config import checked
 from mlxmm.errors import UserError
 from mlxmm.training.callback import Callback
+from mlxmm.training.trace import TraceSnapshot
 from mlxmm.training.trainable import trainable_names
 
 
@@ -35,6 +38,7 @@ class EMAWeightAveraging(Callback):
     _raw: dict[str, mx.array] | None = attrs.field(default=None, init=False)  # set while the module holds the averages
     _stays: bool = attrs.field(default=False, init=False)
     _module: object = attrs.field(default=None, init=False)
+    _traced: Any = attrs.field(default=None, init=False)  # the parts that are averaged
     _averaged: Callable | None = attrs.field(default=None, init=False)
 
     def setup(self, trainer, module, stage):
@@ -42,7 +46,7 @@ class EMAWeightAveraging(Callback):
             raise UserError("EMAWeightAveraging averages whole layers, which strategy fsdp does not have: use ddp")
         if stage == "fit" or module is not self._module:
             self.n_averaged, self.averages, self._raw, self._stays = 0, {}, None, False
-        self._module = module
+        self._module, self._traced = module, TraceSnapshot(module)
         compiles = trainer.config.compile and can_compile()
         self._averaged = mx.compile(self._average) if compiles else self._average
 
@@ -50,21 +54,30 @@ class EMAWeightAveraging(Callback):
         step = trainer.global_step - 1
         if step < self.update_starting_at_step or step % self.update_every_n_steps:
             return
-        weights = dict(tree_flatten(module.parameters()))
-        joining = [name for name in trainable_names(module) if name not in self.averages]
-        averages = self._averaged(list(self.averages.values()), [weights[name] for name in self.averages])
-        self.averages = dict(zip(self.averages, averages)) | {n: weights[n].astype(mx.float32) for n in joining}
+        self._forget_replaced(module)
+        weights, held = dict(tree_flatten(module.parameters())), self.averages
+        joining = [name for name in trainable_names(module) if name not in held]
+        share = mx.array(1 - self.decay)  # an argument, because a callback may change it
+        averages = self._averaged(list(held.values()), [weights[name] for name in held], share)
+        self.averages = dict(zip(held, averages)) | {n: weights[n].astype(mx.float32) for n in joining}
         self.n_averaged += 1
         mx.async_eval(self.averages)  # without waiting; otherwise the graph would grow with every update
 
-    def _average(self, averages: list[mx.array], weights: list[mx.array]) -> list[mx.array]:
-        return [average + (1 - self.decay) * (weight - average) for average, weight in zip(averages, weights)]
+    def _forget_replaced(self, module) -> None:
+        """Of a part that a callback has replaced, the average begins anew."""
+        if self._traced.changed():
+            replaced, self._traced = self._traced.replaced(module), TraceSnapshot(module)
+            self.averages = {name: average for name, average in self.averages.items() if name not in replaced}
+
+    @staticmethod
+    def _average(averages: list[mx.array], weights: list[mx.array], share: mx.array) -> list[mx.array]:
+        return [average + share * (weight - average) for average, weight in zip(averages, weights)]
 
     def on_validation_start(self, trainer, module):
         if self._raw is None:
             weights = dict(tree_flatten(module.parameters()))
             self._raw = {name: weights[name] for name in self.averages}
-            _put(module, {name: average.astype(self._raw[name].dtype) for name, average in self.averages.items()})
+            put_arrays(module, {name: average.astype(self._raw[name].dtype) for name, average in self.averages.items()})
 
     def on_validation_end(self, trainer, module, metrics):
         self._swap_back(module)
@@ -86,7 +99,7 @@ class EMAWeightAveraging(Callback):
 
     def _swap_back(self, module) -> None:
         if self._raw is not None and not self._stays:
-            _put(module, self._raw)
+            put_arrays(module, self._raw)
             self._raw = None
 
     def on_save_checkpoint(self, trainer, module, checkpoint):
@@ -106,7 +119,3 @@ class EMAWeightAveraging(Callback):
 
     def load_state_dict(self, state):
         self.n_averaged = state["n_averaged"]
-
-
-def _put(module, arrays: dict[str, mx.array]) -> None:
-    module.update(tree_unflatten(list(arrays.items())) if arrays else {})

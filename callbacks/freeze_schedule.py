@@ -73,8 +73,10 @@ class FreezeSchedule(Callback):
         now = trainer.current_epoch if self.unit == "epoch" else trainer.global_step
         begun = [start for start in self._names if start <= now]
         if begun and max(begun) != self._current:
-            self._current = max(begun)
-            set_trainable(module, self._names[self._current])
+            self._current = start = max(begun)
+            self._names[start] = self._match(module, self.stages[start])  # a callback may have replaced a part
+            self._sizes = {name: array.size for name, array in tree_flatten(module.parameters())} | self._sizes
+            set_trainable(module, self._names[start])
 
     @staticmethod
     def _match(module, stage: str | Sequence[str]) -> list[str]:

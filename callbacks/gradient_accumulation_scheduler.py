@@ -20,8 +20,8 @@ def _is_schedule(instance, attribute, value) -> None:
 class GradientAccumulationScheduler(Callback):
     """`GradientAccumulationScheduler({0: 4, 5: 1})`: four batches make an update until epoch 5, then one.
 
-    Before the first epoch named, every batch is an update. `estimated_stepping_batches` does not take this into
-    account: set `max_steps` if the optimizer's schedule needs the length of the run.
+    Before the first epoch named, every batch is an update. `estimated_stepping_batches`, and so the optimizer's
+    schedule and the progress bar, take this into account.
     """
 
     scheduling: Mapping[int, int] = attrs.field(validator=_is_schedule)
@@ -29,7 +29,8 @@ class GradientAccumulationScheduler(Callback):
     def setup(self, trainer, module, stage):
         if (own := trainer.config.accumulate_grad_batches) != 1:
             raise UserError(f"accumulate_grad_batches={own} and GradientAccumulationScheduler: choose one of them")
+        if stage == "fit":
+            trainer.schedule.accumulation = self.scheduling
 
     def on_train_epoch_start(self, trainer, module):
-        begun = [epoch for epoch in self.scheduling if epoch <= trainer.current_epoch]
-        trainer.accumulate(self.scheduling[max(begun)] if begun else 1)
+        trainer.accumulate(trainer.schedule.accumulation_in(trainer.current_epoch))

@@ -51,7 +51,8 @@ class LossSpikeGuard(Callback):
         loss, norm = metrics["loss"].item(), metrics["grad_norm"].item()
         fault = self._fault(loss, norm)
         if fault is None:
-            self.losses = [*self.losses, loss][-self.window :]
+            if norm > 0:  # not of batches that all have weight 0
+                self.losses = [*self.losses, loss][-self.window :]
             self.num_in_a_row = 0
             return
         undo()

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
@@ -22,6 +21,14 @@ def option(
     """
     metadata = {"help": help, "flag": flag, "first": first, "rare": rare}
     return attrs.field(default=default, validator=list(checks), metadata=metadata, converter=converter)
+
+
+def plain(value):
+    """A number of NumPy, MLX or torch as Python's, which JSON and comparisons with `int` know; all else as it is.
+    Of a mapping, its keys and values."""
+    if isinstance(value, Mapping):
+        return {plain(key): plain(part) for key, part in value.items()}
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def texts(value: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -50,14 +57,23 @@ def internal(default):
 
 def checked(cls: type, fields: list) -> list:
     """`@attrs.define(field_transformer=checked)`: arguments of another type or out of bounds raise `UserError`."""
-    return [field.evolve(validator=_checks(field.validator)) if field.init else field for field in fields]
+    return [_checked(field) if field.init else field for field in fields]
+
+
+def _checked(field: attrs.Attribute) -> attrs.Attribute:
+    converter = plain if field.converter is None and _is_checked(field.type) else field.converter
+    return field.evolve(validator=_checks(field.validator), converter=converter)
+
+
+def _is_checked(kind) -> bool:
+    return _kinds(kind).keys() <= {int, float, bool, str, NoneType, Callable, Mapping}
 
 
 def _checks(validator: Callable | None) -> Callable:
     def check(instance, attribute, value) -> None:
-        owner, kinds = type(instance).__name__, _kinds(attribute.type)
+        owner = type(instance).__name__
         try:
-            if kinds.keys() <= {int, float, bool, str, NoneType, Callable, Mapping}:  # others are not checked
+            if _is_checked(attribute.type):
                 exactly(value, attribute.type)
         except TypeError as error:
             raise UserError(f"{owner}({attribute.name}=...): {error}") from None
@@ -102,7 +118,7 @@ def _converter():
     converter = cattrs.Converter(forbid_extra_keys=True)
     for kind in (int, str, bool):
         converter.register_structure_hook(kind, exactly)
-    converter.register_structure_hook(float, lambda value, _: float(exactly(value, int | float)))
+    converter.register_structure_hook(float, lambda value, _: float(exactly(value, float)))
     is_texts = lambda kind: kind == tuple[str, ...]
     converter.register_structure_hook_func(is_texts, lambda value, _: tuple(exactly(v, str) for v in texts(value)))
     converter.register_structure_hook(Path, lambda value, _: Path(exactly(value, str)))
@@ -113,12 +129,10 @@ def _converter():
 
 
 def exactly(value, kind):
-    """`value` if it is of this type: a string is no number, and a truth value no integer. Raises `TypeError`.
-
-    NumPy's numbers are numbers.
-    """
+    """`value` if it is of this type: a string is no number, a truth value no integer, but an integer is a float.
+    Raises `TypeError`."""
     kinds = _kinds(kind)
-    taken = tuple({int: Integral, float: Real}.get(k, k) for k in kinds)
+    taken = (*kinds, int) if float in kinds else tuple(kinds)
     if not isinstance(value, taken) or (isinstance(value, bool) and bool not in kinds):
         names = ["None" if k is NoneType else k.__name__ for k in kinds]
         raise TypeError(f"{value!r} is not of type {' or '.join(names)}")

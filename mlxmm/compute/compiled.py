@@ -5,29 +5,38 @@ import shutil
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import attrs
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
+
+from mlxmm.compute.reads import Reads
 
 
 class Compiled:
     """`function` compiled once per shape of its arguments, for the `most` shapes used last.
 
-    `state` are the trees that `function` reads and writes beside its arguments. MLX keeps every variant it ever
-    compiled (mlx#4464), so each variant is a compiled function of its own here, freed when it is dropped.
+    `state` are the trees that `function` reads and writes beside its arguments; `others` are objects whose attributes
+    it reads. It is compiled again when an attribute that it read, of a module in `state` too, has another value.
+
+    MLX keeps every variant it ever compiled (mlx#4464), so each variant is a compiled function of its own here, freed
+    when it is dropped.
     """
 
-    def __init__(self, function: Callable, state: list, most: int):
-        self._function, self._state, self._most = function, state, most
+    def __init__(self, function: Callable, state: list, most: int, others: Sequence = ()):
+        self._function, self._state, self._most, self._others = function, state, most, others
         self._variants: OrderedDict[tuple, Callable] = OrderedDict()
+        self._reads, self._has_dropped = Reads(), False
         self.num_traces = 0
 
     def __len__(self) -> int:
         return len(self._variants)
 
     def __call__(self, *args):
+        if name := self._reads.changed():
+            self._forget(name)
         shapes = tuple(_shape(leaf) for _, leaf in tree_flatten(args))
         if (variant := self._variants.get(shapes)) is not None:
             self._variants.move_to_end(shapes)
@@ -36,7 +45,8 @@ class Compiled:
         # MLX identifies a compiled function by the object it was made from: each variant needs an object of its own.
         variant = mx.compile(functools.partial(self._function), inputs=self._state, outputs=self._state)
         try:
-            outputs = variant(*args)  # traces: this is the call that runs `function` as Python
+            with self._reads.recorded([tree for tree in self._state if isinstance(tree, nn.Module)], self._others):
+                outputs = variant(*args)  # traces: this is the call that runs `function` as Python
             if mx.default_device() == mx.cpu:
                 mx.eval(outputs, self._state)  # calls the C++ compiler, which Ctrl-C in a terminal ends too
         except BaseException:
@@ -47,13 +57,23 @@ class Compiled:
         self._keep(shapes, variant)
         return outputs
 
+    def _forget(self, changed: str) -> None:
+        """Drop all variants, which were traced with another value of the attribute `changed`."""
+        self._variants.clear()
+        self._reads = Reads()
+        if not changed.partition(".")[2].startswith("_"):
+            told = "one that changes often is better an array, frozen by freeze(keys=[...], recurse=False)"
+            warnings.warn(f"{changed} has changed, and the step is compiled again with it: {told}", stacklevel=4)
+
     def _keep(self, shapes: tuple, variant: Callable) -> None:
         """Keep a new variant, in place of the one that was not used for the longest time."""
-        if len(self._variants) == self._most:
+        is_full = len(self._variants) == self._most
+        if is_full:
             self._variants.popitem(last=False)
         self._variants[shapes] = variant
         self.num_traces += 1
-        if self.num_traces == self._most + 1:
+        if is_full and not self._has_dropped:
+            self._has_dropped = True
             warnings.warn(
                 f"more than {self._most} batch shapes: those used least are compiled again when they return. "
                 "Pad to fewer lengths, or raise max_compiled_variants",
@@ -69,10 +89,10 @@ class Compiler:
     most: int
     _made: weakref.WeakSet = attrs.field(factory=weakref.WeakSet, init=False)
 
-    def __call__(self, function: Callable, state: list) -> Callable:
+    def __call__(self, function: Callable, state: list, others: Sequence = ()) -> Callable:
         if not self.enabled:
             return function
-        compiled = Compiled(function, state, self.most)
+        compiled = Compiled(function, state, self.most, others)
         self._made.add(compiled)
         return compiled
 

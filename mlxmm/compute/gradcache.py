@@ -15,7 +15,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlxmm.compute.dropout import dropout_from
-from mlxmm.compute.layer_calls import replaced_calls, replaced_parameters
+from mlxmm.compute.layer_calls import call_with_written, replaced_calls, replaced_parameters
+from mlxmm.compute.named_arrays import put_arrays, trainable_arrays
 
 
 @contextlib.contextmanager
@@ -41,29 +42,31 @@ def call_in_chunks(
     """`call(module, inputs)`, (B, D), with the activations of one chunk at a time in memory, forward and backward.
 
     Only `module`'s trainable parameters get gradients. Dropout and patch dropout use a random key for each chunk, so
-    that both passes drop the same.
+    that both passes drop the same. Running statistics are those of the chunks, one after another.
     """
-    everything, parameters = module.parameters(), module.trainable_parameters()
+    everything, parameters = module.parameters(), trainable_arrays(module)
     starts = range(0, len(inputs), size)
     keys = mx.random.randint(0, 2**31 - 1, (len(starts), 2), dtype=mx.uint32)
 
-    def encode(parameters, i: int, after: list[mx.array]) -> mx.array:
+    def encode(parameters, i: int, after: list[mx.array], state: dict) -> tuple[mx.array, dict]:
         # Without `depends` MLX would compute all chunks at the same time.
         chunk = mx.depends(inputs[starts[i] : starts[i] + size], after) if after else inputs[:size]
         with replaced_parameters(module, everything, parameters), dropout_from(module, keys[i]):
-            return call(module, chunk)
+            put_arrays(module, state)
+            return call_with_written(module, lambda: call(module, chunk))
 
-    def features(parameters) -> mx.array:
-        parts = []
+    def features(parameters) -> tuple[mx.array, dict]:
+        parts, state = [], {}
         for i in range(len(starts)):
-            parts.append(encode(parameters, i, parts[-1:]))
-        return mx.concatenate(parts)
+            part, written = encode(parameters, i, parts[-1:], state)
+            parts, state = [*parts, part], state | written
+        return mx.concatenate(parts), state
 
     def along(parameters, i: int, after: list[mx.array], cotangent: mx.array) -> mx.array:
-        return (encode(parameters, i, after) * cotangent).sum()
+        return (encode(parameters, i, after, {})[0] * cotangent).sum()
 
-    def gradient(parameters, cotangent, _):
-        total = None
+    def gradient(parameters, cotangents, _):
+        total, cotangent = None, cotangents[0]
         for i, start in enumerate(starts):
             after = [array for _, array in tree_flatten(total or cotangent)]
             grads = mx.grad(along)(parameters, i, after, cotangent[start : start + size])
@@ -72,4 +75,6 @@ def call_in_chunks(
 
     cached = mx.custom_function(features)
     cached.vjp(gradient)
-    return cached(parameters)
+    outputs, written = cached(parameters)
+    put_arrays(module, written)
+    return outputs

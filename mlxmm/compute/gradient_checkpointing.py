@@ -8,7 +8,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlxmm.compute.dropout import dropout_from
-from mlxmm.compute.layer_calls import repeated_layers, replaced_calls, replaced_parameters
+from mlxmm.compute.layer_calls import call_with_written, repeated_layers, replaced_calls, replaced_parameters
+from mlxmm.compute.named_arrays import put_arrays, trainable_arrays
 
 
 @contextlib.contextmanager
@@ -25,11 +26,13 @@ def _recomputed(name: str, call: Callable) -> Callable:
             # Trainable weights are passed as `trained`; frozen weights and the random key need no gradient.
             others, key = tree_map(mx.stop_gradient, (others, key))
             with replaced_parameters(self, others, trained), dropout_from(self, key):
-                return call(self, *args, **kwargs)
+                return call_with_written(self, lambda: call(self, *args, **kwargs))
 
         key = mx.random.randint(0, 2**31 - 1, (2,), dtype=mx.uint32)
-        trained, args = _gradients_at_once((self.trainable_parameters(), args))
-        return mx.checkpoint(inner)(trained, self.parameters(), key, *args, **kwargs)
+        trained, args = _gradients_at_once((trainable_arrays(self), args))
+        outputs, written = mx.checkpoint(inner)(trained, self.parameters(), key, *args, **kwargs)
+        put_arrays(self, written)
+        return outputs
 
     return run
 

@@ -10,7 +10,9 @@ from collections import UserDict
 from collections.abc import Iterator
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+
+from mlxmm.compute.named_arrays import put_arrays
 
 PRECISIONS = ("32", "bf16-mixed", "bf16-true")
 HALF = (mx.bfloat16, mx.float16)
@@ -37,7 +39,7 @@ def widen(module, arrays: dict[str, mx.array]) -> None:
         own = dict(tree_flatten(module.parameters()))
         now = {name: dtype_name(own[name].dtype) for name in arrays}
         module.compute_dtypes = ComputeDtypes(now | dict(module.compute_dtypes))
-        module.update(tree_unflatten([(name, array.astype(mx.float32)) for name, array in arrays.items()]))
+        put_arrays(module, {name: array.astype(mx.float32) for name, array in arrays.items()})
 
 
 def dtype_name(dtype: mx.Dtype) -> str:

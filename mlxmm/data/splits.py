@@ -1,6 +1,6 @@
 """The rows of each split of each source, without those that conditions leave out or that cannot be used."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import attrs
 
 from mlxmm.data.caption_config import SHAPES, CaptionDataConfig
 from mlxmm.data.sources.joined import Join
-from mlxmm.data.sources.rows import CaptionRows, open_rows, open_training_rows, unlisted_pictures
+from mlxmm.data.sources.rows import MAX_UNUSABLE, CaptionRows, open_rows, open_training_rows, unlisted_pictures
 from mlxmm.data.sources.shapes import ShapesGrammar
 from mlxmm.data.sources.stream import open_stream
 from mlxmm.data.sources.tables import Columns, read_captions
@@ -71,22 +71,39 @@ def _check_conditions(config: CaptionDataConfig, opened: Sequence[dict[str, Any]
 
 
 def _usable(config: CaptionDataConfig, opened: dict[str, Any], checked: bool) -> OpenedSource:
-    usable, skipped, left_out = dict(opened), [], {}
+    usable, left_out = dict(opened), {}
     for split, part in opened.items():
-        if not isinstance(part, CaptionRows):  # drawn; or a stream, whose rows are checked as they are read
-            continue
-        part, not_met = part.where(config.conditions)
-        _report_conditions(config.only_source, split, len(opened[split]), len(part), not_met)
-        left_out = not_met if split == "train" else left_out
-        if not checked:
-            usable[split] = part
-            continue
-        part, captionless = part.without_captionless()
-        usable[split], undecodable = part.without_undecodable(config.num_decoding_threads)
-        skipped += captionless + undecodable
-        _report_skipped("has no caption", captionless)
-        _report_skipped("cannot be decoded", undecodable)
-    return OpenedSource(usable, skipped, left_out)
+        if isinstance(part, CaptionRows):  # not drawn; nor a stream, whose rows are checked as they are read
+            usable[split], not_met = part.where(config.conditions)
+            _report_conditions(config.only_source, split, len(part), len(usable[split]), not_met)
+            left_out = not_met if split == "train" else left_out
+    if not checked:
+        return OpenedSource(usable, [], left_out)
+    captionless = _leave_out(usable, "rows have no caption", CaptionRows.without_captionless)
+    _report_skipped("has no caption", captionless)
+    readable = lambda rows: rows.without_undecodable(config.num_decoding_threads)
+    undecodable = _leave_out(usable, "pictures cannot be decoded", readable)
+    _report_skipped("cannot be decoded", undecodable)
+    return OpenedSource(usable, captionless + undecodable, left_out)
+
+
+def _leave_out(rows: dict[str, Any], fault: str, without: Callable) -> list[str]:
+    """Take what cannot be used out of `rows`, which are the splits of one source, and return the names of it.
+
+    Raises `UserError` that names the first five, if they are more than one in a hundred rows of the source (a split of
+    six may lose one), or all of a split.
+    """
+    parts = {split: part for split, part in rows.items() if isinstance(part, CaptionRows)}
+    kept = {split: without(part) for split, part in parts.items()}
+    names, num_rows = [name for _, own in kept.values() for name in own], sum(map(len, parts.values()))
+    emptied = [split for split, (part, own) in kept.items() if own and not len(part)]
+    if len(names) > MAX_UNUSABLE * num_rows or emptied:
+        much = f"{len(names)} of {num_rows} {fault}, " + (
+            f"all of {emptied[0]}" if emptied else "more than one in a hundred"
+        )
+        raise UserError(f"{much}; fix them or leave them out: {', '.join(names[:5])}")
+    rows |= {split: part for split, (part, _) in kept.items()}
+    return names
 
 
 def _report_conditions(source: str, split: str, num_before: int, num_rows: int, left_out: dict[str, int]) -> None:

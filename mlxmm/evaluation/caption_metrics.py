@@ -4,23 +4,29 @@ An image has one hypothesis and a list of references, of any length. BLEU, ROUGE
 percent, as papers print them (the published tools give fractions). B images, R references, E features.
 """
 
+import functools
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
 import mlx.core as mx
 
+from mlxmm.errors import UserError
+
 Texts = Sequence[str]
 References = Sequence[Sequence[str]]
 
 CONTRACTION = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b")  # does n't, dog 's
-WORD = re.compile(
+WORD = (
     r"(?:[^\W\d_]\.){2,}"  # u.s.
-    r"|\w+(?:(?:[-/.'&]|(?<=\d)[,:](?=\d))\w+)*"  # t-shirt, o'clock, 1,000, 10:30
+    r"|LETTER+(?:(?:[-/.'&]|(?<=\d)[,:](?=\d))LETTER+)*"  # t-shirt, o'clock, 1,000, 10:30
     r"|'(?:s|re|ve|ll|d|m)\b"
     r"|[$%#&@*+=]"
 )
+MARKS = (range(0x300, 0x1_F000), range(0xE_0100, 0xE_01F0))  # where Unicode has its combining marks
+JOINERS = "\u200c\u200d"  # within words of Persian and Hindi
 MAX_ORDER = 4  # of n-grams, in BLEU and CIDEr
 CIDER_SIGMA = 6.0  # words by which lengths may differ (CIDEr, arXiv 1411.5726, section 8)
 ROUGE_BETA = 1.2  # recall counts for more than precision, as in coco-caption
@@ -35,17 +41,37 @@ def words(text: str) -> list[str]:
     The differences are: brackets (theirs become "-lrb-", ours are dropped), "cannot" and "gonna" (theirs are two
     words), "Mr." (theirs keeps its period), "'90s", "'n'" and "@home" (theirs keep the sign).
     """
-    return WORD.findall(CONTRACTION.sub(r" \1", text.lower().replace("’", "'")))
+    return _word_pattern().findall(CONTRACTION.sub(r" \1", composed(text.lower()).replace("’", "'")))
+
+
+@functools.cache
+def _word_pattern() -> re.Pattern:
+    """`WORD`, whose letters may be combining marks, as vowels of Hindi and Thai are: Python's `\\w` leaves them out."""
+    codes = (chr(code) for codes in MARKS for code in codes)
+    marks = "".join(letter for letter in codes if unicodedata.category(letter) in ("Mn", "Mc"))
+    return re.compile(WORD.replace("LETTER", f"[\\w{re.escape(marks)}{JOINERS}]"))
+
+
+def composed(text: str) -> str:
+    """The text with one code for a letter and its accent where there is one (Unicode's NFC)."""
+    return unicodedata.normalize("NFC", text)
 
 
 def exact_match(hypotheses: Texts, references: References) -> float:
-    """The fraction of hypotheses that equal one of their references."""
-    return sum(h in refs for h, refs in zip(hypotheses, references, strict=True)) / len(hypotheses)
+    """The fraction of hypotheses that equal one of their references, however their accents are written."""
+    _require_texts(hypotheses)
+    pairs = zip(map(composed, hypotheses), references, strict=True)
+    return sum(h in map(composed, refs) for h, refs in pairs) / len(hypotheses)
+
+
+def _require_texts(hypotheses: Texts) -> None:
+    if not len(hypotheses):
+        raise UserError("there are no captions to measure")
 
 
 def bleu(hypotheses: Texts, references: References) -> float:
     """Corpus BLEU-4 (sacrebleu, tokenizer 13a, which keeps capitals and punctuation)."""
-    return _corpus_bleu(hypotheses, references)
+    return _corpus_bleu(list(map(composed, hypotheses)), [list(map(composed, refs)) for refs in references])
 
 
 def coco_bleu(hypotheses: Texts, references: References) -> dict[str, float]:
@@ -63,6 +89,7 @@ def _joined(texts: Texts) -> list[str]:
 def _corpus_bleu(hypotheses: Texts, references: References, **settings) -> float:
     from sacrebleu.metrics import BLEU
 
+    _require_texts(hypotheses)
     most = max(map(len, references))
     # sacrebleu wants the first references of all, then the second of all; None where there is none.
     columns = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
@@ -71,6 +98,7 @@ def _corpus_bleu(hypotheses: Texts, references: References, **settings) -> float
 
 def rouge_l(hypotheses: Texts, references: References) -> float:
     """The mean ROUGE-L: best precision and best recall of the longest common subsequence over all references."""
+    _require_texts(hypotheses)
     scores = [_rouge_l(words(h), list(map(words, refs))) for h, refs in zip(hypotheses, references, strict=True)]
     return 100 * sum(scores) / len(scores)
 
@@ -101,6 +129,7 @@ def cider_d(hypotheses: Texts, references: References) -> float:
     Rarity is counted in the references of all images given, so the value of a split is not the mean over its
     batches, and that of a single image is always 0.
     """
+    _require_texts(hypotheses)
     scores = cider_d_scores(hypotheses, references)
     return sum(scores) / len(scores)
 

@@ -3,6 +3,7 @@
 N images or texts, E features of the shared space, D of the vision tower.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 
@@ -51,20 +52,29 @@ def _batches(items: Iterator) -> Iterator[list]:
 
 
 def retrieve(clip: ContrastiveCLIP, rows: Sequence[dict]) -> dict[str, float]:
-    """Metrics of `retrieval` between the images and all captions of `rows`. Raises `UserError` if there are none."""
+    """Metrics of `retrieval` between the pictures and all captions of `rows`. Rows of one picture count as one: copies
+    of it would tie with it, and each be wrong for the other's captions. Raises `UserError` if there are no rows."""
     if not len(rows):
         raise UserError("retrieval needs at least one image")
-    captions = []
+    captions: dict[bytes, list[str]] = {}
 
     def images():
         for i in range(len(rows)):  # each row is read, and its image decoded, once
             row = rows[i]
-            captions.append(row["captions"])
-            yield row["image"]
+            key = _pixels_key(row["image"])
+            is_new = key not in captions
+            captions.setdefault(key, []).extend(row["captions"])
+            if is_new:
+                yield row["image"]
 
     features = image_features(clip, images())
-    texts, relevant = captions_of(captions)
+    texts, relevant = captions_of(list(captions.values()))
     return retrieval(features @ text_features(clip, texts).T, relevant)
+
+
+def _pixels_key(image) -> bytes:
+    """The same for images of equal pixels."""
+    return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).digest()
 
 
 def probe(clip: ContrastiveCLIP, *splits: Sequence[tuple]) -> dict[str, float]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mlxmm.errors import UserError
+
 ROWS = 256  # queries ranked at a time, to bound memory
 
 
@@ -45,8 +47,10 @@ def chance_recall(relevant: np.ndarray, k: int) -> float:
 
 
 def class_labels(names: Sequence[str], labels: Sequence[str]) -> np.ndarray:
-    """(Q, N) booleans: which of the class `names` is each query's label."""
+    """(Q, N) booleans: which of the class `names` is each query's label. Raises `UserError` for one that is none."""
     places = {name: place for place, name in enumerate(names)}
+    if unknown := sorted({str(label) for label in labels if label not in places}):
+        raise UserError(f"{unknown[0]!r} is none of the {len(names)} classes; {len(unknown)} labels are not")
     return np.arange(len(names)) == np.array([places[label] for label in labels])[:, None]
 
 

@@ -18,7 +18,7 @@ from mlxmm.errors import UserError
 from mlxmm.export import model_card
 from mlxmm.networks import pretrained_vision
 from mlxmm.networks.language_model import dense_config, dense_weights, without_dtype
-from mlxmm.preprocessing.tokenizers import with_image_token
+from mlxmm.preprocessing.tokenizers import start_tokens, with_image_token
 from mlxmm.storage.atomic import write_json, write_text
 from mlxmm.storage.pretrained import write_arrays
 
@@ -194,10 +194,10 @@ def _processor(aligner, image: str) -> dict:
 
 
 def _check_prompt(tokenizer, image: str, aligner) -> None:
-    """Raise `UserError` if the tokenizer adds tokens around or between image and prompt: the module reads none."""
+    """Raise `UserError` if the tokenizer adds tokens around or between image and prompt other than the start token."""
     prompt = aligner.tokenizer(aligner.config.prompt, add_special_tokens=False)["input_ids"]
     wanted, read = (
-        [tokenizer.convert_tokens_to_ids(image), *prompt],
+        [*start_tokens(tokenizer), tokenizer.convert_tokens_to_ids(image), *prompt],
         tokenizer(image + aligner.config.prompt)["input_ids"],
     )
     if read != wanted:

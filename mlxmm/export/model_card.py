@@ -14,13 +14,14 @@ A vision tower, a projector and a Qwen3 that reads what the projector makes of t
 Trained on MLX by mlxmm's `Qwen3Aligner`{parts}.
 
 ```python
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 folder = "."  # or this repository's name
 processor = AutoProcessor.from_pretrained(folder)
 model = LlavaForConditionalGeneration.from_pretrained(folder)
-inputs = processor(images=Image.open("picture.jpg"), text={text!r}, return_tensors="pt")
+picture = ImageOps.exif_transpose(Image.open("picture.jpg"))
+inputs = processor(images=picture, text={text!r}, return_tensors="pt")
 tokens = model.generate(**inputs)
 print(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
 ```

@@ -12,6 +12,7 @@ import numpy as np
 from mlxmm.compute.precision import autocast
 from mlxmm.networks.generation import DecoderInterface, GenerationConfig, cache_bytes, generate, sequence_keys, stream
 from mlxmm.preprocessing.images import as_images
+from mlxmm.preprocessing.tokenizers import plain_ids
 from mlxmm.progress_bar import passing_bar
 from mlxmm.training.module import Module, evaluating
 
@@ -63,7 +64,7 @@ class CaptioningModule(Module):
         "features" (P, E) gives these instead of pixels.
         """
         length = self.max_new_tokens
-        ids = self.tokenizer(caption, add_special_tokens=False)["input_ids"][: length - 1] + [self.stop_id]
+        ids = plain_ids(self.tokenizer, caption)[: length - 1] + [self.stop_id]
         tokens = np.full(length, self.stop_id, dtype=np.int32)
         tokens[: len(ids)] = ids
         mask = (np.arange(length) < len(ids)).astype(np.float32)

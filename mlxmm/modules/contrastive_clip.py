@@ -20,10 +20,10 @@ from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.losses import clip_loss, siglip_loss
 from mlxmm.networks import clip, siglip
-from mlxmm.networks.towers import TextConfig, VisionConfig, config_from_hub
+from mlxmm.networks.towers import TextConfig, VisionConfig, config_from_hub, tower_values
 from mlxmm.optimizers import OptimizerConfig
 from mlxmm.preprocessing.images import ImageProcessor, as_images
-from mlxmm.preprocessing.tokenizers import load_tokenizer, token_length, train_tokenizer
+from mlxmm.preprocessing.tokenizers import load_tokenizer, lower_cased, require_rows, token_length, train_tokenizer
 from mlxmm.storage import checkpoint
 from mlxmm.storage.hub import local_folder
 from mlxmm.storage.lineage import Lineage
@@ -72,7 +72,10 @@ class ContrastiveCLIP(Module):
 
     def __init__(self, config: CLIPConfig, tokenizer, processor: ImageProcessor):
         super().__init__()
-        self.config, self.tokenizer, self.processor = config, tokenizer, processor
+        require_rows(tokenizer, config.text.vocab_size)
+        if tokenizer.pad_token_id is None:
+            raise UserError(f"the tokenizer {tokenizer.name_or_path or 'given'} has no padding token")
+        self.config, self.tokenizer, self.processor = config, _as_trained(config, tokenizer), processor
         self.network = NETWORKS[config.model_type](config.vision, config.text, config.projection_dim)
         if config.initialization == "openai":
             clip.initialize(self.network)
@@ -106,7 +109,7 @@ class ContrastiveCLIP(Module):
         Raises `UserError` if it is none of these.
         """
         folder = local_folder(path_or_id, revision)
-        module = cls(_read(folder), load_tokenizer(folder), ImageProcessor.from_pretrained(folder))
+        module = cls(read_clip_config(folder), load_tokenizer(folder), ImageProcessor.from_pretrained(folder))
         if (folder / checkpoint.WEIGHTS).exists():
             checkpoint.load_weights(folder / checkpoint.WEIGHTS, module)
         else:
@@ -210,11 +213,14 @@ class ContrastiveCLIP(Module):
         differ in size.
         """
         images, texts = self._features(batch["pixels"], batch["tokens"])
+        tokens = batch["tokens"]
         if self.training:
             both = collectives.all_gather(mx.concatenate([images, texts], axis=1))
             images, texts = mx.split(both, 2, axis=1)
+            tokens = collectives.all_gather(tokens)
         logits = self.network.logits(images, texts)
-        hits = (logits.argmax(1) == mx.arange(len(logits), dtype=mx.uint32)).mean()
+        # A text that two images share is right for both.
+        hits = (tokens[logits.argmax(1)] == tokens).all(axis=1).mean()
         loss = LOSSES[self.config.model_type](logits)
         return {"loss": loss, "accuracy": hits, "weight": mx.array(len(batch["pixels"]))}
 
@@ -235,18 +241,35 @@ class ContrastiveCLIP(Module):
         return self.config.optimizer.build(self.trainer.estimated_stepping_batches)
 
 
-def _read(folder: Path) -> CLIPConfig:
-    """The configuration of a CLIP or SigLIP folder."""
+def _as_trained(config: CLIPConfig, tokenizer):
+    """The tokenizer; that of SigLIP 2, Gemma's, with lower case, on which SigLIP 2 was trained."""
+    is_siglip_2 = config.model_type == "siglip" and type(tokenizer).__name__.startswith("Gemma")
+    return lower_cased(tokenizer) if is_siglip_2 else tokenizer
+
+
+def read_clip_config(folder: Path) -> CLIPConfig:
+    """The configuration of a CLIP or SigLIP folder. Raises `UserError` if it is none."""
     values = read_config(folder)
     kind = values.get("model_type", "clip")
-    if kind not in KINDS or "vision_config" not in values or "text_config" not in values:
+    has = lambda tower: f"{tower}_config" in values or f"{tower}_config_dict" in values
+    if kind not in KINDS or not all(map(has, TOWERS)):
         raise UserError(
             f"{folder} is neither a CLIP nor a SigLIP: its config.json says model_type {kind!r}, and must "
             "have vision_config and text_config"
         )
-    vision = config_from_hub(VisionConfig, KINDS[kind].VISION_DEFAULTS | values["vision_config"])
-    text = config_from_hub(TextConfig, KINDS[kind].TEXT_DEFAULTS | values["text_config"])
-    size = values.get("projection_dim", 512)
-    if kind == "siglip":
-        size = values["text_config"].get("projection_size") or text.hidden_size
-    return CLIPConfig(model_type=kind, vision=vision, text=text, projection_dim=size)
+    vision, text = (tower_values(values, tower, folder) for tower in TOWERS)
+    if not isinstance(text.get("eos_token_id"), int):  # of SigLIP, which reads a text's last position
+        text = {name: value for name, value in text.items() if name != "eos_token_id"}
+    defaults = KINDS[kind]
+    return CLIPConfig(
+        model_type=kind,
+        vision=config_from_hub(VisionConfig, vision, defaults.VISION_DEFAULTS),
+        text=config_from_hub(TextConfig, text, defaults.TEXT_DEFAULTS),
+        projection_dim=_projection_dim(kind, values, text),
+    )
+
+
+def _projection_dim(kind: str, values: dict, text: dict) -> int:
+    if kind == "clip":
+        return values.get("projection_dim") or 512
+    return text.get("projection_size") or text.get("hidden_size") or siglip.TEXT_DEFAULTS["hidden_size"]

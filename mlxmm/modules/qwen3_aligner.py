@@ -4,7 +4,6 @@ B images, H x W pixels, P patches, T caption tokens with their end, N prompt tok
 D features of the language model.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,18 +24,20 @@ from mlxmm.networks.language_model import (
     embed,
     hidden_states,
     load_language_model,
+    num_rows,
     quantize_as,
     save_language_model,
     set_dtype,
     unloaded_language_model,
     with_dtype,
 )
+from mlxmm.networks.language_model_config import context_length
 from mlxmm.networks.pretrained_vision import build_vision_tower, load_vision_tower, vision_values
 from mlxmm.networks.projector import PROJECTORS, Projector, squares
 from mlxmm.networks.towers import VisionTower
 from mlxmm.optimizers import OptimizerConfig, grouped
 from mlxmm.preprocessing.images import ImageProcessor
-from mlxmm.preprocessing.tokenizers import end_token, load_tokenizer
+from mlxmm.preprocessing.tokenizers import end_token, load_tokenizer, require_rows, start_tokens
 from mlxmm.storage import checkpoint
 from mlxmm.storage.atomic import new_folder, read_arrays
 from mlxmm.storage.hub import local_folder, settings_folder
@@ -99,6 +100,7 @@ class Qwen3Aligner(CaptioningModule):
         self.config, self.processor, self.tokenizer = config, processor, tokenizer
         self.vision_config, self.lm_config = vision_config, with_dtype(lm_config, lm)
         self.vision = vision
+        require_rows(tokenizer, num_rows(lm))
         add_adapters(lm, config.lora)
         self.language_model = lm
         width_out = embed(lm, mx.array([[0]])).shape[-1]
@@ -109,7 +111,7 @@ class Qwen3Aligner(CaptioningModule):
         )
         self._fuses_head = fuses_head(lm)
         self._stop_id = end_token(tokenizer)
-        self._prompt = self._token_ids(config.prompt)
+        self._start, self._prompt = start_tokens(tokenizer), self._token_ids(config.prompt)
         self._check_context()
         set_trainable(self, [*match_parameters(self, "projector"), *self.parameter_groups()["lora"]])
 
@@ -213,23 +215,28 @@ class Qwen3Aligner(CaptioningModule):
 
     @property
     def prefix_length(self) -> int:
-        """The positions of image and trained prompt, before a caption."""
-        return self._num_image + len(self._prompt)
+        """The positions of start, image and trained prompt, before a caption."""
+        return self._num_before + len(self._prompt)
 
     @property
     def _num_image(self) -> int:
         return (self.processor.image_size // self.vision.config.patch_size) ** 2 // self.projector.factor**2
 
+    @property
+    def _num_before(self) -> int:
+        """The positions before the prompt."""
+        return len(self._start) + self._num_image
+
     def _room(self, prompt: Sequence[int]) -> int:
         """The most tokens that a caption may have after image and `prompt`; its end needs no position."""
-        return self.lm_config.get("max_position_embeddings", sys.maxsize) - self._num_image - len(prompt) + 1
+        return context_length(self.lm_config) - self._num_before - len(prompt) + 1
 
     def _check_context(self) -> None:
         """Raise `UserError` if image, prompt and the longest caption exceed the language model's context."""
         room, wanted = self._room(self._prompt), self.config.max_new_tokens
         if room < max(1, wanted):
             raise UserError(
-                f"the language model reads {self.lm_config['max_position_embeddings']} tokens: after image and prompt "
+                f"the language model reads {context_length(self.lm_config)} tokens: after image and prompt "
                 f"there is room for {max(0, room)} of a caption, not for {max(1, wanted)}; "
                 + (f"set --module.max-new-tokens to {room} or less" if room > 0 else "shorten --module.prompt")
             )
@@ -237,7 +244,7 @@ class Qwen3Aligner(CaptioningModule):
     def _generation(self, settings: dict, prompt: str) -> GenerationConfig:
         config, room = super()._generation(settings, prompt), self._room(self._token_ids(prompt) or self._prompt)
         if room < 1:
-            most = self.lm_config["max_position_embeddings"]
+            most = context_length(self.lm_config)
             raise UserError(f"the language model reads {most} tokens: shorten the prompt by {1 - room}")
         return attrs.evolve(config, max_new_tokens=min(config.max_new_tokens, room))
 
@@ -251,13 +258,18 @@ class Qwen3Aligner(CaptioningModule):
         return {"layer": self.config.layer, "processor": self.processor.to_hub(), "tower": self.vision_config}
 
     def prefix(self, features: mx.array, prompt: str = "") -> mx.array:
-        """(B, P, E) features to (B, P + N, D): projected patches, then the embedded `prompt` or the trained one."""
-        ids = self._token_ids(prompt) if prompt else self._prompt
-        projected = self.projector(features)
+        """(B, P, E) features to (B, S + P + N, D): the start token if the language model has one (S is 1), projected
+        patches, then the embedded `prompt` or the trained one."""
+        prompt_ids = self._token_ids(prompt) if prompt else self._prompt
+        start, after = self._embedded(self._start, len(features)), self._embedded(prompt_ids, len(features))
+        return mx.concatenate([*start, self.projector(features), *after], axis=1)
+
+    def _embedded(self, ids: Sequence[int], num_images: int) -> list[mx.array]:
+        """The embeddings (B, N, D) of tokens, in a list; an empty one where there are none."""
         if not ids:
-            return projected
-        between = embed(self.language_model, mx.array([ids]))
-        return mx.concatenate([projected, mx.broadcast_to(between, (len(features), *between.shape[1:]))], axis=1)
+            return []
+        embedded = embed(self.language_model, mx.array([ids]))
+        return [mx.broadcast_to(embedded, (num_images, *embedded.shape[1:]))]
 
     def training_step(self, batch):
         return self._measure(self.prefix(self.image_features(batch)), batch)

@@ -12,7 +12,7 @@ from mlxmm.errors import UserError
 from mlxmm.modules.token_metrics import token_metrics
 from mlxmm.networks.language_model import Qwen3Config, build_language_model, embed, hidden_states, save_language_model
 from mlxmm.optimizers import OptimizerConfig
-from mlxmm.preprocessing.tokenizers import end_token
+from mlxmm.preprocessing.tokenizers import end_token, plain_ids
 from mlxmm.training.module import Module
 
 
@@ -41,7 +41,7 @@ class TextModel(Module):
 
         Raises `UserError` if the notes leave no room for a caption.
         """
-        notes, caption = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in text)
+        notes, caption = (plain_ids(self.tokenizer, part) for part in text)
         if len(notes) + 3 > self.config.max_tokens:
             raise UserError(f"notes of {len(notes)} tokens leave no room in max_tokens={self.config.max_tokens}")
         before = [*notes, self.tokenizer.bos_token_id]

@@ -99,7 +99,7 @@ class CLIP(nn.Module):
 
 def vision_tower(values: dict) -> CLIPVisionTower:
     """The tower of a `config.json` of model_type clip_vision_model, with fresh weights."""
-    return CLIPVisionTower(config_from_hub(VisionConfig, VISION_DEFAULTS | values))
+    return CLIPVisionTower(config_from_hub(VisionConfig, values, VISION_DEFAULTS))
 
 
 def initialize(network: CLIP) -> None:

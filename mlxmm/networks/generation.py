@@ -3,6 +3,7 @@
 B sequences, K beams, L positions, D features, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -34,6 +35,9 @@ class DecoderInterface(Protocol):
         """Append new positions (B, L, D) to `cache`; return the logits (B, V) of the token after the last."""
 
 
+MIN_TEMPERATURE = 1e-20  # what is divided by less has no place in float32
+
+
 @attrs.frozen(kw_only=True, field_transformer=checked)
 class GenerationConfig:
     """Decoding settings, with transformers' names, applied in its order: penalty, temperature, top-k, top-p."""
@@ -54,6 +58,8 @@ class GenerationConfig:
     seed: int = option(0, "random seed of sampling", ge(0), lt(2**32))
 
     def __attrs_post_init__(self):
+        if not math.isfinite(self.length_penalty):
+            raise UserError(f"length_penalty={self.length_penalty}: a finite number is wanted")
         if self.num_beams > 1 and self.temperature > 0:
             raise UserError("beam search does not sample: set temperature=0 or num_beams=1")
         if (self.top_k > 0 or self.top_p < 1) and self.temperature == 0:
@@ -137,7 +143,8 @@ def _columns(network, prefix, config, stop_id, keys) -> Iterator[np.ndarray]:
 def _choose(logits: mx.array, config: GenerationConfig, keys: mx.array) -> mx.array:
     if config.temperature == 0:
         return logits.argmax(-1)
-    kept = keep_likeliest(logits.astype(mx.float32) / config.temperature, config.top_k, config.top_p)
+    logits = logits.astype(mx.float32) / max(config.temperature, MIN_TEMPERATURE)
+    kept = keep_likeliest(logits, config.top_k, config.top_p)
     return mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(kept, keys)
 
 

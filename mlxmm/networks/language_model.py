@@ -5,11 +5,16 @@ B sequences, L positions, D features, V vocabulary.
 
 import contextlib
 import io
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import attrs
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from attrs.validators import ge, gt
 from mlx.utils import tree_flatten, tree_map
 
@@ -19,8 +24,13 @@ from mlxmm.compute.quantized import is_quantized, unpacked, use_unpacking
 from mlxmm.config import checked, option
 from mlxmm.errors import UserError
 from mlxmm.networks.fast_layers import use_fast_layers
+from mlxmm.networks.language_model_config import arguments, complete, require_compared
+from mlxmm.networks.rope import inverse_frequencies
 from mlxmm.storage.atomic import write_json
 from mlxmm.storage.pretrained import read_config, require_weights, weight_files, write_arrays
+
+ROPE_POSITIONS = 64  # at which a network's RoPE is checked
+QUANTIZATION = ("quantization", "quantization_config")  # keys of a config.json
 
 
 @attrs.frozen(kw_only=True, field_transformer=checked)
@@ -55,13 +65,9 @@ class Qwen3Config:
 
 def build_language_model(config: dict) -> nn.Module:
     """mlx-lm's network for a `config.json`, with fresh weights. Raises `UserError` if mlx-lm does not support it."""
-    from mlx_lm.utils import _get_classes
-
-    try:
-        network, arguments = _get_classes(config)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"config.json describes a language model that mlx-lm does not support: {error}") from None
-    model = network(arguments.from_dict(config))
+    with _config_errors("config.json describes"):
+        network, settings = _network_and_settings(complete(config))
+        model = network(settings)
     use_unpacking(model)
     use_fast_layers(model)
     for name, part in model.named_modules():
@@ -71,14 +77,30 @@ def build_language_model(config: dict) -> nn.Module:
     return model
 
 
-def require_language_model(folder: Path) -> None:
-    """Raise `UserError` unless `folder` has all files of a network that mlx-lm has. No weights are read."""
+def _network_and_settings(config: dict) -> tuple[type, Any]:
+    """mlx-lm's class of the network of a `complete` configuration, and what it is made with."""
     from mlx_lm.utils import _get_classes
 
+    network, settings = _get_classes(config)
+    return network, settings.from_dict(arguments(config))
+
+
+@contextlib.contextmanager
+def _config_errors(what: str) -> Iterator[None]:
+    """Turn whatever mlx-lm raises over a `config.json` or weights that it does not take into one `UserError` line."""
     try:
-        _get_classes(read_config(folder))
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{folder} holds no language model for mlx-lm: {error}") from None
+        yield
+    except (Exception, SystemExit) as error:  # its dataclasses', its networks' and importers' own
+        line = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        line = re.sub(r"ModelArgs.__init__\(\) missing \d+ required positional arguments?:", "config.json lacks", line)
+        line = "it wants a package that is not there" if isinstance(error, SystemExit) else line
+        raise UserError(f"{what} a language model that mlx-lm does not support: {line}") from None
+
+
+def require_language_model(folder: Path) -> None:
+    """Raise `UserError` unless `folder` has all files of a network that mlx-lm has. No weights are read."""
+    with _config_errors(f"{folder} holds"):
+        _network_and_settings(complete(read_config(folder)))
     if (file := weight_files(folder)[0]).suffix != ".safetensors":
         raise UserError(f"{folder} holds no language model for mlx-lm: it has {file.name}, and no model.safetensors")
     require_weights(folder)
@@ -91,14 +113,17 @@ def load_language_model(folder: Path, bits: int = 0) -> tuple[nn.Module, dict]:
     quantizes full-precision weights. Raises `UserError` if mlx-lm does not support the network, or cannot give it
     embeddings.
     """
-    from mlx_lm.utils import load_model, quantize_model
+    from mlx_lm.utils import load_config, load_model, quantize_model
 
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no language model: config.json is missing")
-    try:
-        model, config = load_model(folder)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        raise UserError(f"{folder} holds no language model for mlx-lm: {error}") from None
+    read_config(folder)  # says what is damaged
+    with _config_errors(f"{folder} holds"):
+        own = complete(load_config(folder))
+        network, settings = _network_and_settings(own)
+        given = SimpleNamespace(from_dict=lambda config: settings)
+        model, config = load_model(folder, get_model_classes=lambda config: (network, given))
+    config = own | {name: config[name] for name in QUANTIZATION if name in config}
     if widens_half_precision():
         model.update(tree_map(_to_float32, model.parameters()))
     if bits and any(map(is_quantized, model.modules())):
@@ -109,6 +134,8 @@ def load_language_model(folder: Path, bits: int = 0) -> tuple[nn.Module, dict]:
     use_unpacking(model)
     use_fast_layers(model)
     _check_embeddings(model, folder)
+    require_compared(model.model_type, folder)
+    _check_rope(model, config, folder)
     return model, config
 
 
@@ -117,7 +144,8 @@ def unloaded_language_model(folder: Path, bits: int = 0) -> tuple[nn.Module, dic
     weights are not computed as long as nobody evaluates them, and until then take no memory."""
     from mlx_lm.utils import quantize_model
 
-    config = read_config(folder)
+    with _config_errors(f"{folder} holds"):
+        config = complete(read_config(folder))
     model = build_language_model(config)
     set_dtype(model, {"dtype": config.get("torch_dtype", "float32")} | config)
     if bits:
@@ -182,7 +210,7 @@ def dense_weights(model: nn.Module) -> dict[str, mx.array]:
 
 def dense_config(config: dict) -> dict:
     """The `config.json` of a network with `dense_weights`."""
-    return {name: value for name, value in config.items() if name not in ("quantization", "quantization_config")}
+    return {name: value for name, value in config.items() if name not in QUANTIZATION}
 
 
 def _dense(part: nn.Module) -> dict[str, mx.array]:
@@ -197,6 +225,11 @@ def _dense(part: nn.Module) -> dict[str, mx.array]:
 def embed(model: nn.Module, tokens: mx.array) -> mx.array:
     """(B, L) tokens to (B, L, D)."""
     return model.model.embed_tokens(tokens)
+
+
+def num_rows(model: nn.Module) -> int:
+    """The tokens that have a row in the table of embeddings."""
+    return len(model.model.embed_tokens.weight)
 
 
 def hidden_states(model: nn.Module, embeddings: mx.array, cache=None) -> mx.array:
@@ -275,18 +308,37 @@ def head_part(model: nn.Module) -> nn.Module:
 
 def _check_embeddings(model: nn.Module, folder: Path) -> None:
     """Raise `UserError` unless `embed`, `hidden_states` and `head` together compute what the network computes."""
-    from mlx_lm.utils import does_model_support_input_embeddings
-
-    # Some networks scale their embeddings or logits elsewhere (Gemma): only a trial shows it.
-    inner = getattr(model, "model", None)
-    if isinstance(inner, nn.Module) and "embed_tokens" in inner and does_model_support_input_embeddings(inner):
-        tokens = mx.array([[0, 1]])
-        ours, own = head(model, hidden_states(model, embed(model, tokens))), model(tokens)
-        if mx.abs(ours - own).max() <= 1e-2 * mx.abs(own).max():
+    with contextlib.suppress(Exception):  # a network that reads other things fails in a way of its own
+        if _takes_embeddings(model):
             return
     raise UserError(
         f"{folder} holds a {model.model_type}, to which mlx-lm cannot give embeddings: take a Qwen3 or Llama"
     )
+
+
+def _takes_embeddings(model: nn.Module) -> bool:
+    from mlx_lm.utils import does_model_support_input_embeddings
+
+    inner = getattr(model, "model", None)
+    if not (isinstance(inner, nn.Module) and "embed_tokens" in inner and does_model_support_input_embeddings(inner)):
+        return False
+    # Some networks scale their embeddings or logits elsewhere (Gemma): only a trial shows it.
+    tokens = mx.array([[0, 1]])
+    ours, own = head(model, hidden_states(model, embed(model, tokens))), model(tokens)
+    return bool(mx.abs(ours - own).max() <= 1e-2 * mx.abs(own).max())
+
+
+def _check_rope(model: nn.Module, config: dict, folder: Path) -> None:
+    """Raise `UserError` unless the network turns queries and keys as transformers does with this `config.json`."""
+    frequencies, scale = inverse_frequencies(config)
+    angles = np.arange(ROPE_POSITIONS)[:, None] * frequencies  # (L, D / 2)
+    turned = scale * np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    start = np.concatenate([np.ones_like(angles), np.zeros_like(angles)], axis=1)
+    turns = config.get("no_rope_layers") or [True] * len(model.layers)  # of SmolLM3; what it calls so have RoPE
+    for layer, is_turned in zip(model.layers, turns, strict=True):
+        ours = np.array(layer.self_attn.rope(mx.array(start[None, None], dtype=mx.float32)))[0, 0]
+        if np.abs(ours - (turned if is_turned else start)).max() > 1e-3:
+            raise UserError(f"{folder} holds a {model.model_type} whose RoPE mlx-lm does not compute as transformers")
 
 
 def _to_float32(array: mx.array) -> mx.array:

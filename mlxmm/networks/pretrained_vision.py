@@ -7,13 +7,14 @@ from mlx.utils import tree_flatten
 
 from mlxmm.errors import UserError
 from mlxmm.networks import clip, siglip, vit
-from mlxmm.networks.towers import VisionTower
+from mlxmm.networks.towers import VisionTower, tower_values
 from mlxmm.storage import checkpoint
 from mlxmm.storage.atomic import read_arrays, write_json
 from mlxmm.storage.pretrained import read_config, read_weights, write_arrays
 
 KINDS = {"clip_vision_model": clip, "siglip_vision_model": siglip, "vit": vit}
 ARCHITECTURES = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel", "vit": "ViTModel"}
+PAIR = {"vision_config", "vision_config_dict"}  # one of which a config.json of two towers has
 PREFIX = "vision_model."
 
 
@@ -58,7 +59,8 @@ def from_hub(weights: dict[str, mx.array], values: dict) -> dict[str, mx.array]:
 
 def vision_values(values: dict, folder: Path) -> dict:
     """The part of a `config.json` that describes a vision tower, its model_type filled in."""
-    values = {"model_type": f"{values.get('model_type', 'clip')}_vision_model"} | values.get("vision_config", values)
+    own = tower_values(values, "vision", folder) if PAIR & set(values) else values
+    values = {"model_type": f"{values.get('model_type', 'clip')}_vision_model"} | own
     if values["model_type"] not in KINDS:
         raise UserError(
             f"{folder} has no vision tower of a known kind: its config.json says model_type "

@@ -106,8 +106,8 @@ class Siglip(nn.Module):
 
 def vision_tower(values: dict) -> SiglipVisionTower:
     """The tower of a `config.json` of model_type siglip_vision_model, with fresh weights."""
-    config = config_from_hub(VisionConfig, VISION_DEFAULTS | values)
-    return SiglipVisionTower(config, use_head=values.get("vision_use_head", True))
+    config = config_from_hub(VisionConfig, values, VISION_DEFAULTS)
+    return SiglipVisionTower(config, use_head=values.get("vision_use_head") is not False)
 
 
 def from_hub(weights: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -4,6 +4,7 @@ B images or texts, H x W pixels, P patches, L tokens or class token and patches,
 """
 
 import math
+from pathlib import Path
 
 import attrs
 import mlx.core as mx
@@ -189,8 +190,20 @@ def l2_normalize(x: mx.array) -> mx.array:
     return x * mx.rsqrt(mx.square(x).sum(-1, keepdims=True))
 
 
-def config_from_hub(cls: type, values: dict):
-    """Build `cls` from a config.json, ignoring other keys. Raises `UserError` for values that it refuses."""
+def tower_values(values: dict, tower: str, folder: Path) -> dict:
+    """What the `config.json` of a pair of towers says of one, "vision" or "text"; as `CLIPConfig` of transformers has
+    it, an older "text_config_dict" wins. Raises `UserError` if that is no object."""
+    older = values.get(f"{tower}_config_dict") if values.get("model_type", "clip") == "clip" else None
+    own = (values.get(f"{tower}_config") or {}) if older is None else older
+    if not isinstance(own, dict):
+        raise UserError(f"{folder / 'config.json'} is damaged: its {tower}_config is no object")
+    return own
+
+
+def config_from_hub(cls: type, values: dict, defaults: dict):
+    """Build `cls` from a config.json, ignoring other keys; `defaults` are what transformers takes for settings that are
+    left out, or null. Raises `UserError` for values that it refuses."""
+    values = defaults | {name: value for name, value in values.items() if value is not None}
     names = {field.name for field in attrs.fields(cls)}
     try:
         return cls(**{name: value for name, value in values.items() if name in names})

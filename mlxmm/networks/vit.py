@@ -57,7 +57,7 @@ class ViT(VisionTower):
 
 def vision_tower(values: dict) -> ViT:
     """The tower of a `config.json` of model_type vit, with fresh weights."""
-    return ViT(config_from_hub(ViTConfig, VISION_DEFAULTS | values))
+    return ViT(config_from_hub(ViTConfig, values, VISION_DEFAULTS))
 
 
 def from_hub(weights: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -12,7 +12,7 @@ import attrs
 import mlx.core as mx
 import numpy as np
 import PIL
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mlxmm.errors import UserError
 from mlxmm.storage.pretrained import read_json
@@ -20,17 +20,26 @@ from mlxmm.storage.pretrained import read_json
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
+TURN_NAMES = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 # Defaults of transformers' image processors for settings that a file leaves out.
 SQUARE = {"size": {"height": 224, "width": 224}, "do_center_crop": False, "image_mean": HALF, "image_std": HALF}
+STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
 DEFAULTS = {
-    "CLIP": {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224, "resample": BICUBIC}
+    "CLIP": STEPS
+    | {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224, "resample": BICUBIC}
     | {"image_mean": CLIP_MEAN, "image_std": CLIP_STD},
-    "Siglip": SQUARE | {"resample": BICUBIC},
-    "ViT": SQUARE | {"resample": BILINEAR},
+    "Siglip": STEPS | SQUARE | {"resample": BICUBIC},
+    "ViT": STEPS | SQUARE | {"resample": BILINEAR},
 }
+SUFFIXES_OF_PROCESSORS = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
+KNOWN_STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 MAX_PIXELS = 100_000_000  # 20,000 x 5,000: larger files are refused as decompression bombs
-DECODER = f"Pillow {PIL.__version__}, at most {MAX_PIXELS} pixels"  # what an image that was decoded once depends on
+# What an image that was decoded once depends on; the first number counts the changes of `decode_image`.
+DECODER = f"2, Pillow {PIL.__version__}, at most {MAX_PIXELS} pixels"
+# How to turn a picture upright, by its orientation in EXIF, and where Pillow keeps that.
+TURNS = dict(zip(range(2, 9), (Image.Transpose[name] for name in TURN_NAMES)))
+ORIENTATIONS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MAX_STRIP_RATIO = 16  # of a strip too long to be resized, the middle of this length (in widths) is used
@@ -56,19 +65,28 @@ def decode_image(value) -> Image.Image:
             image = value if isinstance(value, Image.Image) else Image.open(_opened(value))
             if image.width * image.height > MAX_PIXELS:
                 raise UndecodableImage(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
-            return _to_rgb(_upright(image, is_own=image is not value))
+            image.load()  # a truncated file is found here
+            return _to_rgb(_upright(image))
+    except UserError:
+        raise
     except UnidentifiedImageError:  # which names an address in memory
         raise UndecodableImage("not a picture that can be decoded: it is of no known format") from None
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-        raise UndecodableImage(f"not a picture that can be decoded: {error}") from None
+    except Exception as error:  # each of Pillow's readers has its own
+        line = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UndecodableImage(f"not a picture that can be decoded: {line}") from None
 
 
-def _upright(image: Image.Image, *, is_own: bool) -> Image.Image:
-    """The image, rotated as its EXIF says; in place if it is ours, which copies nothing where it is upright."""
-    if not is_own:
-        return ImageOps.exif_transpose(image)
-    ImageOps.exif_transpose(image, in_place=True)
-    image.load()  # a truncated file is found here
+def _upright(image: Image.Image) -> Image.Image:
+    """The image, turned as its EXIF says; itself where it is upright.
+
+    Pillow's `exif_transpose` also writes the EXIF anew, and fails where one of its other values is damaged.
+    """
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    if turn is None:
+        return image
+    image = image.transpose(turn)
+    for name in ORIENTATIONS:  # it is not to be turned again
+        image.info.pop(name, None)
     return image
 
 
@@ -96,14 +114,25 @@ def _opened(value):
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
-        # Pillow clips 16-bit greys at 255 instead of scaling them.
-        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _grey(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return as_rgb(image)
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """An 8-bit image of one with more bits: Pillow clips at 255 instead of scaling.
+
+    Of 32-bit integers and of floats the largest value says whether white is 1 (of floats), 255 or 65,535.
+    """
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    is_16_bit = image.mode.startswith("I;16") or image.format == "PNG"  # older Pillows open such a PNG as 32 bits
+    top = 65_535 if is_16_bit else values.max(initial=0)
+    white = 1 if image.mode == "F" and top <= 1 else 255 if top <= 255 else 65_535
+    return Image.fromarray((values * (255 / white)).clip(0, 255).astype(np.uint8))
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -127,6 +156,52 @@ def _middle(image: Image.Image, length: int) -> Image.Image:
     return image.crop((left, top, right, bottom))
 
 
+def _model_kind(folder: Path) -> str:
+    """The kind of processor that transformers takes for the model in a folder, where its own file names none."""
+    path = folder / "config.json"
+    model = str(read_json(path).get("model_type")) if path.exists() else "clip"
+    return next((kind for kind in DEFAULTS if model.startswith(kind.lower())), "CLIP")
+
+
+def _processor_kind(values: dict, default: str) -> str:
+    """One of `DEFAULTS`. Raises `UserError` for a processor that does other things."""
+    name = values.get("image_processor_type") or values.get("feature_extractor_type")
+    kinds = {f"{kind}{suffix}": kind for kind in DEFAULTS for suffix in SUFFIXES_OF_PROCESSORS}
+    if name is not None and name not in kinds:
+        raise UserError(f"preprocessing by {name} is not known: those of {', '.join(DEFAULTS)} are")
+    return kinds[name] if name is not None else default
+
+
+def _check_steps(values: dict) -> None:
+    """Raise `UserError` for a step that is not taken here."""
+    if not values["do_resize"]:
+        raise UserError("pictures must come out square, of one size; preprocessing says do_resize false")
+    others = [name for name, value in values.items() if name.startswith("do_") and value and name not in KNOWN_STEPS]
+    if others:
+        raise UserError(f"preprocessing says {', '.join(others)}, which is not known")
+
+
+def _edges(size, *, is_square: bool) -> dict:
+    """A size as an object: files before 2023 have one number, and some a list."""
+    if isinstance(size, int):
+        return {"height": size, "width": size} if is_square else {"shortest_edge": size}
+    return dict(zip(("height", "width"), size, strict=True)) if isinstance(size, list) else dict(size)
+
+
+def _of_channels(value) -> tuple[float, float, float]:
+    """A number for each channel, of a list or of one for all."""
+    one, two, three = np.broadcast_to(np.array(value, dtype=float), 3).tolist()
+    if not np.isfinite([one, two, three]).all():
+        raise ValueError(f"three numbers were expected, {value!r} came")
+    return one, two, three
+
+
+def _positive(value):
+    if isinstance(value, bool) or not value > 0:
+        raise ValueError(f"a number above 0 was expected, {value!r} came")
+    return value
+
+
 @attrs.frozen(kw_only=True)
 class ImageProcessor:
     """Resizes, crops and normalises images as a `preprocessor_config.json` says.
@@ -139,6 +214,7 @@ class ImageProcessor:
     resample: Image.Resampling = Image.Resampling.BICUBIC
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
+    rescale_factor: float = 1 / 255
 
     @classmethod
     def square(cls, image_size: int) -> "ImageProcessor":
@@ -148,32 +224,40 @@ class ImageProcessor:
     @classmethod
     def from_pretrained(cls, folder: Path) -> "ImageProcessor":
         """Read `preprocessor_config.json`, or the `processor_config.json` that transformers 5 writes."""
-        for name in ("preprocessor_config.json", "processor_config.json"):
-            if (folder / name).exists():
-                values = read_json(folder / name)
-                return cls._from_hub(values.get("image_processor", values))
-        raise UserError(f"{folder} has no preprocessor_config.json: is it a CLIP or SigLIP folder?")
+        nested = folder / "processor_config.json"
+        values = read_json(nested).get("image_processor") if nested.exists() else None
+        if values is None and not (folder / "preprocessor_config.json").exists():
+            raise UserError(f"{folder} has no preprocessor_config.json: is it a CLIP or SigLIP folder?")
+        values = read_json(folder / "preprocessor_config.json") if values is None else values
+        try:
+            return cls._from_hub(values, _model_kind(folder))
+        except UserError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"the preprocessing of {folder} is damaged: {type(error).__name__}: {error}") from None
 
     @classmethod
-    def _from_hub(cls, values: dict) -> "ImageProcessor":
-        name = values.get("image_processor_type", values.get("feature_extractor_type", "CLIP"))
-        kind = next((kind for kind in DEFAULTS if name.startswith(kind)), "CLIP")
+    def _from_hub(cls, values: dict, kind: str = "CLIP") -> "ImageProcessor":
+        """Of the values of a file; `kind` is that of processors that it does not name."""
+        kind = _processor_kind(values, kind)
         values = DEFAULTS[kind] | values
-        size = values["size"]
-        if isinstance(size, int):  # as files were before 2023
-            size = {"shortest_edge": size} if kind == "CLIP" else {"height": size, "width": size}
+        _check_steps(values)
+        size = _edges(values["size"], is_square=kind != "CLIP")
         resize = size.get("shortest_edge", (size.get("height"), size.get("width")))
-        crop = values["crop_size"] if values["do_center_crop"] else resize
-        height, width = (crop["height"], crop["width"]) if isinstance(crop, dict) else np.broadcast_to(crop, 2)
-        is_square = height == width and None not in (height, *np.ravel(resize))
-        if not is_square or not (values["do_center_crop"] or isinstance(resize, tuple)):
+        crop = _edges(values["crop_size"], is_square=True) if values["do_center_crop"] else size
+        height, width = crop.get("height"), crop.get("width")
+        is_square = height == width and None not in (height, *np.ravel(resize)) and "longest_edge" not in size
+        if not is_square:
+            crop = values["crop_size"] if values["do_center_crop"] else "none"
             raise UserError(f"pictures must come out square, of one size; preprocessing says size {size}, crop {crop}")
+        normalizes = values["do_normalize"]
         return cls(
-            image_size=int(height),
-            resize=resize,
+            image_size=_positive(height),
+            resize=tuple(map(_positive, resize)) if isinstance(resize, tuple) else _positive(resize),
             resample=Image.Resampling(values["resample"]),
-            mean=tuple(values["image_mean"]),
-            std=tuple(values["image_std"]),
+            mean=_of_channels(values["image_mean"]) if normalizes else (0.0,) * 3,
+            std=tuple(map(_positive, _of_channels(values["image_std"]))) if normalizes else (1.0,) * 3,
+            rescale_factor=float(_positive(values["rescale_factor"])) if values["do_rescale"] else 1.0,
         )
 
     def to_hub(self) -> dict:
@@ -188,7 +272,7 @@ class ImageProcessor:
             "do_center_crop": not both,
             "crop_size": side,
             "do_rescale": True,
-            "rescale_factor": 1 / 255,
+            "rescale_factor": self.rescale_factor,
             "do_normalize": True,
             "image_mean": list(self.mean),
             "image_std": list(self.std),
@@ -196,8 +280,11 @@ class ImageProcessor:
         }
 
     def pixels(self, image: Image.Image) -> np.ndarray:
-        """(image_size, image_size, 3) uint8: loaders pass bytes on, a quarter of the size of floats."""
-        image = as_rgb(image)
+        """(image_size, image_size, 3) uint8 of any PIL image: loaders pass bytes on, a quarter of the size of floats.
+
+        Raises `UndecodableImage`.
+        """
+        image = decode_image(image)
         if isinstance(self.resize, tuple):
             height, width = self.resize
         else:
@@ -215,7 +302,7 @@ class ImageProcessor:
 
     def normalize(self, pixels: mx.array) -> mx.array:
         """(B, H, W, 3) uint8 to float32, normalised by mean and std."""
-        scale = mx.array([1 / (255 * s) for s in self.std])
+        scale = mx.array([1 / (1 / self.rescale_factor * s) for s in self.std])
         shift = mx.array([m / s for m, s in zip(self.mean, self.std)])
         return pixels.astype(mx.float32) * scale - shift
 

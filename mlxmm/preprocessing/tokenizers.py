@@ -18,12 +18,63 @@ def load_tokenizer(folder: Path):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of its readers, for whatever is in the files
         is_there = (folder / "tokenizer.json").exists()
-        reason = str(error).splitlines()[0] if is_there else "tokenizer.json is missing"
+        reason = (str(error).splitlines() or [type(error).__name__])[0] if is_there else "tokenizer.json is missing"
         raise UserError(f"{folder} holds no tokenizer: {reason}") from None
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes one of a config.json alone
+    if not _tells_texts_apart(tokenizer):  # transformers makes one without a vocabulary of a config.json alone
         raise UserError(f"{folder} holds no tokenizer: tokenizer.json is missing")
+    return tokenizer
+
+
+def _tells_texts_apart(tokenizer) -> bool:
+    """Whether texts differ in their tokens: without a vocabulary all become unknown ones, or nothing."""
+    one, other = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a small cat", "the red dog"))
+    return one != other
+
+
+def require_rows(tokenizer, num_rows: int) -> None:
+    """Raise `UserError` if a token has no row in a table of `num_rows`: what is read there is foreign memory.
+
+    A token that stands for images counts only where it is the padding or the end: texts do not become it.
+    """
+    named = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+    is_read = lambda token, i: token not in IMAGES or i in named
+    beyond = [(i, token) for token, i in tokenizer.get_vocab().items() if i >= num_rows and is_read(token, i)]
+    if beyond:
+        i, token = min(beyond)
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path or 'given'} has {len(beyond)} tokens without a row in the model's "
+            f"table of {num_rows}, as {token!r} ({i}): they are not of one model"
+        )
+
+
+def plain_ids(tokenizer, text: str) -> list[int]:
+    """The tokens of a text, without the special ones that it names: an end amid a caption would be learned."""
+    special = special_ids(tokenizer)
+    return [i for i in tokenizer(text, add_special_tokens=False)["input_ids"] if i not in special]
+
+
+def special_ids(tokenizer) -> frozenset[int]:
+    """The tokens that no text becomes: all special ones but that of unknown letters, if it has no other use."""
+    added = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    named = [tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id]
+    return frozenset({*added, *tokenizer.all_special_ids} - {tokenizer.unk_token_id} | set(named) - {None})
+
+
+def start_tokens(tokenizer) -> tuple[int, ...]:
+    """The start token where the tokenizer puts one before texts (Llama, Gemma), and nothing else."""
+    first = tokenizer("a")["input_ids"][:1]
+    return tuple(first) if first == [tokenizer.bos_token_id] else ()
+
+
+def lower_cased(tokenizer):
+    """The tokenizer, changed in place to lower-case its texts, as transformers' `Siglip2Tokenizer` does."""
+    from tokenizers import normalizers
+
+    backend = tokenizer.backend_tokenizer
+    steps = [normalizers.Lowercase(), *([backend.normalizer] if backend.normalizer is not None else [])]
+    backend.normalizer = normalizers.Sequence(steps)
     return tokenizer
 
 

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
+from mlxmm.compute.named_arrays import unflatten_like
 from mlxmm.compute.precision import HALF, widen
 from mlxmm.errors import UserError
 from mlxmm.storage.atomic import atomic_folder, follow_link, read_arrays, write_arrays, write_json
@@ -124,7 +125,9 @@ def load_arrays(path: Path, weights: dict[str, mx.array], module) -> None:
 def load_optimizer(arrays: dict[str, mx.array], optimizer, module) -> None:
     """Restore moments and step counts; parameters that are new to the optimizer start at zero."""
     mx.eval(arrays)
-    optimizer.state = tree_unflatten(list(arrays.items()))
+    like = module.parameters()
+    groups = getattr(optimizer, "optimizers", None)  # of a MultiOptimizer
+    optimizer.state = unflatten_like(arrays, {"states": [like] * len(groups)} if groups else like)
     # Frozen layers leave empty dicts, which safetensors cannot hold: `init` puts them back.
     optimizer.init(module.trainable_parameters())
 

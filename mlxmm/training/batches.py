@@ -1,13 +1,14 @@
 """The batches of a stage: from any loader, limited, from any batch of an epoch on, as trees of MLX arrays."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
+from numbers import Number
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map
 
 from mlxmm.errors import UserError
+from mlxmm.training.loader_randomness import begin_epoch, epoch_seed, isolated
 
 
 def count(loader, limit: int | float) -> int | None:
@@ -17,59 +18,89 @@ def count(loader, limit: int | float) -> int | None:
         return limit if total is None else min(limit, total)
     if total is None and limit < 1:
         raise UserError(f"a fraction of the batches ({limit}) needs a loader with a length: give a number of batches")
+    if total and 0 < limit * total < 1:
+        told = f"give {1 / total:.2g} or more, or a number of batches"
+        raise UserError(f"a limit of {limit} leaves none of {total} batches (limit_…_batches, overfit_batches): {told}")
     return total if total is None else int(total * limit)
 
 
-def epoch(loader, number: int, start: int = 0, limit: int | float = 1.0) -> Iterator:
+def has_epochs(loader) -> bool:
+    """Whether `loader` gives an epoch by its number, from any batch on: `loader.epoch(number, start)`."""
+    return callable(getattr(loader, "epoch", None))  # of Hugging Face's streams it is a number
+
+
+def epoch(loader, number: int, start: int = 0, limit: int | float = 1.0, seed: int = 0) -> Iterator:
     """The batches of epoch `number` from batch `start` on.
 
-    mlxmm's loaders start there directly; other iterables are read and skipped up to there.
+    mlxmm's loaders start there directly; other iterables are read and skipped up to there. What a loader draws is a
+    function of (seed, number), and of the batches drawn before.
     """
-    if hasattr(loader, "epoch"):
-        batches = loader.epoch(number, start)
-    elif isinstance(loader, list | tuple):
+    if isinstance(loader, list | tuple):
         batches = iter(loader[start:])
     else:
-        if start:
-            warnings.warn(
-                f"{type(loader).__name__} cannot start at batch {start}: skipping the batches before it",
-                stacklevel=2,
-            )
-        batches = islice(iter(loader), start, None)
+        skipped = 0 if has_epochs(loader) else start
+        if skipped:
+            told = f"{type(loader).__name__} cannot start at batch {start}: skipping the batches before it"
+            warnings.warn(told, stacklevel=2)
+        every = isolated(lambda: _begun(loader, number, start, seed), epoch_seed(seed, number))
+        batches = islice(every, skipped, None)  # one by one, as they were taken the first time
     most = count(loader, limit)
     if most is not None:
         batches = islice(batches, max(0, most - start))
     return map(as_arrays, batches)
 
 
+def _begun(loader, number: int, start: int, seed: int) -> Iterator:
+    if has_epochs(loader):
+        return iter(loader.epoch(number, start))
+    begin_epoch(loader, seed, number)
+    return iter(loader)
+
+
 def as_arrays(batch):
-    """`batch` with MLX arrays in place of NumPy's, of numbers and of torch's tensors. Raises `UserError`."""
+    """`batch`, a tree of mappings, lists and tuples, with MLX arrays in place of NumPy's, of torch's tensors, of
+    numbers and of lists of numbers. Raises `UserError` that names the field."""
+    return _arrays(batch, "")
+
+
+def _arrays(value, name: str):
+    if isinstance(value, Mapping):  # not only dicts: a BatchEncoding of transformers, too
+        return {key: _arrays(part, f"{name}.{key}") for key, part in value.items()}
+    if isinstance(value, list | tuple) and not _is_numbers(value):
+        parts = [_arrays(part, f"{name}.{i}") for i, part in enumerate(value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     try:
-        return tree_map(mx.array, batch)
-    except (TypeError, ValueError, BufferError, RuntimeError) as error:
-        raise UserError(f"a batch is a tree of arrays and numbers; {_misfit(batch) or error}") from None
+        return mx.array(value)
+    except (TypeError, ValueError, BufferError, RuntimeError):
+        what = f"{name[1:] or 'it'} holds {_advice(value)}"
+        raise UserError(f"a batch is a tree of arrays and numbers; {what}") from None
 
 
-def _misfit(batch) -> str | None:
-    """The first leaf that cannot be an array, and what to do with it."""
-    for name, leaf in tree_flatten(batch):
-        try:
-            mx.array(leaf)
-        except (TypeError, ValueError, BufferError, RuntimeError):
-            kind = type(leaf)
-            advice = "leave it out of the batch, or make numbers of it"
-            if kind.__module__.split(".")[0] == "torch":
-                advice = "give tensor.detach().float().numpy()"
-            elif hasattr(leaf, "__iter__") and not isinstance(leaf, str):
-                advice = "a stage has one loader, and that gives dicts, lists or tuples"
-            return f"{name or 'it'} holds {'None' if leaf is None else f'a {kind.__name__}'}: {advice}"
-    return None
+def _is_numbers(value) -> bool:
+    """Whether this is a list of numbers, or of lists of them; a tuple is a part of the batch's structure."""
+    return isinstance(value, list) and all(isinstance(x, Number) or _is_numbers(x) for x in value) and bool(value)
+
+
+def _advice(leaf) -> str:
+    """What a leaf that cannot be an array is, and what to do with it."""
+    kind, told = type(leaf), "leave it out of the batch, or make numbers of it"
+    if leaf is None:
+        return f"None: {told}"
+    if kind.__module__.split(".")[0] == "torch":
+        return f"a {kind.__name__}: give tensor.detach().float().numpy()"
+    if hasattr(leaf, "dtype"):
+        return f"an array of {leaf.dtype}: {told}"
+    if isinstance(leaf, list):
+        return "lists of different lengths: pad them to one"
+    if hasattr(leaf, "__iter__") and not isinstance(leaf, str | bytes):
+        return f"a {kind.__name__}: a stage has one loader, and that gives dicts, lists or tuples"
+    return f"a {kind.__name__}: {told}"
 
 
 def _length(loader) -> int | None:
     try:
         return len(loader)
-    except TypeError:  # a loader without a length, or torch's over an iterable data set, which has __len__ all the same
+    except (TypeError, AttributeError, NotImplementedError):  # none; torch's, over a stream, has __len__ all the same
         return None
 
 

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from numbers import Number
 from typing import Any
 
@@ -16,6 +17,7 @@ from mlxmm.training import lightning_words
 from mlxmm.training.callback import HOOKS, Callback, overrides
 from mlxmm.training.datamodule import DataModule
 from mlxmm.training.module import Module
+from mlxmm.training.optimizer_groups import split_by_group
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 NEEDED_BY_FIT = ("training_step", "configure_optimizers")
@@ -79,8 +81,8 @@ def check_datamodule(datamodule) -> None:
     _check_methods(datamodule, DataModule, expected, lightning_words.HOOKS)
 
 
-def check_optimizer(module) -> optim.Optimizer:
-    """The optimizer that `module` configures, if it is one of MLX's."""
+def check_optimizer(module, compiles: bool = False) -> optim.Optimizer:
+    """The optimizer that `module` configures, if it is one of MLX's that can be part of an update, compiled or not."""
     call = f"{type(module).__name__}.configure_optimizers"
     try:
         optimizer = module.configure_optimizers()
@@ -91,7 +93,10 @@ def check_optimizer(module) -> optim.Optimizer:
             told = "an optimizer of MLX takes no parameters, and learning_rate, not lr: AdamW(learning_rate=1e-3)"
             raise UserError(f"{call}: {told}") from error
         raise
+    if isinstance(optimizer, optim.MultiOptimizer):
+        vars(optimizer)["_split_dictionary"] = partial(split_by_group, optimizer)
     if isinstance(optimizer, optim.Optimizer):
+        _check_schedules(call, optimizer, compiles)
         return optimizer
     if isinstance(optimizer, Mapping | list | tuple):
         schedule = "a schedule is its learning_rate: AdamW(learning_rate=schedule), which gets the step"
@@ -100,8 +105,45 @@ def check_optimizer(module) -> optim.Optimizer:
     raise UserError(f"{call} returned {kind}: {ONE_OPTIMIZER}")
 
 
+def _check_schedules(call: str, optimizer: optim.Optimizer, compiles: bool) -> None:
+    """That the optimizer's schedules can be part of a compiled update. One that returns Python's numbers, a constant,
+    returns arrays from now on."""
+    for one in getattr(optimizer, "optimizers", [optimizer]):
+        for name, schedule in one._schedulers.items():
+            as_array = lambda step, schedule=schedule: mx.array(schedule(step), mx.float32)
+            if not isinstance(one.state[name], mx.array):
+                one._schedulers[name], one.state[name] = as_array, mx.array(one.state[name], mx.float32)
+            try:
+                mx.compile(as_array)(one.step)
+            except Exception as error:
+                if not compiles:
+                    continue
+                told = "compute with mx (mx.where, mx.cos), take one of mlx.optimizers, or set Trainer(compile=False)"
+                why = f"the schedule of {name} reads its step as Python's number (if, float, math)"
+                raise UserError(f"{call}: {why}: {told}") from error
+
+
+def _check_containers(module) -> None:
+    """That no layer or array is in a tuple, where MLX neither trains nor saves it."""
+    for prefix, part in module.named_modules():
+        for key, value in part.items():
+            if isinstance(value, tuple) and not key.startswith("_") and _holds_arrays(value):
+                name = f"{prefix}.{key}".lstrip(".")
+                told = "make it a list; constants have a name that begins with _"
+                raise UserError(
+                    f"{type(module).__name__}.{name} is a tuple, where MLX trains and saves nothing: {told}"
+                )
+
+
+def _holds_arrays(value) -> bool:
+    if isinstance(value, list | tuple | dict):
+        return any(map(_holds_arrays, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, mx.array)
+
+
 def check_trainable(module) -> None:
-    """That there is something to train."""
+    """That there is something to train, and that all of it can be."""
+    _check_containers(module)
     if not tree_flatten(module.trainable_parameters()):
         raise UserError(f"nothing in {type(module).__name__} is trainable: unfreeze() a part of it")
 
@@ -122,8 +164,9 @@ def explained(step: Callable, batch) -> Iterator[None]:
         raise lightning_words.missing("an array of MLX", name[1], lightning_words.TENSORS) from error
     except TypeError as error:
         if isinstance(batch, list) and "list indices must be integers" in str(error):
+            data = getattr(step, "__name__", "").removesuffix("_step").replace("idation", "").replace("ing", "")
             told = "a stage has one loader, not a list of them"
-            raise UserError(f"{_name_of(step)} got a list as its batch: {told}") from error
+            raise UserError(f"{_name_of(step)} got a list as its batch of the {data} data: {told}") from error
         raise
     except ValueError as error:
         if "during function transformations" not in str(error):

@@ -7,6 +7,8 @@ import attrs
 
 from mlxmm.config import to_json
 from mlxmm.errors import UserError
+from mlxmm.training.batches import has_epochs
+from mlxmm.training.loader_randomness import OwnRandomState
 
 AGAIN = "give a list, or an object whose __iter__ begins again"
 
@@ -103,9 +105,17 @@ def as_datamodule(datamodule: DataModule | None, **loaders) -> DataModule:
     return datamodule
 
 
-def train_loader(datamodule: DataModule):
-    """The training loader. Raises `UserError` where there is none."""
-    loader = datamodule.train_dataloader()
+def stage_loader(datamodule: DataModule, stage: str):
+    """The loader for "train", "val", "test" or "predict", or None. Raises `UserError` for what is no loader."""
+    loader = getattr(datamodule, f"{stage}_dataloader")()
+    _check_loader(stage, loader)
+    return loader
+
+
+def train_loader(datamodule: DataModule, seed: int = 0):
+    """The training loader, whose making draws from `seed`. Raises `UserError` where there is none."""
+    with OwnRandomState(seed)():
+        loader = stage_loader(datamodule, "train")
     if loader is None:
         raise UserError("there is no training data: give a datamodule or train_dataloaders")
     return loader
@@ -113,7 +123,7 @@ def train_loader(datamodule: DataModule):
 
 def is_spent_once(loader) -> bool:
     """Whether `loader` is an iterator, which cannot begin again: a generator, a `zip`."""
-    return not hasattr(loader, "epoch") and hasattr(loader, "__next__")
+    return not has_epochs(loader) and hasattr(loader, "__next__")
 
 
 def why_empty(loader, epoch: int) -> str:
@@ -134,6 +144,14 @@ def _check_loader(stage: str, loader) -> None:
         raise UserError(
             f"the {stage} data are {getattr(loader, '__name__', loader)!r}: call it, and give what it returns"
         )
+    if isinstance(loader, list | tuple) and any(map(_is_lone_loader, loader)):
+        raise UserError(f"the {stage} data are a list of loaders: a stage has one, which may draw from several sets")
     is_loader = any(hasattr(loader, name) for name in ("epoch", "__iter__", "__getitem__"))
     if loader is not None and (not is_loader or isinstance(loader, str)):
         raise UserError(f"the {stage} data are {loader!r}: a loader is a list of batches, or another iterable of them")
+
+
+def _is_lone_loader(value) -> bool:
+    """Whether this is a loader and can be no batch."""
+    is_batch = isinstance(value, Mapping | list | tuple | str) or hasattr(value, "dtype")
+    return has_epochs(value) or (not is_batch and hasattr(value, "__iter__"))

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import attrs
 import mlx.core as mx
-import numpy as np
 
-from mlxmm.config import exactly
+from mlxmm.config import exactly, plain
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.training.trainer_config import TrainerConfig, duration_text
@@ -285,9 +284,8 @@ def _settings(arguments: dict) -> dict:
 
 
 def _typed(name: str, value, kind):
-    value = value.item() if isinstance(value, np.generic) else value
     try:
-        return exactly(value, kind | int if isinstance(0.0, kind) else kind)
+        return exactly(plain(value), kind)
     except TypeError as error:
         raise UserError(f"Trainer({name}=...): {error}") from None
 

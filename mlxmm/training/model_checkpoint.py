@@ -171,7 +171,12 @@ class ModelCheckpoint(Callback):
         if isinstance(exception, Interrupted):
             self._save(trainer)
         self._finish(trainer)
-        if isinstance(exception, Interrupted) and trainer.is_global_zero and not is_recipe():  # these say it
+        if (
+            isinstance(exception, Interrupted)
+            and trainer.is_global_zero
+            and self is trainer.checkpoint_callback
+            and not is_recipe()
+        ):
             say(f"interrupted: kept {self._folder(self.last_step)}; fit(..., ckpt_path='last') goes on from there")
 
     def _is_due(self, trainer) -> bool:

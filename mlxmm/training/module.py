@@ -10,6 +10,7 @@ import attrs
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxmm.compute.named_arrays import is_differentiable, put_arrays
 from mlxmm.compute.precision import ComputeDtypes
 from mlxmm.config import to_json
 from mlxmm.errors import UserError
@@ -50,6 +51,16 @@ class Module(nn.Module):
         if not hasattr(self, "forward"):
             raise UserError(f"{type(self).__name__} is called, and has no __call__")
         return self.forward(*args, **kwargs)
+
+    @staticmethod
+    def trainable_parameter_filter(module, key, value) -> bool:
+        """MLX's, which takes arrays of integers and booleans, such as position ids, for trainable."""
+        return nn.Module.trainable_parameter_filter(module, key, value) and is_differentiable(value)
+
+    def update(self, parameters: dict, strict: bool = True) -> "Module":
+        """MLX's, also for frozen arrays in lists and dicts, and for dicts whose keys are digits or have dots."""
+        put_arrays(self, parameters, strict)
+        return self
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Path | str, *args, **kwargs):

@@ -1,6 +1,7 @@
 """Schedule: when a run validates, when it may stop and when it ends."""
 
 import warnings
+from collections.abc import Mapping
 
 import attrs
 
@@ -15,25 +16,37 @@ from mlxmm.training.trainer_config import TrainerConfig, duration
 class Schedule:
     """The limits of a `TrainerConfig`, held against the progress of a run.
 
-    `updates_in_epoch` is None where the training data do not tell their length. `accumulate_grad_batches` is the
-    number of micro-batches of an update now: a callback may change it between epochs.
+    `batches_in_epoch` is None where the training data do not tell their length. `accumulate_grad_batches` is the
+    number of micro-batches of an update now: a callback may change it between epochs. `accumulation` says in advance
+    what it will be, from which epoch on.
     """
 
     config: TrainerConfig
     progress: Progress
     accumulate_grad_batches: int = 1
-    updates_in_epoch: int | None = None
+    batches_in_epoch: int | None = None
+    accumulation: Mapping[int, int] = attrs.field(factory=dict)
     time_is_up: bool = False
     _warned_of_minimum: bool = attrs.field(default=False, init=False)
 
     def measure_epoch(self, loader) -> None:
-        """Count the updates of an epoch of `loader`, which the shortest shard ends for all processes."""
+        """Count the batches of an epoch of `loader`, which the shortest shard ends for all processes."""
         limit = self.config.overfit_batches or self.config.limit_train_batches
         total = None if loader is None else batches.count(loader, limit)
         if collectives.all_max(total is None) == [1]:
-            self.updates_in_epoch = None
+            self.batches_in_epoch = None
         else:
-            self.updates_in_epoch = -collectives.all_max(-total // self.accumulate_grad_batches)[0]
+            self.batches_in_epoch = -collectives.all_max(-total)[0]
+
+    @property
+    def updates_in_epoch(self) -> int | None:
+        """The updates of an epoch, as many batches as now make one."""
+        return None if self.batches_in_epoch is None else -(-self.batches_in_epoch // self.accumulate_grad_batches)
+
+    def accumulation_in(self, epoch: int) -> int:
+        """The micro-batches of an update in this epoch."""
+        begun = [start for start in self.accumulation if start <= epoch]
+        return self.accumulation[max(begun)] if begun else self.config.accumulate_grad_batches
 
     def is_done(self, should_stop: bool) -> bool:
         """Whether training ends here: a limit is reached, or a stop was requested and is allowed."""
@@ -72,8 +85,13 @@ class Schedule:
         done = -(-progress.batch_idx // self.accumulate_grad_batches)
         return done % max(1, int(self.updates_in_epoch * interval)) == 0
 
-    def check_interval(self) -> None:
-        """Raise `UserError` for a `val_check_interval` that is a fraction of an epoch of unknown length."""
+    def check(self, val_loader) -> None:
+        """Raise `UserError` where a limit leaves no batch to train on or to validate with, or for a
+        `val_check_interval` that is a fraction of an epoch of unknown length."""
+        if not (self.config.overfit_batches or self.config.limit_train_batches):
+            raise UserError("limit_train_batches=0 leaves nothing to train on: give a number of batches, or a fraction")
+        if val_loader is not None:
+            batches.count(val_loader, self.config.limit_val_batches)
         interval = self.config.val_check_interval
         if self.updates_in_epoch is None and isinstance(interval, float) and interval != 1.0:
             raise UserError(
@@ -85,8 +103,11 @@ class Schedule:
     def known_updates(self) -> int | None:
         """How many updates the run will have; None where nothing limits them."""
         limits = [self.config.max_steps] if self.config.max_steps >= 0 else []
-        if self.updates_in_epoch is not None and self.config.max_epochs >= 0:
-            limits.append(self.updates_in_epoch * self.config.max_epochs)
+        num_epochs, num_batches = self.config.max_epochs, self.batches_in_epoch
+        if num_batches is not None and num_epochs >= 0 and self.accumulation:
+            limits.append(sum(-(-num_batches // self.accumulation_in(epoch)) for epoch in range(num_epochs)))
+        elif self.updates_in_epoch is not None and num_epochs >= 0:
+            limits.append(self.updates_in_epoch * num_epochs)
         return min(limits, default=None)
 
     @property

@@ -4,6 +4,7 @@ A micro-batch counts in proportion to its `weight`, so the update is the one a s
 however the examples were split (over micro-batches, over processes). Sums are added up; means are made once.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -17,6 +18,7 @@ from mlxmm.distributed import collectives
 from mlxmm.training.checks import check_outputs, check_same_names, explained
 from mlxmm.training.randomness import isolated_random_state
 from mlxmm.training.strategy import REPLICATED, Replicated
+from mlxmm.training.trainable import frozen_parts_unchanged
 
 
 class TrainStep:
@@ -40,7 +42,8 @@ class TrainStep:
         self.strategy, self.on_gradients = strategy, on_gradients
         self._loss_and_grad = nn.value_and_grad(module, self._loss)
         self._sums_and_grad = nn.value_and_grad(module, self._weighted_loss)
-        compiled = partial(compiler, state=[module.state, optimizer.state, mx.random.state])
+        optimizers = getattr(optimizer, "optimizers", [optimizer])
+        compiled = partial(compiler, state=[module.state, optimizer.state, mx.random.state], others=optimizers)
         self._compiled_whole, self._compiled_gradients = compiled(self._whole), compiled(self._gradients)
         self._compiled_accumulate, self._compiled_average = compiled(self._accumulate), compiled(self._average)
         self._compiled_finish = compiled(lambda total: self._update(*self._average(total)))
@@ -70,16 +73,16 @@ class TrainStep:
 
     def _whole(self, batch):
         """The usual case, an update from one micro-batch, in one compiled function."""
-        (_, measured), grads = self._loss_and_grad(batch)
-        return self._update(*self._averaged(measured, grads))
+        (_, (measured, weight)), grads = self._loss_and_grad(batch)
+        return self._update(*self._averaged(measured, counted(grads, weight)))
 
     def _gradients(self, batch):
-        (_, measured), grads = self._loss_and_grad(batch)
-        return self._averaged(measured, grads)
+        (_, (measured, weight)), grads = self._loss_and_grad(batch)
+        return self._averaged(measured, counted(grads, weight))
 
     def _accumulate(self, batch, total):
         (_, sums), grads = self._sums_and_grad(batch)
-        return add_sums(total, {"sums": sums, "grads": grads})
+        return add_sums(total, {"sums": sums, "grads": counted(grads, sums["weight"])})
 
     def _average(self, total):
         return average_sums(total["sums"], total["grads"], all_sum=self.strategy.all_sum)
@@ -87,7 +90,7 @@ class TrainStep:
     def _update(self, metrics, grads):
         """Clip, update, and add the gradients' norm to the metrics."""
         metrics["grad_norm"] = norm = global_norm(grads, self.strategy)
-        if self.config.gradient_clip_val is not None:
+        if self.config.gradient_clip_val:
             grads = clip(grads, norm, self.config.gradient_clip_val, self.config.gradient_clip_algorithm)
         self.optimizer.update(self.module, grads)
         self.module.after_update()
@@ -96,18 +99,18 @@ class TrainStep:
     # ---- the loss of a micro-batch, and what the module measured beside it
 
     def _weighted_loss(self, batch):
-        step = self.module.training_step
-        with autocast(self.module, self.config.precision), explained(step, batch):
+        step, module = self.module.training_step, self.module
+        with frozen_parts_unchanged(module), autocast(module, self.config.precision), explained(step, batch):
             sums = weighted_sums(check_outputs(step, step(batch), needs_loss=True))
         return sums["loss"], sums
 
     def _loss(self, batch):
         """Means of one process; sums of several, which `_averaged` divides. A lone process spares that division."""
-        step = self.module.training_step
-        with autocast(self.module, self.config.precision), explained(step, batch):
+        step, module = self.module.training_step, self.module
+        with frozen_parts_unchanged(module), autocast(module, self.config.precision), explained(step, batch):
             sums = weighted_sums(check_outputs(step, step(batch), needs_loss=True))
         measured = sums if collectives.world_size() > 1 else average_sums(sums)[0]
-        return measured["loss"], measured
+        return measured["loss"], (measured, sums["weight"])
 
     def _averaged(self, measured, grads):
         if collectives.world_size() == 1:
@@ -149,13 +152,20 @@ def checked_twice(train_step: Callable, module, optimizer) -> Callable:
 
 
 def weighted_sums(outputs: dict) -> dict:
-    """Turn a batch's means into sums, which is what can be added across batches."""
+    """Turn a batch's means into sums, which is what can be added across batches. Of a batch of weight 0, whose means
+    may be anything, they are 0."""
     weight = mx.array(outputs.get("weight", 1.0), dtype=mx.float32)
-    sums = {name: mean * weight for name, mean in outputs.items() if name != "weight"}
+    means = {name: mean for name, mean in outputs.items() if name != "weight"}
+    sums = {name: mx.where(weight == 0, 0, mean * weight) for name, mean in means.items()}
     # MLX cannot compile a gradient beside two results that are computed alike (0.32): slices are never alike.
     if others := [name for name in sums if name != "loss"]:
         sums |= zip(others, mx.stack([sums[name] for name in others]))
     return sums | {"weight": weight}
+
+
+def counted(grads, weight: mx.array):
+    """The gradients of a batch; zeros where its `weight` is 0, since those of a mean of nothing may be nan."""
+    return tree_map(lambda grad: mx.where(weight == 0, 0, grad), grads)
 
 
 def add_sums(total: dict | None, sums: dict) -> dict:
@@ -167,15 +177,19 @@ def add_sums(total: dict | None, sums: dict) -> dict:
 
 
 def fill_empty_sums(total: dict | None) -> dict | None:
-    """On a rank without batches, zeros under the other ranks' names; None if no rank had any."""
-    names = next((names for names in collectives.all_gather_object(list(total or ())) if names), None)
-    return total or (names and {name: mx.array(0.0) for name in names})
+    """On a rank without batches, zeros under the other ranks' names; None if no rank had any that counts."""
+    ranks = collectives.all_gather_object((list(total or ()), float(total["weight"]) if total else 0.0))
+    names = next((names for names, _ in ranks if names), ())
+    if names and not any(weight for _, weight in ranks):
+        warnings.warn("all batches of this evaluation have weight 0: nothing was measured", stacklevel=2)
+        return None
+    return total or ({name: mx.array(0.0) for name in names} or None)
 
 
 def average_sums(sums: dict, *trees, all_sum: Callable = collectives.all_sum):
     """Divide sums, and trees of sums, by the weight of all processes: the one place where means are made."""
     sums, *trees = all_sum([sums, *trees])
-    weight = sums["weight"]
+    weight = mx.where(sums["weight"] == 0, 1, sums["weight"])
     means = {name: total / weight for name, total in sums.items() if name != "weight"}
     return (means, *(tree_map(lambda x: x / weight.astype(x.dtype), tree) for tree in trees))
 

@@ -1,26 +1,16 @@
 """What of a module is trainable: read, set, and matched by dotted names."""
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxmm.compute.named_arrays import is_differentiable, own_arrays, put_arrays
 from mlxmm.compute.quantized import is_quantized
 from mlxmm.errors import UserError
 from mlxmm.training.module import Module
-
-
-class TraceSnapshot:
-    """Snapshot of frozen flags and train/eval modes that a compiled step was traced with."""
-
-    def __init__(self, module: nn.Module):
-        self._parts = [(part, part.training, frozenset(part._no_grad)) for part in module.modules()]
-
-    def changed(self) -> bool:
-        """True if anything was frozen, unfrozen or switched since: the step must be compiled again."""
-        return any(part._training is not mode or part._no_grad != frozen for part, mode, frozen in self._parts)
 
 
 def trainable_names(module: nn.Module) -> list[str]:
@@ -29,25 +19,53 @@ def trainable_names(module: nn.Module) -> list[str]:
 
 
 def set_trainable(module: nn.Module, names: Iterable[str]) -> None:
-    """Make the named parameters trainable and freeze all others."""
-    wanted = set(names)
+    """Make the named parameters trainable and freeze all others. Of a part with several names, any will do."""
+    wanted, parts = set(names), {}
     for prefix, part in module.named_modules():
-        own = [key for key, value in part.items() if isinstance(value, mx.array)]
+        parts.setdefault(id(part), (part, []))[1].append(prefix)
+    for part, prefixes in parts.values():
+        chosen = [key for key in own_arrays(part) if any(f"{p}.{key}".lstrip(".") in wanted for p in prefixes)]
+        part.unfreeze(recurse=False)  # lists and dicts that were frozen as a whole
         part.freeze(recurse=False)
-        part.unfreeze(recurse=False, keys=[key for key in own if f"{prefix}.{key}".lstrip(".") in wanted])
+        part.unfreeze(recurse=False, keys=chosen)
+
+
+@contextlib.contextmanager
+def frozen_parts_unchanged(module: nn.Module) -> Iterator[None]:
+    """At the end of the block, undo what frozen parts wrote into themselves: the running statistics of a BatchNorm.
+
+    An array that was written belongs to the smallest part around it that has other parameters. That part is frozen if
+    none of these is trainable.
+    """
+    before = dict(tree_flatten(module.parameters()))
+    yield
+    now, trained = dict(tree_flatten(module.parameters())), set(trainable_names(module))
+    written = [name for name, array in now.items() if name in before and array is not before[name]]
+    others = now.keys() - written
+    put_arrays(module, {name: before[name] for name in written if _in_frozen_part(name, others, trained)})
+
+
+def _in_frozen_part(name: str, others: Iterable[str], trained: set[str]) -> bool:
+    while name:
+        name = name.rpartition(".")[0]
+        if around := [other for other in others if not name or other.startswith(f"{name}.")]:
+            return trained.isdisjoint(around)
+    return False
 
 
 def match_parameters(module: nn.Module, pattern: str) -> list[str]:
     """The names of the trainable parameters under `pattern`, a dotted name with Python slices for layers.
 
     Examples: "projector", "language_model.model.layers[-2:]", "vision.layers[0].mlp"; or one of the module's
-    `parameter_groups`: "lora". Quantized weights cannot be trained. Raises `UserError` if nothing matches.
+    `parameter_groups`: "lora". Quantized weights, and arrays of integers and booleans, cannot be trained. Raises
+    `UserError` if nothing matches.
     """
     groups = module.parameter_groups() if isinstance(module, Module) else {}
     expression = re.compile(_expand(module, pattern) + r"(\.|$)")
     packed = tuple(f"{prefix}." for prefix, part in module.named_modules() if is_quantized(part))
     found = groups.get(pattern) or filter(expression.match, (name for name, _ in tree_flatten(module.parameters())))
-    names = [name for name in found if not name.startswith(packed)]
+    integers = {name for name, array in tree_flatten(module.parameters()) if not is_differentiable(array)}
+    names = [name for name in found if not name.startswith(packed) and name not in integers]
     if not names:
         parts = ", ".join(sorted({*module.children(), *groups}))
         raise UserError(

@@ -36,9 +36,10 @@ from mlxmm.training.callback import (
     restart_callbacks,
 )
 from mlxmm.training.checks import as_callbacks, check_optimizer, check_stage, check_trainable
-from mlxmm.training.datamodule import DataModule, as_datamodule, train_loader, why_empty
+from mlxmm.training.datamodule import DataModule, as_datamodule, stage_loader, train_loader, why_empty
 from mlxmm.training.default_callbacks import with_defaults
 from mlxmm.training.eval_loop import Evaluator
+from mlxmm.training.loader_randomness import epoch_seed
 from mlxmm.training.logger import Logger
 from mlxmm.training.loggers import make_loggers
 from mlxmm.training.module import Module
@@ -47,8 +48,8 @@ from mlxmm.training.progress import Progress
 from mlxmm.training.randomness import seed_everything, step_seed
 from mlxmm.training.schedule import Schedule
 from mlxmm.training.strategy import make_strategy
+from mlxmm.training.trace import TraceSnapshot, forget_moments
 from mlxmm.training.train_step import TrainStep, checked_twice
-from mlxmm.training.trainable import TraceSnapshot
 from mlxmm.training.trainer_config import TrainerConfig
 from mlxmm.training.trainer_properties import TrainerProperties
 
@@ -146,7 +147,8 @@ class Trainer(TrainerProperties):
     ) -> dict[str, float]:
         """The means of `test_step` over the test data, as "test/…"; arguments as of `validate`."""
         with self._stage("test", model, as_datamodule(datamodule, test=dataloaders), ckpt_path):
-            return self._evaluator.measure("test", self.datamodule.test_dataloader(), self.config.limit_test_batches)
+            loader = stage_loader(self.datamodule, "test")
+            return self._evaluator.measure("test", loader, self.config.limit_test_batches)
 
     @lightning_words.answers_calls
     def predict(
@@ -154,7 +156,8 @@ class Trainer(TrainerProperties):
     ) -> list:
         """What `predict_step` returns for each batch; arguments as of `validate`."""
         with self._stage("predict", model, as_datamodule(datamodule, predict=dataloaders), ckpt_path):
-            return self._evaluator.predict(self.datamodule.predict_dataloader(), self.config.limit_predict_batches)
+            loader = stage_loader(self.datamodule, "predict")
+            return self._evaluator.predict(loader, self.config.limit_predict_batches)
 
     def save_checkpoint(self, folder: Path | str) -> None:
         """Write a checkpoint of the run as it is now, whole or not at all. Raises `UserError` before `fit`."""
@@ -191,7 +194,7 @@ class Trainer(TrainerProperties):
 
     def accumulate(self, num_batches: int) -> None:
         """Make every following update from so many micro-batches. To be called between epochs."""
-        self.schedule.accumulate_grad_batches = num_batches
+        self.schedule.accumulate_grad_batches = int(num_batches)
 
     def replace_datamodule(self, datamodule) -> None:
         """Take batches from another datamodule, from the next epoch or validation on."""
@@ -209,7 +212,7 @@ class Trainer(TrainerProperties):
         `state` is what a checkpoint has of it.
         """
         self.schedule.measure_epoch(self.datamodule.train_dataloader())
-        self.optimizer = check_optimizer(self.module)
+        self.optimizer = check_optimizer(self.module, self.compiler.enabled)
         self.strategy.check_optimizer(self.optimizer)
         if state is not None:
             checkpoint.load_optimizer(state, self.optimizer, self.module)
@@ -254,6 +257,7 @@ class Trainer(TrainerProperties):
         if -1 in self._call("on_train_batch_start", group):
             return False
         if self._traced.changed():
+            forget_moments(self.optimizer, self.module, self._traced)
             self._build_train_step()
         with self.profiler.phase("step"):
             seed_everything(step_seed(self.config.seed, collectives.rank(), self.global_step))
@@ -273,9 +277,9 @@ class Trainer(TrainerProperties):
         """The micro-batches of each update left in this epoch, and whether it is the epoch's last."""
         limit = self.config.overfit_batches or self.config.limit_train_batches
         number = 0 if self.config.overfit_batches else self.current_epoch
-        loader = train_loader(self.datamodule)
+        loader = train_loader(self.datamodule, epoch_seed(self.config.seed, number))
         self.schedule.measure_epoch(loader)
-        rest = batches.epoch(loader, number, self.batch_idx, limit)
+        rest = batches.epoch(loader, number, self.batch_idx, limit, self.config.seed)
         groups = batches.updates(rest, self.accumulate_grad_batches)
         empty = True
         while True:
@@ -298,11 +302,11 @@ class Trainer(TrainerProperties):
     def _validate(self) -> dict[str, float]:
         if self.config.overfit_batches:
             return self._evaluator.measure("validation", train_loader(self.datamodule), self.config.overfit_batches)
-        loader, limit = self.datamodule.val_dataloader(), self.config.limit_val_batches
+        loader, limit = stage_loader(self.datamodule, "val"), self.config.limit_val_batches
         return self._evaluator.measure("validation", loader, limit)
 
     def _sanity_check(self) -> None:
-        loader, limit = self.datamodule.val_dataloader(), self.config.num_sanity_val_steps
+        loader, limit = stage_loader(self.datamodule, "val"), self.config.num_sanity_val_steps
         if loader is not None and limit > 0 and self.global_step == 0 and self.config.limit_val_batches != 0:
             self._evaluator.sanity_check(loader, limit)
 
@@ -386,7 +390,7 @@ class Trainer(TrainerProperties):
         if saved is not None:
             run_state.restore(self, saved, lambda: self._call("on_load_checkpoint", saved))
         self.configure_optimizer(saved and saved["optimizer"])
-        self.schedule.check_interval()
+        self.schedule.check(stage_loader(self.datamodule, "val"))
         run_folder.begin(self, saved and saved["state"])  # before this nothing is changed that is on disk
         for logger in self.loggers:
             logger.log_hyperparams(self._hparams())

@@ -52,6 +52,13 @@ def is_share(instance, attribute, value) -> None:
         raise ValueError(f"{attribute.name!r} must be a number of batches, or a fraction up to 1.0: {value}")
 
 
+def is_interval(instance, attribute, value) -> None:
+    """A number of updates from 1 on, or a fraction of an epoch up to 1.0."""
+    if value == 0:
+        raise ValueError(f"{attribute.name!r} must not be 0: limit_val_batches=0 switches validation off")
+    is_share(instance, attribute, value)
+
+
 def is_duration(instance, attribute, value) -> None:
     """Days, hours, minutes and seconds, the larger ones optional."""
     try:
@@ -82,10 +89,12 @@ class TrainerConfig:
     overfit_batches: int | float = option(0, "train and validate on these batches only; 0: all", is_share, rare=True)
     fast_dev_run: int = option(0, "run this many batches of everything and write nothing", ge(0), rare=True)
     num_sanity_val_steps: int = option(2, "validation batches to run before training", ge(0), rare=True)
-    val_check_interval: int | float = option(1.0, "updates between validations, or a fraction of an epoch", is_share)
+    val_check_interval: int | float = option(1.0, "updates between validations, or a fraction of an epoch", is_interval)
     check_val_every_n_epoch: int = option(1, "validate in every n-th epoch", ge(1), rare=True)
     accumulate_grad_batches: int = option(1, "batches per update", ge(1))
-    gradient_clip_val: float | None = option(1.0, "largest global gradient norm; none: no clipping", optional(ge(0)))
+    gradient_clip_val: float | None = option(
+        1.0, "largest global gradient norm; 0 or none: no clipping", optional(ge(0))
+    )
     gradient_clip_algorithm: str = option(
         "norm", "norm: scale all gradients; value: bound each number", in_(("norm", "value")), rare=True
     )

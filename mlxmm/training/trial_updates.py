@@ -52,7 +52,9 @@ def _groups(trainer) -> Iterator[tuple]:
         loader = trainer.datamodule.train_dataloader()
         if is_spent_once(loader):
             raise UserError("the training data can be read only once, and trial updates read them: give a loader")
-        epoch = batches.updates(batches.epoch(loader, number, 0, limit), trainer.accumulate_grad_batches)
+        epoch = batches.updates(
+            batches.epoch(loader, number, 0, limit, trainer.config.seed), trainer.accumulate_grad_batches
+        )
         group = None
         for group, _ in epoch:
             yield group

@@ -16,7 +16,7 @@ from mlxmm.preprocessing.tokenizers import end_token, load_tokenizer
 from mlxmm.storage import checkpoint
 from mlxmm.storage.atomic import read_arrays
 from mlxmm.storage.hub import local_folder
-from mlxmm.storage.pretrained import read_config, require_parts, require_weights
+from mlxmm.storage.pretrained import read_config, require_weights
 
 
 def check_parts(**named: str | None) -> None:
@@ -49,11 +49,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def _check_clip(folder: Path) -> None:
-    values = read_config(folder)
-    kind = values.get("model_type", "clip")
-    if kind not in contrastive_clip.KINDS:
-        raise UserError(f"{folder} is neither a CLIP nor a SigLIP: its config.json says model_type {kind!r}")
-    require_parts(folder, values, "vision_config", "text_config")
+    contrastive_clip.read_clip_config(folder)
     _check_tower(folder)
     load_tokenizer(folder)
 

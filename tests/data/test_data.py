@@ -175,7 +175,7 @@ def test_more_than_one_bad_picture_in_a_hundred_stops_the_run_and_names_five(mak
     config = CaptionDataConfig(
         source=make_parquet(images, split=["val", "test"] * 10 + ["train"] * 80), split_column="split"
     )
-    with pytest.raises(UserError, match=r"6 of 80 .*94\.png.*98\.png") as caught:
+    with pytest.raises(UserError, match=r"6 of 100 .*94\.png.*98\.png") as caught:
         open_source(config, 0)
     assert "99.png" not in str(caught.value) and "\n" not in str(caught.value)
 

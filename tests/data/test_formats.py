@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from pathlib import Path
 
 import datasets
@@ -9,6 +10,7 @@ import pytest
 from small_sources import JSON, NUM, TEXT, pictures, png, write_source, write_tar
 
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
+from mlxmm.data.sources.captions import texts_in
 from mlxmm.errors import UserError
 
 
@@ -212,12 +214,91 @@ def test_a_source_with_nothing_but_test_says_that_it_is_divided(tmp_path, capsys
     assert "test is the only split there is: its pictures are divided" in capsys.readouterr().out
 
 
-def test_rows_of_one_picture_are_on_one_side_of_a_split(tmp_path, capsys):
-    path = write_source(tmp_path / "rows.parquet", [i for i in range(NUM) for _ in range(5)])
+def test_rows_of_one_picture_are_one_row_with_all_its_captions_on_one_side(tmp_path, capsys):
+    numbers = [i for i in range(NUM) for _ in range(5)]
+    texts = [f"caption {place % 5} of {i}" for place, i in enumerate(numbers)]
+    scores, labels = [place / 100 for place in range(100)], [str(i) for i in numbers]
+    path = write_source(tmp_path / "rows.parquet", numbers, caption=texts, score=scores, label=labels)
     rows = opened(path).rows
-    own = [{part.without_image(i)["captions"][0] for i in range(len(part))} for part in rows.values()]
-    assert [len(part) for part in rows.values()] == [90, 5, 5] and len(set.union(*own)) == sum(map(len, own)) == NUM
-    assert "100 rows are of 20 pictures" in capsys.readouterr().out
+    own = [[tuple(part.without_image(i)["captions"]) for i in range(len(part))] for part in rows.values()]
+    lists = [tuple(f"caption {k} of {i}" for k in range(5)) for i in range(NUM)]
+    assert [len(part) for part in own] == [18, 1, 1] and sorted(sum(own, [])) == sorted(lists)
+    assert f"100 rows of {path} are of 20 pictures" in capsys.readouterr().out
+    some = opened(path, where=("score>=0.03",)).rows["train"]  # of the first picture, two captions
+    assert sum(len(some.without_image(i)["captions"]) for i in range(len(some))) == 90 - 3
+    assert rows["train"].table["label"][0] == "0"
+
+
+def test_rows_of_one_file_are_one_row_by_a_split_column_too(tmp_path):
+    numbers = [i for i in range(10) for _ in range(2)]
+    splits = ["train"] * 12 + ["val"] * 4 + ["test"] * 4
+    path = write_source(tmp_path / "rows.parquet", numbers, split=splits)
+    assert sizes(opened(path, split_column="split")) == [6, 2, 2]
+
+
+def test_pictures_that_are_held_out_and_in_train_too_are_named(tmp_path, capsys):
+    write_source(tmp_path / "train-0.parquet", range(10), "a thing")
+    write_source(tmp_path / "val-0.parquet", [9, 10, 11], "a thing")
+    write_source(tmp_path / "test-0.parquet", [12, 3, 4], "a thing")
+    assert sizes(opened(tmp_path)) == [10, 3, 3]
+    told = capsys.readouterr().out
+    assert "1 pictures of val of" in told and "2 pictures of test of" in told
+    assert "are in train too, as 3.png (row 1), 4.png (row 2)" in told
+
+
+def test_metadata_csv_keeps_captions_that_pandas_takes_for_none(tmp_path):
+    texts = ["NA", "null", "None", "nan", "n/a"]
+    lines = [f"{i}.png,{texts[i] if i < 5 else f'a thing {i}'}" for i in range(NUM)]
+    (pictures(tmp_path) / "metadata.csv").write_text("file_name,caption\n" + "\n".join(lines))
+    assert captions(opened(tmp_path)) == {*texts, *said(numbers=range(5, NUM))}
+
+
+def test_metadata_csv_of_split_folders_are_of_each(tmp_path):
+    names = [f"{('train', 'train', 'validation', 'test')[i % 4]}/{i}.png" for i in range(NUM)]
+    lines = [f"{name},a thing {i}" for i, name in enumerate(names)]
+    (pictures(tmp_path, names) / "metadata.csv").write_text("file_name,caption\n" + "\n".join(lines))
+    assert sizes(opened(tmp_path)) == [10, 5, 5] and captions(opened(tmp_path)) == said()
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "list.jsonl"])
+@pytest.mark.parametrize("forms", [("NFD", "NFC"), ("NFC", "NFD")], ids=str)
+def test_names_with_accents_are_found_however_the_disk_writes_them(tmp_path, name, forms):
+    on_disk, listed = ([unicodedata.normalize(form, f"café {i}.png") for i in range(NUM)] for form in forms)
+    pictures(tmp_path, on_disk)
+    rows = [{"file_name": name, "caption": f"a thing {i}"} for i, name in enumerate(listed)]
+    lines = ["file_name,caption", *(",".join(row.values()) for row in rows)]
+    text = lines if name.endswith("csv") else [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / name).write_text("\n".join(text))
+    assert captions(opened(tmp_path if name.startswith("metadata") else tmp_path / name)) == said()
+
+
+def test_a_caption_of_nothing_that_is_seen_is_none_and_a_list_in_a_text_is_read(tmp_path):
+    texts = [json.dumps([f"a thing {i}", f"an object {i}"]) for i in range(NUM)]
+    assert captions(opened(with_columns(tmp_path / "1.parquet", caption=texts))) == said() | said("an object")
+    path = with_columns(tmp_path / "2.parquet", caption=["\u200b\u200d"] + [f"a thing {i}" for i in range(1, NUM)])
+    with pytest.raises(UserError, match="1 of 20 rows have no caption"):
+        opened(path)
+    assert texts_in("\x00 ") == [] and texts_in('["not closed') == ['["not closed'] and texts_in("[1]") == ["[1]"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_cannot_be_used_is_judged_over_the_source_not_over_a_small_split(tmp_path, seed):
+    path = write_source(tmp_path / "1.parquet", range(120), caption=[None] + [f"a thing {i}" for i in range(119)])
+    source = open_source(CaptionDataConfig(source=path), seed)
+    assert sum(sizes(source)) == 119 and source.skipped == ("0.png (row 0)",)
+
+
+def test_labels_of_a_stream_that_name_no_split_are_counted_and_if_all_do_they_are_shown(tmp_path, capsys):
+    splits = ["train"] * 8 + ["unused"] * 4 + ["val", "test"] * 4
+    path = with_columns(
+        tmp_path / "1.parquet", caption=sorted(said()), split=splits, fold=[[i % 2] for i in range(NUM)]
+    )
+    rows = opened(path, split_column="split", streaming=True).rows
+    assert len(rows["val"]) == len(rows["test"]) == 4
+    assert "says neither train, val nor test: 'unused' (4 rows)" in capsys.readouterr().out
+    for streaming in (False, True):
+        with pytest.raises(UserError, match=r"must say train, val or test; it holds '\[0\]' \(10 rows\)"):
+            opened(path, split_column="fold", streaming=streaming)
 
 
 # What is not read

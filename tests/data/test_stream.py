@@ -271,7 +271,7 @@ def test_the_recipe_trains_on_a_stream(make_folder, tmp_path):
         ({"source": "no/such/file.parquet"}, "is not there"),
         ({"source": "one.parquet"}, "a stream cannot be split at random: one.parquet needs --data.split-column"),
         ({"source": "one.parquet", "image_column": "picture"}, "no column 'picture'; it has image, caption, split"),
-        ({"source": "one.parquet", "split_column": "split"}, "has no rows for train, val, test"),
+        ({"source": "one.parquet", "split_column": "split"}, "say train, val or test; it holds 'other'"),
         ({"source": "broken.parquet"}, "broken.parquet cannot be read"),
     ],
 )

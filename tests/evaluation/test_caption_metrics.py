@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxmm.errors import UserError
 from mlxmm.evaluation import caption_metrics
 
 # Made by tools/make_caption_metrics.py with pycocoevalcap 1.2 and Stanford's tokenizer.
@@ -126,3 +127,40 @@ def test_clip_scores_by_hand():
     # .6 is left of the first's, 1 of the second's; the third's best cosine is 0.
     expected = [2 * 1.5 * 0.6 / 2.1, 2 * 2.5 / 3.5, 0.0]
     assert caption_metrics.ref_clip_score(images, said, references, present).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("cafe\u0301 noir", ["café", "noir"]),
+        ("كِتَابٌ كبير", ["كِتَابٌ", "كبير"]),
+        ("ที่นี่ มีแมว", ["ที่นี่", "มีแมว"]),
+        ("می\u200cخواهم", ["می\u200cخواهم"]),
+        ("İstanbul", ["i̇stanbul"]),
+    ],
+)
+def test_a_word_keeps_its_combining_marks_in_every_script(text, expected):
+    assert caption_metrics.words(text) == expected
+
+
+METRICS = [caption_metrics.exact_match, caption_metrics.bleu, caption_metrics.rouge_l, caption_metrics.cider_d]
+
+
+@pytest.mark.parametrize("metric", [*METRICS, lambda *texts: caption_metrics.coco_bleu(*texts)["bleu_2"]])
+def test_accents_in_one_code_or_in_two_measure_the_same(metric):
+    import unicodedata
+
+    captions = ["un café à la crème est là", "une forêt où des élèves vont"]
+    references = [["un café à la crème est là"], ["des élèves vont où ils sont"]]
+    apart = [unicodedata.normalize("NFD", caption) for caption in captions]
+    references_apart = [[unicodedata.normalize("NFD", text) for text in texts] for texts in references]
+    wanted = metric(captions, references)
+    assert wanted > 0
+    assert metric(apart, references) == metric(captions, references_apart) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_no_captions_are_one_line(metric):
+    with pytest.raises(UserError, match="there are no captions to measure"):
+        metric([], [])

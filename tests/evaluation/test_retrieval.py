@@ -155,3 +155,16 @@ def test_nothing_to_find_is_an_error():
         retrieve(small_clip(), [])
     with pytest.raises(ValueError, match="no relevant"):
         best_ranks(np.zeros((2, 3)), np.array([[True, False, False], [False] * 3]))
+
+
+def test_rows_of_one_picture_are_retrieved_as_one_with_all_its_captions():
+    clip, pictures = small_clip(), [scene["image"] for scene in scenes(6)]
+    captions = [[f"thing {i}", f"object {i}"] for i in range(6)]
+    as_lists = [{"image": image, "captions": own} for image, own in zip(pictures, captions)]
+    as_rows = [{"image": row["image"].copy(), "captions": [text]} for row in as_lists for text in row["captions"]]
+    assert retrieve(clip, as_rows) == retrieve(clip, as_lists)
+
+
+def scenes(number: int) -> list[dict]:
+    rows = ShapesGrammar(ShapesConfig(), 0).rows(0)["train"]
+    return [rows[i] for i in range(number)]

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
-from small_clip import small_clip
+from small_clip import SIGLIP, small_clip
 
 from mlxmm import ZeroShotClassifier
 from mlxmm.compute.layer_calls import replaced_calls
@@ -263,3 +263,22 @@ def test_a_column_of_classes_is_classified_and_probed(folder):
     metrics = json.loads((folder / "labels/summary.json").read_text())
     assert metrics["linear_probe/accuracy"] == 1  # two pictures, each its own class
     assert metrics["zero_shot/top1_chance"] == 0.5 and metrics["zero_shot/top1"] in (0, 0.5, 1)
+
+
+def test_a_siglip_gives_each_class_its_sigmoid_and_a_softmax_by_choice(pictures, tmp_path):
+    clip = small_clip(**SIGLIP)
+    classifier = ZeroShotClassifier.build(clip, ["cat", "dog"], TEMPLATES["name"])
+    logits = clip(clip.preprocess(pictures), clip.tokenize(["cat", "dog"]))
+    assert mx.allclose(classifier.predict(pictures), mx.sigmoid(logits), atol=1e-6)
+    assert mx.allclose(classifier.predict(pictures, softmax=True), mx.softmax(logits, axis=-1), atol=1e-6)
+    classifier.save(tmp_path / "classifier.safetensors")
+    loaded = ZeroShotClassifier.load(tmp_path / "classifier.safetensors", clip)
+    assert mx.array_equal(loaded.predict(pictures), classifier.predict(pictures))
+    softmax = ZeroShotClassifier.build(small_clip(), ["cat", "dog"]).predict(pictures)
+    assert mx.allclose(softmax.sum(axis=-1), mx.ones(len(pictures)))
+
+
+def test_a_label_that_is_no_class_is_one_line(pictures):
+    classifier = ZeroShotClassifier.build(small_clip(), ["cat", "dog"])
+    with pytest.raises(UserError, match="'cow' is none of the 2 classes; 1 labels are not"):
+        classifier.top_k(pictures[:2], ["cat", "cow"])

@@ -137,3 +137,11 @@ def test_crops_are_a_function_of_seed_epoch_and_place_and_no_picture_comes_twice
     (again,) = epochs(0, start=2)
     for expected, batch in zip(one[2:], again, strict=True):
         assert all(np.array_equal(expected[name], batch[name]) for name in batch)
+
+
+def test_twins_of_a_text_in_a_batch_are_right_for_each_other():
+    clip = small_clip()
+    batch = pairs(4)
+    twice = {name: np.concatenate([array, array]) for name, array in batch.items()}
+    alone, both = (clip.training_step({k: mx.array(v) for k, v in b.items()})["accuracy"] for b in (batch, twice))
+    assert float(both) == float(alone) > 0

@@ -1,6 +1,7 @@
 """Decoding: what must be equal is, on a tiny random Qwen3 and on a network of our own that keeps no keys."""
 
 import itertools
+import math
 
 import attrs
 import mlx.core as mx
@@ -13,7 +14,7 @@ from PIL import Image
 from mlxmm.errors import UserError
 from mlxmm.modules.qwen3_aligner import Qwen3Aligner, Qwen3AlignerConfig
 from mlxmm.networks.clip import CLIPVisionTower, VisionConfig
-from mlxmm.networks.generation import GenerationConfig, beam_search, generate, sequence_keys, stream
+from mlxmm.networks.generation import GenerationConfig, _choose, beam_search, generate, sequence_keys, stream
 from mlxmm.networks.language_model import (
     CachedLanguageModel,
     Qwen3Config,
@@ -444,3 +445,12 @@ def test_patches_that_do_not_fit_are_named(num_patches, factor, message):
         return
     with pytest.raises(UserError, match="projector_factor 3 does not divide the 4 patches"):
         make_aligner(projector="pixel_shuffle", projector_factor=3)
+
+
+def test_a_temperature_near_zero_is_greedy_and_a_penalty_that_is_no_number_is_refused():
+    logits, keys = mx.array([[1.0, 1.5, -2.0], [3.0, 2.9, 0.0]]), sequence_keys(0, [0, 1])
+    for temperature in (1e-40, 1e-30, 1e-12):
+        assert _choose(logits, GenerationConfig(temperature=temperature), keys).tolist() == [1, 0]
+    for penalty in (math.nan, math.inf):
+        with pytest.raises(UserError, match="a finite number is wanted"):
+            GenerationConfig(length_penalty=penalty)

@@ -10,8 +10,8 @@ import pytest
 from conftest import DistinctBatches, TinyRegression
 from mlx.utils import tree_flatten
 
-from callbacks import ModelCheckpoint, ModelSummary, TQDMProgressBar
-from mlxmm import Callback
+from callbacks import GradientAccumulationScheduler, LossSpikeGuard, ModelCheckpoint, ModelSummary, TQDMProgressBar
+from mlxmm import Callback, TrainerConfig, seed_everything
 from mlxmm.errors import UserError
 
 
@@ -307,3 +307,106 @@ def test_a_share_of_data_of_unknown_length_is_one_clear_error(make_trainer):
     trainer = make_trainer(max_epochs=2, limit_train_batches=4, num_sanity_val_steps=0)
     trainer.fit(TinyRegression(dropout=0.0), train_dataloaders=NoLength())
     assert trainer.global_step == 8
+
+
+@pytest.mark.parametrize("value", [0, 0.0])
+def test_a_clip_value_of_0_clips_nothing(make_trainer, value):
+    modules = [TinyRegression(dropout=0.0) for _ in range(2)]
+    for module, limit in zip(modules, (value, None)):
+        fit(make_trainer, module=module, max_steps=3, gradient_clip_val=limit, compile=False)
+    assert_same(*map(weights, modules))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"val_check_interval": 0}, "'val_check_interval' must not be 0: limit_val_batches=0 switches validation off"),
+        ({"val_check_interval": 0.0}, "'val_check_interval' must not be 0"),
+        ({"limit_train_batches": 0}, "limit_train_batches=0 leaves nothing to train on"),
+        ({"limit_train_batches": 0.0}, "limit_train_batches=0 leaves nothing to train on"),
+        ({"limit_train_batches": 0.01}, "a limit of 0.01 leaves none of 6 batches .*: give 0.17 or more"),
+        ({"overfit_batches": 0.01}, "a limit of 0.01 leaves none of 6 batches"),
+        ({"limit_val_batches": 0.4}, "a limit of 0.4 leaves none of 2 batches .*: give 0.5 or more"),
+    ],
+    ids=str,
+)
+def test_a_limit_that_leaves_nothing_is_refused_before_the_first_update(make_trainer, settings, told):
+    started = []
+
+    class Started(Callback):
+        def on_train_batch_start(self, trainer, module, batches):
+            started.append(True)
+
+    with pytest.raises(UserError, match=told):
+        fit(make_trainer, Started(), max_steps=3, **settings)
+    assert not started
+
+
+@pytest.mark.parametrize("stage", ["test", "predict"])
+def test_a_limit_that_leaves_nothing_is_refused_in_every_stage(make_trainer, stage):
+    trainer = make_trainer(**{f"limit_{stage}_batches": 0.01})
+    with pytest.raises(UserError, match="a limit of 0.01 leaves none of 2 batches"):
+        getattr(trainer, stage)(TinyRegression(), DistinctBatches(2))
+
+
+def test_numbers_of_numpy_are_numbers(make_trainer):
+    settings = {"max_epochs": np.int64(2), "limit_train_batches": np.int32(3), "seed": np.int64(2**20)}
+    config = TrainerConfig(**settings, val_check_interval=np.float32(0.5), gradient_clip_val=np.float64(0))
+    values = config.max_epochs, config.limit_train_batches, config.val_check_interval, config.gradient_clip_val
+    assert [type(value) for value in values] == [int, int, float, float]
+    scheduler = GradientAccumulationScheduler({np.int64(0): np.int64(2)})
+    trainer, seen = fit(make_trainer, scheduler, config=config, compile=False)
+    assert trainer.global_step == 4 and [len(read) for read in seen.epochs.values()] == [3, 3]
+    seed_everything(np.int64(5))
+    drawn = np.random.rand()
+    seed_everything(5)
+    assert drawn == np.random.rand()
+
+
+@pytest.mark.parametrize(("scheduling", "updates"), [({0: 4}, 6), ({0: 4, 2: 1}, 10), ({1: 6}, 8)])
+def test_an_accumulation_schedule_is_part_of_the_length_of_the_run(make_trainer, scheduling, updates):
+    told = []
+
+    class Asks(TinyRegression):
+        def configure_optimizers(self):
+            told.append(self.trainer.estimated_stepping_batches)
+            return super().configure_optimizers()
+
+    scheduler = GradientAccumulationScheduler(scheduling)
+    trainer, _ = fit(make_trainer, scheduler, module=Asks(), max_epochs=3, compile=False)
+    assert told == [updates] and trainer.global_step == trainer.estimated_stepping_batches == updates
+
+
+class Weighted(TinyRegression):
+    """The mean over what is supervised, which is nan where nothing is."""
+
+    def __init__(self):
+        super().__init__(dropout=0.0)
+
+
+def supervised(*weights_of_batches):
+    batches = DistinctBatches(len(weights_of_batches)).batches
+    return [batch | {"mask": batch["mask"] * weight} for batch, weight in zip(batches, weights_of_batches)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_batch_of_weight_0_changes_nothing(make_trainer, accumulate, compiled):
+    module, without, settings = Weighted(), Weighted(), {"gradient_clip_val": None, "compile": compiled}
+    for net, data in ((module, supervised(1, 0, 1)), (without, [supervised(1, 0, 1)[i] for i in (0, 2)])):
+        trainer = make_trainer(max_steps=3 if accumulate == 1 else 1, accumulate_grad_batches=accumulate, **settings)
+        trainer.fit(net, train_dataloaders=data)
+        assert all(np.isfinite(array).all() for array in weights(net).values())
+    if accumulate > 1:
+        assert_same(weights(module), weights(without), atol=1e-6)
+    measure = lambda data: make_trainer(compile=compiled).validate(module, data)
+    assert measure(supervised(1, 0, 1)) == measure([supervised(1, 0, 1)[i] for i in (0, 2)])
+    with pytest.warns(UserWarning, match="all batches of this evaluation have weight 0"):
+        assert measure(supervised(0, 0)) == {}
+
+
+def test_updates_of_weight_0_are_no_spikes_and_do_not_lower_the_mean(make_trainer):
+    guard = LossSpikeGuard(window=2, rtol=1.0)
+    trainer = make_trainer(max_steps=8, callbacks=[guard], compile=False, log_every_n_steps=1)
+    trainer.fit(Weighted(), train_dataloaders=supervised(1, 1, 0, 0, 0, 1, 1, 0))
+    assert guard.num_skipped == 0 and len(guard.losses) == 2 and min(guard.losses) > 0

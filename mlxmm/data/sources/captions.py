@@ -4,6 +4,8 @@ caption    caption_0 caption_1    caption_*    sentences.raw
 """
 
 import fnmatch
+import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 
 TEXTS = ("text", "raw", "caption")  # of a struct that stands for a caption, the field that holds it
@@ -48,9 +50,28 @@ def captions_at(row: Mapping, wanted: str) -> list[str]:
 
 
 def texts_in(value) -> list[str]:
-    """The texts in a cell: a string, a struct with a text, or a list of these."""
+    """The texts in a cell: a string, which may be a list written as JSON, a struct with a text, or a list of these."""
     if isinstance(value, Mapping):
         value = next((value[name] for name in TEXTS if value.get(name)), None)
     if isinstance(value, list | tuple):
         return [text for one in value for text in texts_in(one)]
-    return [value.strip()] if isinstance(value, str) and value.strip() else []
+    if not isinstance(value, str):
+        return []
+    written = _list_in(value)
+    return [text for one in written for text in texts_in(one)] if written else [value.strip()] * _says_something(value)
+
+
+def _says_something(text: str) -> bool:
+    """Whether a letter can be seen: blanks, joiners and control characters cannot."""
+    return any(unicodedata.category(letter)[0] not in "CZ" for letter in text)
+
+
+def _list_in(text: str) -> list[str]:
+    """The captions of a list that is written as JSON in a text; none in another text."""
+    if not text.lstrip().startswith('["'):
+        return []
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return []
+    return values if isinstance(values, list) and all(isinstance(one, str) for one in values) else []

@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -51,10 +52,14 @@ class Listed:
     by_split: Mapping[str, Mapping[str, list]]
 
 
-def find_local(source: str, image_folder: str | None, caption_column: str | None) -> Files | Listed | None:
+def find_local(
+    source: str, image_folder: str | None, caption_column: str | None, *, streaming: bool = False
+) -> Files | Listed | None:
     """What a path or glob holds; None if nothing is there. Raises `UserError` for a kind of file that is not read."""
     if Path(source).is_dir():
-        return _in_folder(Path(source))
+        found = _in_folder(Path(source))
+        is_csv = not streaming and isinstance(found, Files) and found.builder == "imagefolder"
+        return (_metadata_csv(Path(source), found, caption_column) if is_csv else None) or found
     files = [Path(source)] if Path(source).is_file() else [Path(name) for name in sorted(glob.glob(source))]
     kinds = {BUILDERS.get(path.suffix.lower()) for path in files}
     if len(kinds) == 1 and (builder := kinds.pop()):
@@ -82,6 +87,22 @@ def _in_folder(folder: Path) -> Files | Listed:
     if not metadata and any(path.with_suffix(".txt").is_file() for path in pictures):
         return _with_texts(folder, pictures)
     return Files("imagefolder", _by_split(folder, [*pictures, *metadata], by_name=False))
+
+
+def _metadata_csv(folder: Path, found: Files, caption_column: str | None) -> Listed | None:
+    """A folder whose metadata are .csv files, as a list; None for others. `datasets` takes captions that are NA, null
+    or None for none."""
+    paths = [Path(name) for names in found.by_split.values() for name in names]
+    metadata = [path for path in paths if path.name in METADATA]
+    if not metadata or any(path.suffix != ".csv" for path in metadata):
+        return None
+    rows = [row for path in metadata for row in _with_paths(path, text_rows(path), path.parent)]
+    listed = _table(rows, caption_column if caption_column in rows[0] else None, caption_column or "")
+    columns = listed.by_split.get("train", {})
+    if len(listed.by_split) > 1 or not columns:
+        return listed
+    places = [Path(os.path.relpath(name, os.path.abspath(folder))) for name in columns["image"]]
+    return _split_columns(columns, [split_of(place, by_name=False) for place in places])
 
 
 def _folder_help() -> str:
@@ -210,7 +231,15 @@ def inside(folder: Path, name: str, source: str | Path) -> str:
         raise UserError(
             f"{source} names the picture {name!r}, which is not in {folder}: --data.image-folder names a folder"
         )
-    return path
+    return on_disk(path)
+
+
+def on_disk(path: str) -> str:
+    """The path of a file whose accents may be written in one code or in two: macOS writes names in two (NFD)."""
+    if os.path.exists(path):
+        return path
+    forms = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
+    return next(filter(os.path.exists, forms), path)
 
 
 def _table(rows: list[dict], caption: str | None, wanted: str) -> Listed:

@@ -4,7 +4,6 @@ A row is `{"image": PIL, "captions": [str], "id": str}`.
 """
 
 import hashlib
-import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,12 +28,13 @@ from mlxmm.data.sources.tables import (
     report_restval,
     tell,
 )
+from mlxmm.data.sources.twins import content, grouped, picture_numbers
 from mlxmm.data.sources.where import Condition
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import SUFFIXES, UndecodableImage, decode_image
 
 HELD_OUT = 0.05  # fraction of the rows for each of val and test, if a source has no splits
-MAX_UNUSABLE = 0.01  # fraction of a split's rows: with more, something is wrong with the source
+MAX_UNUSABLE = 0.01  # fraction of a source's rows: with more, something is wrong with it
 
 
 class Rows(Protocol):
@@ -183,25 +183,16 @@ class CaptionRows(Sequence):
         return f"{path} (row {index})" if path else f"row {index}"
 
     def without_undecodable(self, num_threads: int) -> tuple["CaptionRows", list[str]]:
-        """The rows whose images can be decoded, and the names of the others. A collective call.
-
-        Raises `UserError` that names the first five, if they are more than one in a hundred.
-        """
-        return self._without(undecodable_places(self, num_threads), "pictures cannot be decoded")
+        """The rows whose images can be decoded, and the names of the others. A collective call."""
+        return self._without(undecodable_places(self, num_threads))
 
     def without_captionless(self) -> tuple["CaptionRows", list[str]]:
-        """The rows that have a caption, and the names of the others. Raises as `without_undecodable` does."""
+        """The rows that have a caption, and the names of the others."""
         rows = self._values(self.columns.of_captions)
-        bad = [place for place, values in enumerate(rows) if not self._texts(values)]
-        return self._without(bad, "rows have no caption")
+        return self._without([place for place, values in enumerate(rows) if not self._texts(values)])
 
-    def _without(self, bad: Sequence[int], fault: str) -> tuple["CaptionRows", list[str]]:
-        names = map(self.name, bad)
-        if len(bad) > MAX_UNUSABLE * len(self):
-            first = ", ".join(itertools.islice(names, 5))
-            much = f"{len(bad)} of {len(self)} {fault}, more than one in a hundred"
-            raise UserError(f"{much}; fix them or leave them out: {first}")
-        return attrs.evolve(self, indices=np.delete(self.indices, bad)), list(names)
+    def _without(self, places: Sequence[int]) -> tuple["CaptionRows", list[str]]:
+        return attrs.evolve(self, indices=np.delete(self.indices, places)), list(map(self.name, places))
 
     def is_decodable(self, place: int) -> bool:
         """Whether the image at `place` can be decoded."""
@@ -216,8 +207,8 @@ def _identity(image: dict | None) -> bytes:
     """What tells the image of a cell from others; a cell may be empty, and its file missing."""
     if image is None or (image["bytes"] is None and image["path"] is None):
         return b"no image\n"
-    if image["bytes"] is not None:
-        return hashlib.sha256(image["bytes"]).digest()
+    if (digest := content(image)) is not None:
+        return digest
     try:
         stat = Path(image["path"]).stat()
     except OSError:
@@ -227,8 +218,8 @@ def _identity(image: dict | None) -> bytes:
 
 def _content(image: dict) -> bytes:
     """What tells an image from others, on any machine."""
-    if image["bytes"] is not None:
-        return hashlib.sha256(image["bytes"]).digest()
+    if (digest := content(image)) is not None:
+        return digest
     path = Path(image["path"])
     return f"{path.name}:{path.stat().st_size if path.is_file() else 0}\n".encode()
 
@@ -254,7 +245,7 @@ def open_rows(
     parts = split_tables(tables, columns.split, seed)
     rows = {split: CaptionRows(table, indices, columns) for split, (table, indices) in parts.items()}
     check_splits(source, [split for split in rows if len(rows[split])], tables)
-    return rows
+    return grouped(source, rows)
 
 
 def open_training_rows(
@@ -283,7 +274,7 @@ def open_training_rows(
     table, indices = parts.get("train", (None, ()))
     if not len(indices):
         raise UserError(f"{source} has no rows for train; its splits are {', '.join(tables)}")
-    return CaptionRows(table, indices, columns)
+    return grouped(source, {"train": CaptionRows(table, indices, columns)})["train"]
 
 
 def _joined_tables(source: str, columns: Columns, join: Join | None, **which) -> dict:
@@ -320,21 +311,26 @@ def _rows_by_label(table, column: str) -> dict[str, np.ndarray]:
     """The rows of each split that a column names. Labels that name none are printed, with their number."""
     labels, kind = table[column][:], table.features[column]
     if any(isinstance(label, list | dict) for label in labels):
-        raise UserError(f"column {column!r} must say train, val or test; it holds {labels[0]!r:.60}")
+        report_labels(column, labels, num_named=0)
     splits = np.array([split_of_label(label, kind) or "" for label in labels])
-    unknown = Counter(str(label) for label, split in zip(labels, splits) if not split)
-    counts = ", ".join(f"{label!r} ({number} rows)" for label, number in unknown.most_common(5))
-    if len(splits) and not any(splits):
-        raise UserError(f"column {column!r} must say train, val or test; it holds {counts}")
-    if unknown:
-        tell(f"left out, as column {column!r} says neither train, val nor test: {counts}")
+    report_labels(column, [label for label, split in zip(labels, splits) if not split], num_named=sum(splits != ""))
     report_restval(labels)
     return {split: np.flatnonzero(splits == split) for split in SPLITS}
 
 
+def report_labels(column: str, unknown: Sequence, *, num_named: int) -> None:
+    """Print the labels of rows that name no split, with their number. Raises `UserError` if all are such."""
+    counts = Counter(str(label) for label in unknown).most_common(5)
+    shown = ", ".join(f"{label!r:.60} ({number} rows)" for label, number in counts)
+    if unknown and not num_named:
+        raise UserError(f"column {column!r} must say train, val or test; it holds {shown}")
+    if unknown:
+        tell(f"left out, as column {column!r} says neither train, val nor test: {shown}")
+
+
 def _random_split(table, seed: int) -> dict[str, np.ndarray]:
     """Rows of each split, drawn by picture: a picture with several rows is on one side."""
-    pictures = _picture_numbers(table)
+    pictures = picture_numbers(_picture_cells(table))
     num_pictures = int(pictures.max(initial=-1)) + 1
     if num_pictures < 3:  # which cannot be divided
         pictures, num_pictures = np.arange(len(table)), len(table)
@@ -343,22 +339,10 @@ def _random_split(table, seed: int) -> dict[str, np.ndarray]:
     val, test, train = np.split(order, [num_held_out, 2 * num_held_out])
     if num_pictures == len(table):
         return {"train": np.sort(train), "val": val, "test": test}
-    tell(f"{len(table)} rows are of {num_pictures} pictures: all rows of a picture are in one split")
     parts = {"train": train, "val": val, "test": test}
     return {split: np.flatnonzero(np.isin(pictures, own)) for split, own in parts.items()}
 
 
-def _picture_numbers(table) -> np.ndarray:
-    """For each row the number of its picture, by first appearance: rows of one file, or of one name and content."""
+def _picture_cells(table) -> Sequence:
     name = next((name for name, kind in table.features.items() if type(kind).__name__ == "Image"), None)
-    numbers: dict = {}
-    cells = table.select_columns([name])[name] if name else range(len(table))
-    return np.array([numbers.setdefault(_same_picture(cell, row), len(numbers)) for row, cell in enumerate(cells)], int)
-
-
-def _same_picture(cell, row: int):
-    """What rows of one picture have in common."""
-    if not isinstance(cell, dict) or (cell["bytes"] is None and cell["path"] is None):
-        return row
-    content = None if cell["bytes"] is None else hashlib.sha256(cell["bytes"]).digest()
-    return cell["path"], content
+    return table.select_columns([name])[name] if name else range(len(table))

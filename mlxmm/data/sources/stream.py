@@ -11,7 +11,7 @@ import attrs
 import numpy as np
 
 from mlxmm.data.sources.formats import SPLITS, split_of_label
-from mlxmm.data.sources.rows import CaptionRows
+from mlxmm.data.sources.rows import CaptionRows, report_labels
 from mlxmm.data.sources.tables import (
     Columns,
     captions_in_row,
@@ -24,6 +24,7 @@ from mlxmm.data.sources.tables import (
     reading_errors,
     with_bytes,
 )
+from mlxmm.data.sources.twins import grouped
 from mlxmm.data.sources.where import Condition
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
@@ -111,7 +112,7 @@ def open_stream(
             named = dict.fromkeys(SPLITS, table) | {"train": train}
         check_splits(source, [split for split in first if first[split]], tables)
         rows = {split: _held_out(source, first[split], named[split], columns) for split in ("val", "test")}
-        return {"train": StreamRows(source=source, table=named["train"], columns=columns)} | rows
+        return {"train": StreamRows(source=source, table=named["train"], columns=columns)} | grouped(source, rows)
 
 
 def _where(conditions: Sequence[Condition], columns: Columns, tables: dict) -> tuple[Columns, dict]:
@@ -127,13 +128,17 @@ def _where(conditions: Sequence[Condition], columns: Columns, tables: dict) -> t
 def _first_rows(table, column: str, most: dict[str, int]) -> dict[str, list[dict]]:
     """The first rows of each split named by `column`, at most `most[split]`: one pass, which ends once there are
     enough."""
-    first = {split: [] for split in SPLITS}
+    first: dict[str, list[dict]] = {split: [] for split in SPLITS}
+    unknown: list = []  # of the rows that are read here
     for values in table:
         split = split_of_label(values[column], table.features[column])
-        if split is not None and len(first[split]) < most[split]:
+        if split is None:
+            unknown.append(values[column])
+        elif len(first[split]) < most[split]:
             first[split].append(values)
         if all(len(first[split]) == most[split] for split in SPLITS):
             break
+    report_labels(column, unknown, num_named=sum(map(len, first.values())))
     return first
 
 

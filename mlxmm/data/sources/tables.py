@@ -10,7 +10,7 @@ from pathlib import Path
 import attrs
 
 from mlxmm.data.sources.caption_tables import TEXT_FILES, Entry, entries_of, is_text_table, text_rows
-from mlxmm.data.sources.captions import captions_at, matching
+from mlxmm.data.sources.captions import captions_at, matching, texts_in
 from mlxmm.data.sources.formats import (
     BUILDERS,
     SPLITS,
@@ -19,6 +19,7 @@ from mlxmm.data.sources.formats import (
     find_local,
     has_no_captions,
     inside,
+    on_disk,
     split_of,
 )
 from mlxmm.data.sources.where import Condition, all_met
@@ -178,6 +179,8 @@ def _with_own_files(source: str, table, column: str):
     import datasets
 
     cells = table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
+    if table.info.builder_name == "imagefolder" and not is_hub_id(source):
+        return _with_names_on_disk(table, cells, column)
     if table.info.builder_name in ("imagefolder", None) or is_hub_id(source) and _is_image_folder(table):
         return table  # datasets itself made sure of it; or it is a list, of which `formats.py` did
     paths = []
@@ -191,6 +194,14 @@ def _with_own_files(source: str, table, column: str):
             f"column {column!r} of {source} has names of files, as {paths[0]!r}, and not the pictures themselves"
         )
     return with_columns(table, {column: [_cell(source, cell["path"]) for cell in cells[column]]})
+
+
+def _with_names_on_disk(table, cells, column: str):
+    """The table of a folder whose metadata may write the names of files otherwise than the disk does."""
+    named = [(cell or {}).get("path") for cell in cells[column]]
+    found = [path and on_disk(path) for path in named]
+    own = [(cell and cell | {"path": path}) for cell, path in zip(cells[column], found)] if found != named else ()
+    return with_columns(table, {column: own}) if own else table
 
 
 def _is_image_folder(table) -> bool:
@@ -210,7 +221,7 @@ def _load(
 
     if Path(source).is_dir() and (files_by_split := _files_of_card(Path(source), config_name)):
         return datasets.load_dataset("parquet", data_files=files_by_split, **options)
-    if (found := find_local(source, image_folder, caption)) is not None:
+    if (found := find_local(source, image_folder, caption, streaming=options.get("streaming", False))) is not None:
         _check_no_config(source, config_name)
         return _local_tables(source, found, **options)
     if not is_hub_id(source) or source.lower().endswith((*BUILDERS, *TEXT_FILES)):
@@ -356,8 +367,7 @@ def captions_in_cell(value, kind) -> list[str]:
     """The captions in a cell: one string, a list, or a class number, which the column's feature `kind` names."""
     if isinstance(value, int):
         value = kind.int2str(value) if value >= 0 else None  # -1: no label
-    texts = [value] if isinstance(value, str) else list(value or ())
-    return [text.strip() for text in texts if text and text.strip()]
+    return texts_in(value)
 
 
 def read_captions(names: Sequence[str], caption_column: str) -> list[Entry]:
