@@ -165,7 +165,8 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _is_being_written(path: Path) -> bool:
-    """Whether a living process has the lock of a temporary folder; of files none has."""
+    """Whether a living process has the lock of a temporary folder, or may have it, where there are no locks; of files
+    none has."""
     if path.is_symlink() or not path.is_dir():
         return False
     try:
@@ -175,8 +176,8 @@ def _is_being_written(path: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return False
-    except OSError as error:
-        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    except OSError:
+        return True
     finally:
         os.close(descriptor)
 
