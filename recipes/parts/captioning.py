@@ -3,7 +3,7 @@
 import attrs
 
 from mlxmm import Callback, Trainer
-from mlxmm.callbacks import CachedFeatures, ModelCheckpoint, SampleCaptions
+from mlxmm.callbacks import CachedFeatures, SampleCaptions
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionSource
 from mlxmm.data.overview import training_warnings
@@ -18,7 +18,7 @@ from mlxmm.storage.disk import going_on
 from mlxmm.storage.runs import Run
 from mlxmm.training.logger import repeatable
 
-from .monitoring import log_results, monitors
+from .monitoring import checkpoints, log_results, monitors
 from .refresh import refreshing
 
 SHEET_ROWS = 12  # of each test split
@@ -55,7 +55,7 @@ def fit(config, captioner: CaptioningModule, source: CaptionSource, run: Run, na
                 *features,
                 *monitors(name),
                 SampleCaptions(source.rows["val"]),
-                ModelCheckpoint(every_n_train_steps=config.checkpoint_every, monitor="val/loss"),
+                *checkpoints(config.trainer, every_n_train_steps=config.checkpoint_every, monitor="val/loss"),
             ],
         )
         trainer.fit(captioner, data, ckpt_path=run.ckpt_path)

@@ -5,7 +5,6 @@ import mlx.core as mx
 from attrs.validators import ge
 
 from mlxmm import Trainer, TrainerConfig
-from mlxmm.callbacks import ModelCheckpoint
 from mlxmm.config import checked, option, section, to_json
 from mlxmm.data.caption_source import CaptionSource
 from mlxmm.data.text_data import TextData
@@ -17,7 +16,7 @@ from mlxmm.storage.runs import Run
 from mlxmm.training.logger import repeatable
 
 from .fast_dev_run import tried_too
-from .monitoring import monitors
+from .monitoring import checkpoints, monitors
 
 
 @attrs.frozen(kw_only=True, slots=False, field_transformer=checked)  # recipes derive their Config from two of these
@@ -61,7 +60,7 @@ def train(config: LanguageModelConfig, source: CaptionSource, run: Run, seed: in
         attrs.evolve(config.trainer, seed=seed, default_root_dir=run.folder),
         callbacks=[
             *monitors("language model"),
-            ModelCheckpoint(every_n_train_steps=200),
+            *checkpoints(config.trainer, every_n_train_steps=200),
         ],
     )
     trainer.fit(model, data, ckpt_path=run.ckpt_path)

@@ -5,13 +5,25 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
-from mlxmm import Callback, Trainer
-from mlxmm.callbacks import DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ThroughputMonitor, TQDMProgressBar
+from mlxmm import Callback, Trainer, TrainerConfig
+from mlxmm.callbacks import (
+    DeviceStatsMonitor,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelSummary,
+    ThroughputMonitor,
+    TQDMProgressBar,
+)
 
 
 def monitors(title: str) -> list[Callback]:
     """A summary, a bar of this title, the learning rate, speed and memory."""
     return [ModelSummary(), LearningRateMonitor(), ThroughputMonitor(), DeviceStatsMonitor(), TQDMProgressBar(title)]
+
+
+def checkpoints(config: TrainerConfig, **settings) -> list[Callback]:
+    """A ModelCheckpoint with these settings, if there are to be checkpoints."""
+    return [ModelCheckpoint(**settings)] if config.enable_checkpointing else []
 
 
 def log_results(trainer: Trainer, metrics: Mapping, samples: Image.Image | None = None) -> None:

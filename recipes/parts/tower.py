@@ -5,7 +5,7 @@ import mlx.core as mx
 from attrs.validators import ge
 
 from mlxmm import Callback, Trainer, TrainerConfig
-from mlxmm.callbacks import EmbeddingProjector, ModelCheckpoint, SimilarityMatrix, ZeroShotEvaluation
+from mlxmm.callbacks import EmbeddingProjector, SimilarityMatrix, ZeroShotEvaluation
 from mlxmm.config import checked, option, section, to_json
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionSource
@@ -24,7 +24,7 @@ from mlxmm.storage.runs import Run
 from mlxmm.training.logger import repeatable
 
 from .fast_dev_run import tried_too
-from .monitoring import log_results, monitors
+from .monitoring import checkpoints, log_results, monitors
 from .refresh import refreshing
 from .refresh_config import RefreshConfig
 
@@ -94,7 +94,7 @@ def train(
                 *monitors("tower"),
                 *pictures(config, source, seed),
                 # The loss may rise with the temperature while more and more pictures find their captions.
-                ModelCheckpoint(every_n_train_steps=200, monitor="val/accuracy", mode="max"),
+                *checkpoints(config.trainer, every_n_train_steps=200, monitor="val/accuracy", mode="max"),
             ],
         )
         trainer.fit(clip, data, ckpt_path=run.ckpt_path)
