@@ -14,7 +14,7 @@ READY := .venv/ready$(BACKEND:%=-%)
 # Threads of a BLAS that wait for each other on a busy machine cost more than they give in small tests.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-lowest test-newest constraints test-slow test-browser docs lint chaos bench bench-quick real prove
+.PHONY: demo test test-lowest test-newest constraints test-slow test-browser docs lint chaos damage bench bench-quick real prove
 .PHONY: resolve clean
 
 demo: $(READY)
@@ -56,6 +56,10 @@ chaos: $(READY)
 	$(BIN)/python tools/chaos.py --kills 5 --while-saving
 	$(BIN)/python tools/chaos.py --kills 9 --refresh
 	$(BIN)/python tools/chaos.py --kills 50 --tiny
+
+# FLAGS="--only caption", for example.
+damage: $(READY)
+	$(TEST_ENV) $(BIN)/python -m tools.damage $(FLAGS)
 
 # docs/speed.md. FLAGS='--rows "CLIP step" --threads 1', for example.
 bench: $(READY) .venv-bench/ready

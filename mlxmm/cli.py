@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import errno
 import inspect
 import io
 import select
@@ -22,6 +21,8 @@ from mlxmm.config import Preset, from_json
 from mlxmm.distributed import collectives
 from mlxmm.distributed.signals import Ended, raised
 from mlxmm.errors import UserError
+from mlxmm.escaping import visible
+from mlxmm.storage.disk import is_of_the_machine, reason
 from mlxmm.storage.pretrained import read_json
 from mlxmm.storage.runs import find_run
 from mlxmm.terminal import Forgiving, discard
@@ -29,8 +30,6 @@ from mlxmm.terminal import Forgiving, discard
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 COLUMN = 42  # where the explanations of flags begin
 MAX_WIDTH = 120
-# What the machine lacks, not the program: room, rights, a disk that works.
-OF_THE_MACHINE = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG")}
 
 
 def run_recipe(recipe: str, main: Callable, presets: Mapping[str, Preset]) -> None:
@@ -58,9 +57,9 @@ def run_recipe(recipe: str, main: Callable, presets: Mapping[str, Preset]) -> No
             raise
         _end("", 128 + signal.SIGPIPE)
     except OSError as error:
-        if error.errno not in OF_THE_MACHINE:
+        if not is_of_the_machine(error):
             raise
-        _end(": ".join(["error", *filter(None, [error.filename, error.strerror])]), 2)
+        _end(f"error: {reason(error)}", 2)
 
 
 def _is_closed(stream) -> bool:
@@ -78,7 +77,7 @@ def _interrupted(error: BaseException) -> str:
 def _end(line: str, code: int) -> NoReturn:
     """End the program with a line; what standard output still holds and cannot take is dropped."""
     if line:
-        print(line, file=Forgiving(sys.stderr), flush=True)
+        print(visible(line), file=Forgiving(sys.stderr), flush=True)
     try:
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):
@@ -160,7 +159,11 @@ def _saved_config(recipe: str, cls: type, flags: Sequence[str]):
     if resume is None or {"-h", "--help", "--help-all"} & set(flags):
         return None
     path = find_run(recipe, resume, run_dir and Path(run_dir)) / "config.json"
-    return from_json(cls, read_json(path)) if path.exists() else None
+    try:
+        return from_json(cls, read_json(path))
+    except UserError as error:
+        told = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise UserError(f"{told}; to resume the run without that file, give --preset and its flags") from None
 
 
 # ---- the flags of a config

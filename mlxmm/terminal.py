@@ -6,6 +6,8 @@ import signal
 import sys
 from typing import Any
 
+from mlxmm.escaping import visible
+
 
 def end_at_interrupt() -> None:
     """From now on Ctrl-C ends this process with one line: for the time of imports, which would show a traceback."""
@@ -18,14 +20,21 @@ def _end(number, frame) -> None:
     os._exit(128 + number)
 
 
-def say(text: str) -> None:
-    """Print a line on standard output, as long as anyone can read it."""
+def say(*lines: str) -> None:
+    """Print lines on standard output, as long as anyone can read it. What acts on a terminal is shown instead."""
+    text = "\n".join(map(visible, lines))
     try:
-        print(text, flush=True)
+        print(_encodable(text, sys.stdout), flush=True)
     except (OSError, ValueError) as error:  # ValueError: it was closed
         discard(sys.stdout)
         if getattr(error, "errno", errno.EPIPE) not in (errno.EPIPE, errno.EIO):
             print(f"warning: standard output cannot be written, the run goes on: {error}", file=Forgiving(sys.stderr))
+
+
+def _encodable(text: str, stream) -> str:
+    """`text` as `stream` can write it: in ASCII, as after LANG=C, other letters become escapes."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class Forgiving:

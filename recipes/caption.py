@@ -11,6 +11,7 @@ import attrs
 from mlxmm.cli import run_recipe
 from mlxmm.config import Preset, checked, option, positional, section
 from mlxmm.errors import UserError
+from mlxmm.escaping import visible
 from mlxmm.modules.captioning_module import CaptioningModule
 from mlxmm.modules.loading import load_captioner
 from mlxmm.networks.generation import GenerationConfig
@@ -36,13 +37,13 @@ def main(config: Config) -> None:
     check_parts(captioner=config.module)
     captioner = load_captioner(config.module)
     for path in paths:
-        print(f"{path}: ", end="", flush=True)
+        print(f"{visible(path)}: ", end="", flush=True)
         try:
             for piece in pieces(captioner, decode_image(str(path)), config):
-                print(piece, end="", flush=True)
+                print(visible(piece), end="", flush=True)
             print()
         except UndecodableImage as error:
-            print(f"skipped, {error}")
+            print(f"skipped, {visible(error)}")
 
 
 def pieces(captioner: CaptioningModule, image, config: Config) -> Iterator[str]:

@@ -6,8 +6,6 @@ Writes summary.json with all metrics and captions.jsonl with every caption. Metr
 control: each caption is compared with the references of another image.
 """
 
-import json
-
 import attrs
 
 from mlxmm.cli import run_recipe
@@ -19,6 +17,7 @@ from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.modules.loading import load_captioner
 from mlxmm.networks.generation import GenerationConfig
 from mlxmm.storage.atomic import write_text
+from mlxmm.storage.json_values import dumps
 from mlxmm.storage.runs import RunConfig, open_run
 
 from .parts.named_parts import check_parts
@@ -53,7 +52,7 @@ def main(config: Config) -> None:
             require_room(clip, [text for i in range(len(rows)) for text in rows[i]["captions"]])
         settings = attrs.asdict(config.generation)
         metrics, each = evaluate(captioner, rows, clip=clip, batch_size=config.data.batch_size, **settings)
-        write_text(run.folder / "captions.jsonl", "".join(json.dumps(one) + "\n" for one in each))
+        write_text(run.folder / "captions.jsonl", "".join(dumps(one) + "\n" for one in each))
         run.report({"pictures": len(rows)} | metrics)
 
 

@@ -22,6 +22,7 @@ from mlxmm.modules.loading import KINDS, load_captioner
 from mlxmm.storage.hub import local_folder
 from mlxmm.storage.pretrained import read_config, read_json
 from mlxmm.storage.runs import MODELS
+from mlxmm.terminal import say
 
 NUM_EXAMPLES = 12
 
@@ -73,12 +74,18 @@ def load(folder: Path):
 
 
 def examples(run: Path) -> list[tuple[Image.Image, str]]:
-    """The first test pictures of a run, each with its caption; none where its data cannot be opened."""
+    """The first test pictures of a run, each with its caption; none where its data cannot be opened, which a line says,
+    and of what is no run."""
+    if not run.is_dir():
+        return []
     try:
         values = read_json(run / "config.json")
         source = open_source(from_json(CaptionDataConfig, values["data"]), values["seed"])
         rows = source.rows["test"]
-    except (UserError, KeyError):
+    except KeyError:
+        return []
+    except UserError as error:
+        say(f"no pictures of the run are shown: {error}")
         return []
     return [(rows[i]["image"], rows[i]["captions"][0]) for i in range(min(len(rows), NUM_EXAMPLES))]
 

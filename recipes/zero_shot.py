@@ -16,6 +16,7 @@ from attrs.validators import ge
 from mlxmm.cli import run_recipe
 from mlxmm.config import Preset, checked, option, positional
 from mlxmm.errors import UserError
+from mlxmm.escaping import visible
 from mlxmm.evaluation.prompt_templates import CHOICES, read_templates
 from mlxmm.evaluation.zero_shot import ZeroShotClassifier
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
@@ -78,11 +79,11 @@ def opened(paths: tuple[Path, ...]) -> Iterator:
 
 def table(paths: tuple[Path, ...], probabilities: np.ndarray, names: list[str], top: int) -> str:
     """One line per image: its most likely classes, with their `probabilities` (B, C)."""
-    width = max(map(len, map(str, paths))) + 2
+    width = max(map(len, map(visible, paths))) + 2
     lines = []
     for path, row in zip(paths, probabilities):
         likeliest = np.argsort(-row, kind="stable")[:top]
-        lines.append(f"{path!s:<{width}}" + "   ".join(f"{names[i]} {row[i]:.4f}" for i in likeliest))
+        lines.append(f"{visible(path):<{width}}" + "   ".join(f"{visible(names[i])} {row[i]:.4f}" for i in likeliest))
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """What the tests share: tiny modules and data, and a cache of their own."""
 
 import os
+import resource
 import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -80,3 +81,12 @@ def make_trainer(tmp_path):
         return Trainer(**defaults | settings)
 
     return make
+
+
+@pytest.fixture
+def full_disk():
+    """A function that lets files grow to so many bytes; None: without bound."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (limits[1] if size is None else size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)

@@ -37,6 +37,7 @@ LAYERS = [
     ("mlxmm/compute", "mlxmm/progress_bar"),
     ("mlxmm/config", "mlxmm/environment", "mlxmm/backends"),
     ("mlxmm/errors", "mlxmm/checkout", "mlxmm/commands", "mlxmm/terminal", "mlxmm/version"),
+    ("mlxmm/escaping",),
 ]
 LAYER_OF = {room: -place for place, rooms in enumerate(LAYERS) for room in rooms}
 WITHIN = {("mlxmm/data", "mlxmm/data/sources")}  # rooms of one layer of which the first may import the second

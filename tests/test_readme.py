@@ -12,7 +12,8 @@ from test_docs_code import code_of
 import mlxmm
 import mlxmm.callbacks
 from mlxmm.cli import flags_of, parse_config, take_flag
-from mlxmm.config import Preset
+from mlxmm.config import Preset, to_json
+from mlxmm.storage.atomic import write_json
 
 ROOT = Path(__file__).parents[1]
 README, MAC = (ROOT / "README.md").read_text(), (ROOT / "docs/on-a-mac.md").read_text()
@@ -44,6 +45,7 @@ def parse(recipe: str, arguments: str):
     run_dir, _ = take_flag("--run-dir", argv)
     if run_dir is not None:
         Path(run_dir).mkdir(parents=True)
+        write_json(Path(run_dir) / "config.json", to_json(presets(recipe)["default"].config))
     return parse_config(recipe, presets(recipe), argv)
 
 

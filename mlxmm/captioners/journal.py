@@ -52,8 +52,9 @@ class Journal:
         self._connection = _open(path)
 
     def written(self) -> set[tuple[str, str]]:
-        """(image, prompt) of all captions that are there, failed ones included."""
-        return set(self._connection.execute(f"SELECT image, prompt FROM captions WHERE {_OWN}", self.own))
+        """(image, prompt) of all captions that are there, failed ones included. Raises `UserError` if it is damaged."""
+        with _reading(self.path):
+            return set(self._connection.execute(f"SELECT image, prompt FROM captions WHERE {_OWN}", self.own))
 
     def add(self, captions: Iterable[tuple[str, str, WrittenCaption]]) -> None:
         """Add (image, prompt, caption) in one transaction, on the disk when this returns. Raises `UserError`."""
@@ -69,17 +70,23 @@ class Journal:
         self._insert([(image, prompt, *self.own, "", 0, FAILED, reason, 0, 0, time.time())])
 
     def entries(self) -> Iterator[Entry]:
-        """All captions, in the order of their keys: the same for the same captions, whenever they were written."""
+        """All captions, in the order of their keys: the same for the same captions, whenever they were written.
+
+        Raises `UserError` if the journal is damaged.
+        """
         names = [field.name for field in attrs.fields(Entry)]
         query = f"SELECT {', '.join(names)} FROM captions WHERE {_OWN} ORDER BY image, prompt"
-        for row in self._connection.execute(query, self.own):
-            yield Entry(**dict(zip(names, row)))
+        with _reading(self.path):
+            for row in self._connection.execute(query, self.own):
+                yield Entry(**dict(zip(names, row)))
 
     def take_in(self, path: Path) -> None:
-        """Add all captions of another journal, of another shard of the job. Raises `UserError` where both have one."""
-        self._connection.execute("ATTACH ? AS other", (str(path),))
+        """Add all captions of another journal, of another shard of the job. Raises `UserError` where both have one, and
+        if it is damaged."""
+        with _reading(path):
+            self._connection.execute("ATTACH ? AS other", (str(path),))
         try:
-            with self._connection:
+            with _reading(path), self._connection:
                 query = f"SELECT count(*) FROM captions JOIN other.captions USING ({KEY})"
                 [[num_double]] = self._connection.execute(query)
                 if num_double:
@@ -97,7 +104,9 @@ class Journal:
         try:
             with self._connection:  # a second caption of one key is an error here, and never an overwrite
                 self._connection.executemany(f"INSERT INTO captions VALUES ({', '.join('?' * 12)})", rows)
-        except sqlite3.OperationalError as error:
+        except sqlite3.IntegrityError:  # a fault of the program
+            raise
+        except sqlite3.DatabaseError as error:
             raise UserError(f"{self.path} cannot be written: {error}; what it holds stays") from None
 
 
@@ -105,15 +114,24 @@ def identity_of(path: Path) -> tuple[str, str, Sampling]:
     """Writer, revision and sampling of the captions in a journal. Raises `UserError` unless they are of one kind."""
     if not path.exists():
         raise UserError(f"{path} is not there: this shard has not been written")
-    try:
-        with contextlib.closing(_open(path)) as connection:
-            kinds = connection.execute("SELECT DISTINCT writer, revision, sampling FROM captions").fetchall()
-    except sqlite3.Error as error:
-        raise UserError(f"{path} cannot be read as a journal of captions: {error}") from None
+    connection = _open(path)
+    with contextlib.closing(connection), _reading(path):
+        kinds = connection.execute("SELECT DISTINCT writer, revision, sampling FROM captions").fetchall()
     if len(kinds) != 1:
         raise UserError(f"{path} holds captions of {len(kinds)} writers or samplings; one was expected")
     [(writer, revision, sampling)] = kinds
     return writer, revision, from_json(Sampling, json.loads(sampling))
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """A damaged journal is a `UserError`."""
+    try:
+        yield
+    except sqlite3.IntegrityError:  # a fault of the program
+        raise
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"{path} is damaged, or its disk does not work: {error}") from None
 
 
 _OWN = "writer = ? AND revision = ? AND sampling = ?"

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import attrs
 import mlx.core as mx
@@ -23,7 +24,8 @@ from mlxmm.data.sources.rows import Rows
 from mlxmm.distributed import collectives
 from mlxmm.distributed.signals import check_end
 from mlxmm.progress_bar import passing_bar
-from mlxmm.storage.atomic import sync
+from mlxmm.storage.atomic import cut_to_lines, sync
+from mlxmm.storage.disk import naming
 
 FEATURES, JOURNAL = "features.bin", "blocks.jsonl"
 BLOCK = 64  # rows that are computed, written and checked together
@@ -71,14 +73,19 @@ def _missing_blocks(folder: Path, shape: tuple[int, ...]) -> list[int]:
 
 
 def _write_blocks(folder: Path, shape: tuple[int, ...], blocks: Iterable[tuple[int, np.ndarray]]) -> None:
-    features = _opened(folder / FEATURES, shape)
-    with (folder / JOURNAL).open("a") as journal:
+    _opened(folder / FEATURES, shape)
+    with (folder / FEATURES).open("r+b") as file, (folder / JOURNAL).open("ab") as journal, naming(folder / FEATURES):
         for block, values in blocks:
-            features[block * BLOCK : (block + 1) * BLOCK] = values
-            features.flush()  # the features first: a line in the journal says that they are there
-            journal.write(json.dumps([block, _checksum(features, block)]) + "\n")
-            journal.flush()
-            sync(journal.fileno())
+            # Not by the memory map: a full disk would end the process by a signal there.
+            file.seek(block * BLOCK * values[0].nbytes)
+            _write(file, values.tobytes())  # the features first: a line in the journal says that they are there
+            _write(journal, json.dumps([block, zlib.crc32(values.tobytes())]).encode() + b"\n")
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
+    file.flush()
+    sync(file.fileno())
 
 
 def _computed(rows: Rows, blocks: list[int], pixels, compute, num_threads: int) -> Iterator[np.ndarray]:
@@ -99,7 +106,7 @@ def _opened(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """The file at its full length; blocks that were never written read as zeros."""
     size = int(np.prod(shape)) * 2
     if not path.exists() or path.stat().st_size != size:
-        with path.open("ab") as file:
+        with naming(path), path.open("ab") as file:
             file.truncate(size)
     return np.memmap(path, np.float16, "r+", shape=shape)
 
@@ -108,10 +115,17 @@ def _recorded(folder: Path) -> list[tuple[int, int]]:
     """(block, checksum) of each line of the journal, whose last line may be incomplete."""
     if not (folder / JOURNAL).exists():
         return []
-    text = (folder / JOURNAL).read_text()
-    if text and not text.endswith("\n"):  # the next line must not be appended to an incomplete one
-        (folder / JOURNAL).write_text(text[: text.rfind("\n") + 1])
-    return [tuple(json.loads(line)) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    cut_to_lines(folder / JOURNAL)  # the next line must not be appended to an incomplete one
+    return list(filter(None, map(_record, (folder / JOURNAL).read_bytes().splitlines())))
+
+
+def _record(line: bytes) -> tuple[int, int] | None:
+    """Block and checksum of a line; None for a damaged one, whose block is computed again."""
+    try:
+        block, checksum = json.loads(line)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return (block, checksum) if isinstance(block, int) and isinstance(checksum, int) and block >= 0 else None
 
 
 def _checksum(features: np.ndarray, block: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import attrs
 from PIL import Image, ImageDraw
 
+from mlxmm.escaping import visible
 from mlxmm.evaluation.fonts import font_for
 
 CELL, PICTURE, COLUMNS, MARGIN, TITLE, LETTER = (420, 124), 108, 2, 8, 40, 13  # pixels
@@ -82,6 +83,7 @@ def _thumbnail(image: Image.Image) -> Image.Image:
 
 def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, colour: str, lines: int = NUM_LINES) -> None:
     """A caption in at most `lines`; one line has the width of the sheet."""
+    text = visible(" ".join(text.split()))
     if lines > 1:
         text = "\n".join(textwrap.wrap(text, NUM_LETTERS, max_lines=lines, placeholder=" …"))
     pen.text(place, text, fill=colour, font=font_for(text, LETTER))

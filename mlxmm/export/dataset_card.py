@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import attrs
 
+from mlxmm.escaping import markdown
 from mlxmm.storage.dataset_push import CONFIG_SECTION
 from mlxmm.storage.hub import dataset_metadata, is_hub_id, split_revision
 
@@ -41,6 +42,7 @@ A caption may be dropped by several filters.
 | --- | --- | --- | --- |
 {samples}
 """
+NO_LICENCE = "The licence of pictures and captions is not known."
 INCLUDED = "The pictures are included."
 JOIN = """\
 The pictures are not included. They are those of the source, found by the SHA-256 of their files:
@@ -111,8 +113,10 @@ def dataset_card(tally: Tally, facts: CardFacts, splits: Mapping[str, list[str]]
     return CARD.format(
         section=CONFIG_SECTION,
         metadata=_metadata(tally, facts, splits),
-        title=facts.title,
-        licence=f"Licence: {facts.licence}." if facts.licence else "The licence of pictures and captions is not known.",
+        title=markdown(facts.title),
+        licence=f"Licence: {markdown(facts.licence)}."
+        if facts.licence
+        else "The licence of pictures and captions is not known.",
         config=config,
         pictures=INCLUDED if include_images else JOIN.format(config=config, split=split),
         provenance=_rows(_provenance(tally)),
@@ -167,5 +171,4 @@ def _provenance(tally: Tally) -> list[tuple]:
 
 def _rows(rows) -> str:
     """Rows of a table of Markdown."""
-    cell = lambda value: " ".join(str(value).replace("|", "\\|").split())
-    return "\n".join(f"| {' | '.join(map(cell, row))} |" for row in rows)
+    return "\n".join(f"| {' | '.join(map(markdown, row))} |" for row in rows)

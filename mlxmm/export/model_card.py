@@ -2,6 +2,7 @@
 
 from operator import itemgetter
 
+from mlxmm.escaping import markdown
 from mlxmm.storage.hub import card_metadata, is_hub_id, split_revision
 from mlxmm.storage.lineage import Lineage
 
@@ -56,7 +57,7 @@ def captioner(config, image_token: str, metrics: dict, lineage: Lineage) -> str:
 
 def _data(lineage: Lineage) -> str:
     """The sources of `lineage` as a section of Markdown; empty if there are none."""
-    rows = [f"| {_cell(one['source'])} | {one['rows']['train']} | {_facts(one)} |" for one in lineage.sources]
+    rows = [f"| {markdown(one['source'])} | {one['rows']['train']} | {_facts(one)} |" for one in lineage.sources]
     head = ["", "## Data", "", "| trained on | rows | which |", "| --- | --- | --- |"]
     return "\n".join([*head, *rows, ""]) if rows else ""
 
@@ -75,14 +76,10 @@ def _facts(source: dict) -> str:
         "captions by": ", ".join(writers),
         "fingerprint": source["fingerprint"][:16],
     }
-    return _cell("; ".join(f"{name} {fact}" for name, fact in facts.items() if fact))
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    return markdown("; ".join(f"{name} {fact}" for name, fact in facts.items() if fact))
 
 
 def _table(metrics: dict) -> str:
     """The numbers of `metrics` as a section of Markdown; empty if there are none."""
-    rows = [f"| {name} | {value:.4f} |" for name, value in metrics.items() if isinstance(value, int | float)]
+    rows = [f"| {markdown(name)} | {value:.4f} |" for name, value in metrics.items() if isinstance(value, int | float)]
     return "\n".join(["", "## Metrics", "", "| metric | value |", "| --- | --- |", *rows, ""]) if rows else ""

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,8 +13,11 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxmm.errors import UserError
+from mlxmm.storage.disk import naming
+from mlxmm.storage.json_values import dumps
 
 TEMPORARY = ".tmp-"  # prefix of files and folders that are not complete yet
+REPLACED = ".old-"  # prefix of a folder whose successor is being put in its place
 LONGEST_NAME = 255  # bytes, of a file
 
 
@@ -24,10 +26,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; on success it is renamed to `path`, after it reached the disk."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")  # the suffix stays: MLX reads it
     try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
+        with naming(path):
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -38,23 +41,42 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     the new one is in its place."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    lock = _make_locked(temporary)
     try:
-        yield temporary
-        for file in [*temporary.rglob("*"), temporary]:
-            _flush(file)
-        if path.is_file():
-            move_aside(path)
-        if path.exists():
-            aside = temporary.with_name(temporary.name + "-old")
-            os.rename(path, aside)
-            os.rename(temporary, path)
-            shutil.rmtree(aside)
-        else:
-            os.rename(temporary, path)
-        _flush(path.parent)
+        with naming(path):
+            yield temporary
+            for file in [*temporary.rglob("*"), temporary]:
+                _flush(file)
+            _replace_folder(path, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _make_locked(folder: Path) -> int:
+    """Make `folder` and lock it as long as the descriptor is open: so `remove_leftovers` knows that its maker lives."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), folder.stat()):
+                return descriptor
+        os.close(descriptor)  # another process took it for a leftover just before it was locked
+
+
+def _replace_folder(path: Path, new: Path) -> None:
+    """Rename `new` to `path`. After a kill between the two renames `remove_leftovers` puts the old one back."""
+    old = path.with_name(f"{REPLACED}{path.name}")
+    if path.is_file():
+        move_aside(path)
+    if path.exists():
+        _remove(old)
+        os.rename(path, old)
+    os.rename(new, path)
+    _flush(path.parent)
+    _remove(old)
 
 
 @contextlib.contextmanager
@@ -74,8 +96,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    """Write `value` as JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Write `value` as JSON, whole or not at all. Numbers that are not finite become null, as JSON has none."""
+    write_text(path, dumps(value, indent=2) + "\n")
 
 
 def read_arrays(path: Path, **options):
@@ -127,12 +149,58 @@ def move_aside(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the incomplete files that a killed process left in `folder`."""
-    for path in folder.glob(f"{TEMPORARY}*"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+    """Delete what killed processes left incomplete in `folder`, and nothing that another process is writing. A folder
+    that was being replaced, and has no successor yet, is put back first."""
+    for old in folder.glob(f"{REPLACED}*"):
+        path = old.with_name(old.name.removeprefix(REPLACED))
+        if any(map(_is_being_written, folder.glob(f"{TEMPORARY}*-{path.name}"))):
+            continue
+        if path.exists():
+            _remove(old)
         else:
-            path.unlink()
+            old.rename(path)
+    for path in folder.glob(f"{TEMPORARY}*"):
+        if not _is_being_written(path):
+            _remove(path)
+
+
+def _is_being_written(path: Path) -> bool:
+    """Whether a living process has the lock of a temporary folder, or may have it, where there are no locks; of files
+    none has."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def cut_to_lines(path: Path) -> None:
+    """Cut off what follows the last newline of a file: what a kill, or a full disk, left of a line."""
+    with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - 4_096)
+            file.seek(start)
+            if (newline := file.read(end - start).rfind(b"\n")) >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        file.truncate(end)
 
 
 def sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The cache: folders that are made once and found again, under one root."""
+"""The cache: folders that are made once and found again, under one root. Damaged ones are made again."""
 
 import contextlib
 import hashlib
@@ -10,7 +10,12 @@ from pathlib import Path
 from mlxmm import environment
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
-from mlxmm.storage.atomic import atomic_folder
+from mlxmm.storage.atomic import atomic_folder, remove_leftovers, write_json
+from mlxmm.storage.checksums import check_files, checksums
+from mlxmm.storage.pretrained import read_json
+from mlxmm.terminal import say
+
+CHECKSUMS = "checksums.json"  # in each folder: of all its files
 
 
 def cache_folder(name: str) -> Path:
@@ -22,16 +27,33 @@ def cached(name: str, key, make: Callable[[Path], None]) -> Path:
     """The folder of what `make(folder)` wrote for `key` (JSON values), now or in an earlier run; whole or absent.
 
     A collective call: all processes take part in the making, and rank 0 keeps what it made. Raises `UserError` if the
-    cache cannot be written.
+    cache cannot be written. A folder with a damaged file is made again, which a line says.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder(f"{name}-{digest}")
-    if not collectives.broadcast_object(folder.exists):
+    if not collectives.broadcast_object(lambda: _is_whole(folder)):
         if collectives.rank() == 0:
             _require_root()
         with atomic_folder(folder) if collectives.rank() == 0 else tempfile.TemporaryDirectory() as temporary:
             make(Path(temporary))
+            write_json(Path(temporary) / CHECKSUMS, checksums(Path(temporary)))
     return collectives.broadcast_paths(lambda: [folder])[0]
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder of the cache is there, with the files that were written, as they were written."""
+    remove_leftovers(folder.parent)
+    if not folder.exists():
+        return False
+    try:
+        present = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        unknown = dict.fromkeys(present, "") | {CHECKSUMS: ""}
+        files = unknown | read_json(folder / CHECKSUMS)
+        check_files(folder, {name: files[name] for name in files if name != CHECKSUMS}, "it is made again")
+    except UserError as error:
+        say(f"the cache is damaged: {error}")
+        return False
+    return True
 
 
 def _require_root() -> None:

@@ -2,12 +2,11 @@
 
 weights.safetensors     every parameter of the module, by its dotted name
 optimizer.safetensors   moments, step counts, learning rates
-state.json              counters, names of trainable parameters, callbacks, loggers, and a checksum of each file
+state.json              counters, names of trainable parameters, callbacks, loggers, a checksum of each file and its own
 ...                     what the module's `from_pretrained` needs beside the weights
 """
 
 import copy
-import functools
 import json
 import re
 from collections.abc import Callable
@@ -19,12 +18,14 @@ from mlx.utils import tree_flatten
 from mlxmm.compute.named_arrays import unflatten_like
 from mlxmm.compute.precision import HALF, widen
 from mlxmm.errors import UserError
-from mlxmm.storage.atomic import atomic_folder, follow_link, read_arrays, sha256, write_arrays, write_json
+from mlxmm.storage.atomic import atomic_folder, follow_link, read_arrays, write_arrays, write_json
+from mlxmm.storage.checksums import check_files, checksum_of_values, checksums
 from mlxmm.storage.json_values import decode
 from mlxmm.terminal import say
 
-FORMAT = 1
-WEIGHTS, STATE = "weights.safetensors", "state.json"
+FORMAT = 2
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+ADVICE = "take another checkpoint"
 NAMES = ("last", "best")  # links to checkpoints, beside them
 
 
@@ -41,8 +42,9 @@ def save(folder: Path, checkpoint: dict[str, dict], save_config: Callable[[Path]
             if name != "state":
                 write_arrays(temporary / f"{name}.safetensors", arrays)
         save_config(temporary)
-        files = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
-        write_json(temporary / STATE, {"format": FORMAT, **checkpoint["state"], "files": files})
+        state = {"format": FORMAT, **checkpoint["state"], "files": checksums(temporary)}
+        state = json.loads(json.dumps(state))  # as a reader gets it: keys are texts
+        write_json(temporary / STATE, state | {"checksum": checksum_of_values(state)})
 
 
 def load(folder: Path) -> dict[str, dict]:
@@ -59,34 +61,37 @@ def read_state(folder: Path) -> dict:
     Raises `UserError` that names the file that is missing or damaged.
     """
     folder = follow_link(folder)
-    try:
-        state = json.loads((folder / STATE).read_text(), object_hook=decode)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} holds no checkpoint: {STATE} is missing") from None
-    except ValueError:
-        raise UserError(f"{folder / STATE} is damaged; resume from another checkpoint") from None
-    if not isinstance(state, dict) or not {"format", "files", "global_step"} <= state.keys():
-        raise UserError(f"{folder / STATE} is no checkpoint's")
-    if state["format"] > FORMAT:
-        raise UserError(f"{folder} has format {state['format']}, newer than {FORMAT}: update mlxmm")
-    for name, checksum in state["files"].items():
-        if not (folder / name).exists() or _checksum(folder / name) != checksum:
-            raise UserError(f"{folder / name} is missing or damaged; resume from another checkpoint")
+    state = _read_state(folder)
+    check_files(folder, state["files"], ADVICE)
     return state
 
 
-def _checksum(path: Path) -> str:
-    """The checksum of a file, computed once as long as the file stays what it is.
+def check_model(folder: Path) -> None:
+    """Raise `UserError` where a file of a checkpoint is damaged that a model is made of; a folder that is no checkpoint
+    passes. What is missing is not said: of a checkpoint on the Hub not all is fetched."""
+    if (folder / STATE).is_file() and (folder / WEIGHTS).is_file():
+        files = _read_state(folder)["files"]
+        fetched = {name: sum for name, sum in files.items() if name != OPTIMIZER and (folder / name).exists()}
+        check_files(folder, fetched, ADVICE)
 
-    Finding a run's newest checkpoint verifies it, and so does loading it: of a model of some GB, seconds each.
-    """
-    stat = path.stat()
-    return _checksum_of(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
-
-@functools.lru_cache(maxsize=64)
-def _checksum_of(path: Path, *identity: int) -> str:
-    return sha256(path)
+def _read_state(folder: Path) -> dict:
+    """The state.json of a checkpoint, compared with its own checksum alone. Raises `UserError`."""
+    path = folder / STATE
+    try:
+        text = path.read_text()
+        state = json.loads(text)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} holds no checkpoint: {STATE} is missing") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged; {ADVICE}") from None
+    if not isinstance(state, dict) or not {"format", "files", "global_step"} <= state.keys():
+        raise UserError(f"{path} is no checkpoint's")
+    if state["format"] != FORMAT:
+        raise UserError(f"{path} has format {state['format']}, expected was {FORMAT}: use the mlxmm that wrote it")
+    if state.pop("checksum", None) != checksum_of_values(state):
+        raise UserError(f"{path} is damaged; {ADVICE}")
+    return json.loads(text, object_hook=decode)
 
 
 def load_weights(path: Path, module) -> None:
@@ -142,7 +147,7 @@ def step_of(folder: Path) -> int:
     """The step that a checkpoint is of; -1 for a folder that is none."""
     try:
         return int(json.loads((folder / STATE).read_text())["global_step"])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return -1
 
 

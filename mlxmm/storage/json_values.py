@@ -1,5 +1,6 @@
 """Values of Python in JSON, and back: what JSON has not, NaN and keys that are no text, is an object of one key."""
 
+import json
 import math
 from collections.abc import Mapping
 
@@ -9,6 +10,14 @@ import numpy as np
 from mlxmm.errors import UserError
 
 FLOAT, ITEMS = "__float__", "__items__"  # {"__float__": "nan"}, {"__items__": [[0, "a"]]}
+
+
+def dumps(value, **options) -> str:
+    """`value` as JSON that every reader takes: NaN and infinities become null."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None), **options)
 
 
 def encode(value, *path: str):

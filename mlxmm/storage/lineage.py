@@ -15,6 +15,7 @@ from pathlib import Path
 
 import attrs
 
+from mlxmm.errors import UserError
 from mlxmm.storage.atomic import write_json
 from mlxmm.storage.hub import is_hub_id
 
@@ -32,13 +33,13 @@ class Lineage:
 
     @classmethod
     def read(cls, folder: Path) -> "Lineage":
-        """That of a model's folder, or of a checkpoint."""
+        """That of a model's folder, or of a checkpoint. Raises `UserError` if the file that says it is damaged."""
         own, checkpoint = folder / DATA, folder / "state.json"
-        if own.is_file():
-            values = json.loads(own.read_text())
-        else:
-            state = json.loads(checkpoint.read_text()) if checkpoint.is_file() else {}
-            values = state.get("datamodule", {}).get("lineage")
+        values = _read(own) if own.is_file() else None
+        if not own.is_file() and checkpoint.is_file():
+            state = _read(checkpoint)
+            data = state.get("datamodule") if isinstance(state, dict) else None
+            values = data.get("lineage") if isinstance(data, dict) else None
         is_ours = isinstance(values, list) and all(isinstance(v, dict) and "fingerprint" in v for v in values)
         return cls(tuple(values) if is_ours else ())
 
@@ -50,6 +51,13 @@ class Lineage:
     def public(self) -> "Lineage":
         """As it may be published: of a local path its last part alone."""
         return Lineage(tuple(one | {"source": _public(one["source"])} | _public_captions(one) for one in self.sources))
+
+
+def _read(path: Path):
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
 
 
 def _public(name: str) -> str:

@@ -15,7 +15,11 @@ WEIGHT_FILES = {"model.safetensors": "model*.safetensors", "pytorch_model.bin": 
 
 
 def read_config(folder: Path) -> dict:
-    """The `config.json` of a folder."""
+    """The `config.json` of a folder; of a checkpoint, once its files were compared with their checksums.
+
+    Raises `UserError` that names the file that is missing or damaged.
+    """
+    checkpoint.check_model(folder)
     return read_json(folder / "config.json")
 
 

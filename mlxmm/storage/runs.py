@@ -4,7 +4,6 @@ runs/<recipe>/<name>/config.json  data.json  metrics.jsonl  events.out.tfevents.
 """
 
 import contextlib
-import json
 import shlex
 import shutil
 import tempfile
@@ -71,7 +70,7 @@ class Run:
     def print(self, text: str) -> None:
         """Print on one process only."""
         if self.is_global_zero:
-            say(text)
+            say(*text.split("\n"))
 
     def suggest(self, what: str, recipe: str, *arguments: str | Path) -> None:
         """Name a command that one may want after this run: it is printed at the end."""
@@ -88,14 +87,19 @@ class Run:
 
     def save_lineage(self, sources: Sequence[dict]) -> None:
         """Write what the run is trained on as `data.json`; of a resumed run it stays, whose data may not change."""
-        if self.is_global_zero and (self.ckpt_path is None or not (self.folder / DATA).exists()):
+        if self.is_global_zero and (self.ckpt_path is None or not _has_lineage(self.folder)):
             Lineage(tuple(sources)).write(self.folder)
 
     def save(self) -> None:
         """Write what was reported so far as `summary.json`: before something that takes long or may fail."""
         if self.is_global_zero:
-            finite = json.loads(json.dumps(self.metrics), parse_constant=lambda name: None)  # JSON has no NaN
-            write_json(self.folder / "summary.json", finite)
+            write_json(self.folder / "summary.json", self.metrics)
+
+
+def _has_lineage(folder: Path) -> bool:
+    with contextlib.suppress(UserError):
+        return bool(Lineage.read(folder).sources)
+    return False
 
 
 @contextlib.contextmanager
@@ -190,6 +194,7 @@ def _open(config: RunConfig, recipe: str, lock: contextlib.ExitStack) -> tuple[P
     if resume != "last":
         checkpoint.read_state(Path(resume))
     lock.enter_context(locked(folder))
+    remove_leftovers(folder / "checkpoints")
     ckpt_path = checkpoint.latest(folder / "checkpoints") if resume == "last" else follow_link(Path(resume))
     remove_leftovers(folder)
     if not (folder / "config.json").exists():
@@ -201,7 +206,11 @@ def _make(config: RunConfig, recipe: str) -> Path:
     now = RUNS / recipe / time.strftime("%Y-%m-%d_%H-%M-%S")
     same_second = (now.with_name(f"{now.name}_{number}") for number in count(2))
     folder = make_first([config.run_dir] if config.run_dir else chain([now], same_second))
-    _write_config(config, folder)
+    try:
+        _write_config(config, folder)
+    except OSError:  # the disk is full
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder
 
 
@@ -225,6 +234,7 @@ def _write_config(config: RunConfig, folder: Path) -> None:
 
 def _open_subrun(folder: Path) -> tuple[Path, Path | None]:
     folder.mkdir(exist_ok=True)
+    remove_leftovers(folder / "checkpoints")
     return _reopen(folder, checkpoint.latest(folder / "checkpoints"))
 
 
@@ -250,7 +260,7 @@ def _close(run: Run) -> None:
         run.next_steps["see the curves"] = _tensorboard(run.folder)
     if run.next_steps:
         lines += ["next:", *(f"  {what:<16}{command}" for what, command in run.next_steps.items())]
-    say("\n".join(filter(None, lines)))
+    say(*"\n".join(filter(None, lines)).split("\n"))
 
 
 def _tensorboard(folder: Path) -> str:

@@ -1,18 +1,34 @@
 """Logger: what a Trainer and its callbacks write metrics, images, texts and distributions to."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 
+from mlxmm.escaping import markdown
+from mlxmm.storage.disk import is_of_the_machine, reason
+from mlxmm.terminal import say
 from mlxmm.training import lightning_words
 
+WRITERS = {"log_metrics", "log_hyperparams", "log_images", "log_text", "log_table", "log_histogram", "log_embedding"}
+WRITERS |= {"flush", "finalize"}
 MEASURED = ("throughput/", "memory/")  # prefixes of what the machine did, which no other run repeats
 
 
 class Logger:
-    """What a `Trainer` writes to. `metrics` maps names to Python floats."""
+    """What a `Trainer` writes to. `metrics` maps names to Python floats.
+
+    A disk that is full costs what was to be written, and not the run: the first time a line says so.
+    """
+
+    _has_failed = False
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        for name in WRITERS & vars(cls).keys():
+            setattr(cls, name, _going_on(vars(cls)[name]))
 
     def __new__(cls, *args, **settings):
         lightning_words.refuse_arguments(cls.__name__, cls.__init__, settings, lightning_words.CONSTRUCTORS)
@@ -48,6 +64,14 @@ class Logger:
         `images` is (N, H, H, 3), uint8.
         """
 
+    def drop(self, error: OSError) -> None:
+        """Go on without what a disk did not take: the first time a line says so. Raises any other `error`."""
+        if not is_of_the_machine(error):
+            raise error
+        if not self._has_failed:
+            say(f"warning: {type(self).__name__} cannot write, the run goes on: {reason(error)}")
+        self._has_failed = True
+
     def flush(self) -> None:
         """Write everything to disk: a checkpoint is about to be saved."""
 
@@ -66,6 +90,19 @@ class Logger:
 
         None: the checkpoint does not know this logger, and the step has to do.
         """
+
+
+def _going_on(write: Callable) -> Callable:
+    """A method of a logger that drops what the disk does not take."""
+
+    @functools.wraps(write)
+    def method(self, *args, **settings):
+        try:
+            return write(self, *args, **settings)
+        except OSError as error:
+            self.drop(error)
+
+    return method
 
 
 def set_aside(folder: Path, pattern: str) -> None:
@@ -94,10 +131,6 @@ def flat_params(params: Mapping, prefix: str = "") -> Iterator[tuple[str, bool |
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """A table in Markdown. Texts of several lines become one."""
+    """A table in Markdown. Texts of several lines become one, and nothing in them acts."""
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
-
-
-def _cell(value) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return "\n".join(f"| {' | '.join(map(markdown, line))} |" for line in lines)

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
+from mlxmm.storage.atomic import cut_to_lines
+from mlxmm.storage.disk import naming
+from mlxmm.storage.json_values import dumps
 from mlxmm.training.logger import Logger, set_aside
 from mlxmm.training.logger_names import logger_names
 from mlxmm.training.tensorboard_logger import TensorBoardLogger
@@ -33,23 +36,33 @@ class JSONLLogger(Logger):
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def log_metrics(self, metrics, step, epoch):
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "epoch": epoch, **finite, "time": time.time()}) + "\n")
+        line = dumps({"step": step, "epoch": epoch, **metrics, "time": time.time()}) + "\n"
+        cut_to_lines(self.path)  # a kill, or a full disk, may have left a part of one
+        with naming(self.path), self.path.open("a") as file:
+            file.write(line)
 
     def position(self):
         return self.path.stat().st_size if self.path.exists() else 0
 
     def begin(self):
-        if self.path.exists() and re.search(r'"step": [1-9]', self.path.read_text()):  # not those of a test before it
+        if self.path.exists() and re.search(rb'"step": [1-9]', self.path.read_bytes()):  # not those of a test before it
             set_aside(self.path.parent, self.path.name)
 
     def rewind(self, position, step):
         if self.path.exists():
             with self.path.open("r+b") as file:
                 lines = file.readlines() if position is None else []
-                before = itertools.takewhile(lambda line: json.loads(line)["step"] <= step, lines)
+                before = itertools.takewhile(lambda line: _step_of(line) <= step, lines)
                 file.truncate(min(self.path.stat().st_size, sum(map(len, before)) if position is None else position))
+            cut_to_lines(self.path)
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of metrics; of a damaged one the highest, so that nothing from there on is kept."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return math.inf
 
 
 def make_loggers(logger: Logger | Sequence[Logger] | str | bool, root: Path | None) -> list[Logger]:

@@ -3,7 +3,7 @@
 import math
 import shutil
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import attrs
@@ -19,6 +19,7 @@ from mlxmm.storage import checkpoint
 from mlxmm.storage.atomic import remove_leftovers
 from mlxmm.storage.checkpoint import by_step
 from mlxmm.storage.checkpoint_folder import go_back, name_checkpoint, newest_state
+from mlxmm.storage.disk import is_of_the_machine
 from mlxmm.terminal import say
 from mlxmm.training.callback import Callback
 from mlxmm.training.monitors import check_monitor, without_validation
@@ -34,7 +35,8 @@ class ModelCheckpoint(Callback):
     `save_top_k` best values are kept (-1: all), and `best` points to the best. A checkpoint has a value if its metric
     was logged at its own step; NaN is never best, and of equal values the first is. Other checkpoints are deleted,
     except the one that the run was resumed from. In the `background`, a thread writes the arrays of that moment while
-    training continues.
+    training continues. Where the disk is full, a line says so and training goes on: the checkpoints before stay, and
+    the next one is tried; but a run whose last checkpoint cannot be written fails.
 
     Each of several needs a `dirpath` of its own. Raises `UserError` if nothing logs `monitor`.
     """
@@ -62,6 +64,7 @@ class ModelCheckpoint(Callback):
     _validated: bool = attrs.field(default=False, init=False)
     _writer: ThreadPoolExecutor | None = attrs.field(default=None, init=False)
     _writing: Future | None = attrs.field(default=None, init=False)
+    _written: tuple[int | None, dict[int, float]] = attrs.field(factory=lambda: (None, {}), init=False)  # before that
 
     def __attrs_post_init__(self):
         self._is_in_run = self.dirpath is None
@@ -159,7 +162,7 @@ class ModelCheckpoint(Callback):
 
     def on_train_end(self, trainer, module):
         self._save(trainer)
-        self._finish()
+        self._finish(trainer)
         if self._enabled and self.monitor and self.save_top_k and not (self.scores or self._has_warned):
             warnings.warn(f"no checkpoint is best: none had a finite {self.monitor!r} of its own step", stacklevel=2)
 
@@ -167,7 +170,7 @@ class ModelCheckpoint(Callback):
         # Any other exception may have been raised in the middle of an update.
         if isinstance(exception, Interrupted):
             self._save(trainer)
-        self._finish()
+        self._finish(trainer)
         if (
             isinstance(exception, Interrupted)
             and trainer.is_global_zero
@@ -186,21 +189,22 @@ class ModelCheckpoint(Callback):
         )
 
     def _save(self, trainer) -> None:
+        self._go_on_without(collectives.broadcast_object(self._failure))
         is_saved = self.last_step == trainer.global_step and not self._validated  # a later score makes it another
         if not self._enabled or is_saved:
             return
+        self._written = self.last_step, dict(self.scores)
         before = {self.last_step, *self.scores} - {None}
         self.last_step, self._saved_at = trainer.global_step, trainer.training_seconds
         self._score(trainer.logged_metrics.get(self.monitor))
         contents = trainer.dump_checkpoint()
         if not trainer.is_global_zero:
             return
-        self._wait()
         old = before - {self.last_step, *self.scores}
         save_config, best = trainer.module.save_config, self.best_step
         self._writing = self._writer.submit(self._write, self.last_step, contents, save_config, best, old)
         if not self.background:
-            self._wait()
+            wait([self._writing])
 
     def _score(self, score: float | None) -> None:
         if score is None or not math.isfinite(score) or self.save_top_k == 0:
@@ -223,15 +227,34 @@ class ModelCheckpoint(Callback):
             if folder.resolve() != self._resumed_from:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _wait(self) -> None:
-        """Wait until the newest checkpoint is written. Raises the error of the thread that writes it."""
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
-
-    def _finish(self) -> None:
+    def _failure(self) -> str | None:
+        """Why the newest checkpoint could not be written, once that is over; None: it was. Raises what is no disk's."""
+        writing, self._writing = self._writing, None
         try:
-            self._wait()
+            if writing is not None:
+                writing.result()
+        except OSError as error:
+            if not is_of_the_machine(error):
+                raise
+            return f"the checkpoint of step {self.last_step} cannot be written: {error.strerror}"
+        return None
+
+    def _go_on_without(self, failure: str | None) -> None:
+        """Forget the newest checkpoint, on all ranks, where it could not be written."""
+        if failure is not None:
+            self.last_step, self.scores = self._written[0], dict(self._written[1])
+            if self._writer is not None:
+                say(f"warning: {failure}; training goes on, kept is {self._kept()}")
+
+    def _kept(self) -> str:
+        return "none" if self.last_step is None else str(self._folder(self.last_step))
+
+    def _finish(self, trainer) -> None:
+        try:
+            failure = self._failure() if trainer.is_global_zero else None
+            if failure is not None:
+                self.last_step = self._written[0]
+                raise UserError(f"{failure}; kept is {self._kept()}")
         finally:
             if self._writer is not None:
                 self._writer.shutdown()

@@ -14,7 +14,7 @@ class ModelSummary(Callback):
 
     def on_train_start(self, trainer, module):
         if trainer.config.enable_model_summary and trainer.is_global_zero:
-            say(summary(module))
+            say(*summary(module).split("\n"))
 
 
 def summary(module) -> str:

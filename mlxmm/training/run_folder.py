@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
-from mlxmm.storage.atomic import follow_link
+from mlxmm.storage.atomic import follow_link, remove_leftovers
 from mlxmm.storage.checkpoint_folder import holds_checkpoints, named
 from mlxmm.storage.lock import locked
 from mlxmm.storage.runs import RUNS, make_first
@@ -26,6 +26,8 @@ def open_run(trainer, ckpt_path: Path | str | None) -> list[Path | None]:
     folder = _folder(trainer) if ckpt_path == "last" and config.default_root_dir is None else None
     try:
         _lock(trainer, config.default_root_dir or folder)  # before its checkpoints are read: a run may delete them
+        for checkpoints in _checkpoint_folders(trainer, config.default_root_dir or folder):
+            remove_leftovers(checkpoints)
         found = find_checkpoint(trainer, ckpt_path)
         if found is None:
             _check_free(trainer)

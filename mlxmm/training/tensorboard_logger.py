@@ -1,10 +1,14 @@
 """TensorBoardLogger: TensorBoard's event files."""
 
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from mlxmm.escaping import visible
 from mlxmm.training.logger import Logger, flat_params, set_aside
 
 PREFIX = "events.out.tfevents."  # of the files' names: then come the time, the host and a number
@@ -20,11 +24,12 @@ class TensorBoardLogger(Logger):
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
-        self._writer = None
+        self._writer: Any = None  # of tensorboardX
         self._purge_step = None
         self._own: set[Path] = set()  # files that this logger began
         self._has_run = False
         self._end = None  # what says that the run whose settings were written is over
+        self._is_broken = False  # the file that is open did not take all
 
     @property
     def writer(self):
@@ -38,7 +43,25 @@ class TensorBoardLogger(Logger):
             self._writer = SummaryWriter(str(self.folder), purge_step=self._purge_step, filename_suffix=number)
             self._purge_step = None  # a later file, of a test, must not hide what this one gets
             self._own |= {_put_last(path, earlier) for path in self._files() - earlier}
+            self._protect(self._writer.file_writer.event_writer._ev_writer._py_recordio_writer)
         return self._writer
+
+    def _protect(self, records) -> None:
+        """Let the thread that writes drop what the disk does not take: else it dies, and the run waits for it.
+
+        Its file is not written any more, as the next record would follow a part of one.
+        """
+        for name in ("write", "flush", "close"):
+            setattr(records, name, functools.partial(self._write, getattr(records, name)))
+
+    def _write(self, write: Callable, *data: bytes) -> None:
+        if self._is_broken:
+            return
+        try:
+            write(*data)
+        except OSError as error:
+            self._is_broken = True
+            self.drop(error)
 
     def _files(self) -> set[Path]:
         return set(self.folder.glob(f"{PREFIX}*"))
@@ -76,11 +99,14 @@ class TensorBoardLogger(Logger):
         if (self.folder / f"{step:05}" / name).exists():  # written before the run was resumed
             return
         pixels = images.transpose(0, 3, 1, 2) / 255
-        self.writer.add_embedding(vectors, [list(row) for row in rows], pixels, step, name, list(columns))
+        self.writer.add_embedding(vectors, [list(map(visible, row)) for row in rows], pixels, step, name, list(columns))
 
     def flush(self):
         if self._writer is not None:
             self._writer.flush()
+        if self._is_broken:  # the disk may have room by now: what comes next goes into a file of its own
+            self._writer.close()
+            self._writer, self._is_broken = None, False
 
     def finalize(self, status):
         if self._writer is None:
@@ -89,6 +115,7 @@ class TensorBoardLogger(Logger):
             self._writer.file_writer.add_summary(self._end)
         self._writer.close()
         self._writer = self._end = None
+        self._is_broken = False
 
     def rewind(self, position, step):
         self._has_run = True

@@ -435,4 +435,4 @@ class Trainer(TrainerProperties):
         for logger in self.loggers:
             logger.finalize(status)
         if self.config.profiler and self.is_global_zero:
-            say(self.profiler.table())
+            say(*self.profiler.table().split("\n"))

@@ -14,6 +14,7 @@ from mlxmm.modules.captioning_module import CaptioningModule
 from mlxmm.preprocessing.tokenizers import token_length
 from mlxmm.progress_bar import stage
 from mlxmm.storage.atomic import atomic_file
+from mlxmm.storage.disk import going_on
 from mlxmm.storage.runs import Run
 from mlxmm.training.logger import repeatable
 
@@ -59,7 +60,8 @@ def fit(config, captioner: CaptioningModule, source: CaptionSource, run: Run, na
         )
         trainer.fit(captioner, data, ckpt_path=run.ckpt_path)
     run.report(repeatable(trainer.callback_metrics))
-    run.save()  # captioning takes long, and may fail
+    with going_on("summary.json"):
+        run.save()  # captioning takes long, and may fail
 
 
 def evaluate(config, captioner: CaptioningModule, source: CaptionSource, run: Run) -> None:
@@ -82,7 +84,7 @@ def evaluate(config, captioner: CaptioningModule, source: CaptionSource, run: Ru
             run.report({"test/exact_match_shuffled": exact_match(others, references)})
             run.report({"test/bleu": bleu(captions, references), "test/bleu_shuffled": bleu(others, references)})
     samples = contact_sheet(sheet)
-    with stage("drawing samples.png"), atomic_file(run.folder / "samples.png") as path:
+    with stage("drawing samples.png"), going_on("samples.png"), atomic_file(run.folder / "samples.png") as path:
         samples.save(path)
     log_results(captioner.trainer, {k: v for k, v in run.metrics.items() if k.startswith("test/")}, samples)
     run.report({"data/skipped": len(source.skipped), "data/skipped_rows": list(source.skipped)})

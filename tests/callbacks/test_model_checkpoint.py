@@ -2,8 +2,7 @@
 
 import json
 import math
-import resource
-import signal
+import time
 
 import mlx.core as mx
 import numpy as np
@@ -132,24 +131,42 @@ def test_saving_over_the_checkpoint_that_was_resumed_from_keeps_its_bytes_right(
     assert len(mx.load(str(tmp_path / "c" / "step=3" / "weights.safetensors"))) == len(weights[0])
 
 
+class FullDisk(Callback):
+    """The disk takes no more from the update `since` on, and everything again from `until` on."""
+
+    def __init__(self, limit, since: int, until: int | None = None):
+        self.limit, self.since, self.until = limit, since, until
+
+    def on_train_batch_start(self, trainer, module, batches):
+        while trainer.global_step == self.since and named(trainer.log_dir / "checkpoints", "last") != self.since - 1:
+            time.sleep(0.001)  # until the thread has written it
+        if trainer.global_step in (self.since, self.until):
+            self.limit(200 if trainer.global_step == self.since else None)
+
+
+@pytest.mark.parametrize("monitor", [None, "train/loss"])
+def test_a_full_disk_costs_a_checkpoint_and_the_next_one_is_tried(fit, tmp_path, full_disk, capsys, monitor):
+    save = ModelCheckpoint(every_n_train_steps=2, background=False, monitor=monitor, save_top_k=-1 if monitor else 1)
+    fit(FullDisk(full_disk, 5, until=7), save, max_steps=9)
+    folder, told = tmp_path / "checkpoints", capsys.readouterr().out
+    assert told.count("warning:") == 1 and "the checkpoint of step 6 cannot be written" in told
+    assert f"training goes on, kept is {folder / 'step=4'}" in told
+    assert save.last_step == 9 and set(save.scores) <= steps(folder) and 6 not in steps(folder)
+    assert named(folder, "last") == 9 and not list(folder.glob(".*"))
+    fit(max_steps=10, ckpt_path=folder / "last")
+
+
 @pytest.mark.parametrize("background", [True, False])
-def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint_good(fit, tmp_path, background):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    class FillDisk(Callback):
-        def on_train_batch_start(self, trainer, module, batches):
-            if trainer.global_step == 5:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
-
-    try:
-        with pytest.raises((RuntimeError, OSError), match="write|large"):
-            fit(FillDisk(), ModelCheckpoint(every_n_train_steps=2, background=background), max_steps=9)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+def test_a_run_whose_last_checkpoint_cannot_be_written_says_so_and_keeps_the_one_before(
+    fit, tmp_path, full_disk, capsys, background
+):
+    save = ModelCheckpoint(every_n_train_steps=2, background=background)
+    with pytest.raises(UserError, match="the checkpoint of step 9 cannot be written: .* kept is .*step=4"):
+        fit(FullDisk(full_disk, 5), save, max_steps=9)
+    full_disk(None)
     folder = tmp_path / "checkpoints"
-    assert steps(folder) == {named(folder, "last")} and not list(folder.glob(".tmp-*"))
+    assert capsys.readouterr().out.count("training goes on, kept is") == 2  # of the steps 6 and 8
+    assert steps(folder) == {named(folder, "last")} == {4} and not list(folder.glob(".*"))
     fit(max_steps=6, ckpt_path=folder / "last")
 
 

@@ -111,3 +111,25 @@ def test_two_processes_compute_the_features_of_all_rows_and_one_writes_them(tmp_
 
 if __name__ == "__main__":
     globals()[sys.argv[1]](Path(sys.argv[2]))
+
+
+@pytest.mark.parametrize("line", [b"[1", b"7", b'["0", 1]', b"[0, 1, 2]", b"\xff\xfe", b"[" * 100_000, b"[-1, 0]", b""])
+def test_a_damaged_line_of_the_journal_costs_its_block_alone(tmp_path, line):
+    cached_features(tmp_path, Rows(), pixels, compute)
+    journal, rows = tmp_path / "blocks.jsonl", Rows()
+    _, *others = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(line + b"\n" + b"".join(others))
+    np.testing.assert_array_equal(cached_features(tmp_path, rows, pixels, compute), EXPECTED)
+    assert rows.reads == BLOCK + 1
+
+
+def test_a_full_disk_is_an_error_that_names_the_file_and_what_is_there_stays(tmp_path, full_disk):
+    size = EXPECTED.nbytes
+    cached_features(tmp_path, Rows(BLOCK), pixels, compute)
+    full_disk(size // 2)
+    with pytest.raises(OSError, match="features.bin"):
+        cached_features(tmp_path, Rows(), pixels, compute)
+    full_disk(None)
+    rows = Rows()
+    np.testing.assert_array_equal(cached_features(tmp_path, rows, pixels, compute), EXPECTED)
+    assert rows.reads == N - BLOCK + 1

@@ -17,7 +17,7 @@ from mlxmm.callbacks import ModelCheckpoint
 from mlxmm.cli import parse_config, run_recipe
 from mlxmm.config import Preset
 from mlxmm.errors import UserError
-from mlxmm.storage import checkpoint
+from mlxmm.storage import checkpoint, checksums
 from mlxmm.storage.cache import cached
 from mlxmm.storage.runs import RunConfig, TrainingRunConfig, open_run, table
 
@@ -166,9 +166,9 @@ def test_a_run_that_fails_has_no_summary(tmp_path):
 
 def test_a_checkpoint_is_hashed_once_from_the_flags_to_the_first_update(tmp_path, monkeypatch):
     folder, hashed = checkpoints(tmp_path / "r"), []
-    checkpoint._checksum_of.cache_clear()
-    sha256 = checkpoint.sha256
-    monkeypatch.setattr(checkpoint, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    checksums._checksum_of.cache_clear()
+    sha256 = checksums.sha256
+    monkeypatch.setattr(checksums, "sha256", lambda path: hashed.append(path.name) or sha256(path))
     config = parse_config("test", PRESETS, ["--resume", "last", "--run-dir", str(folder)])
     with open_run(config, "test") as run:
         trainer = Trainer(max_steps=5, logger=False, enable_model_summary=False, enable_checkpointing=False)
@@ -240,6 +240,81 @@ def test_what_is_cached_is_made_once_for_each_key_and_not_at_all_if_making_fails
     with pytest.raises(RuntimeError):
         cached("thing", {"seed": 2}, fail)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+DAMAGES = {
+    "flipped": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:3]),
+    "emptied": lambda path: path.write_bytes(b""),
+    "of another type": lambda path: path.write_text("[1]"),
+    "missing": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("name", ["x.json", "checksums.json"])
+def test_a_damaged_folder_of_the_cache_is_made_again_and_said(tmp_path, monkeypatch, capsys, name, damage):
+    monkeypatch.setenv("MLXMM_CACHE", str(tmp_path))
+    make = lambda folder: (folder / "x.json").write_text('{"a": 1}')
+    folder = cached("thing", {}, make)
+    before = contents(folder)
+    damage(folder / name)
+    assert cached("thing", {}, make) == folder and contents(folder) == before
+    assert "the cache is damaged: " in (told := capsys.readouterr().out) and str(folder) in told
+    assert cached("thing", {}, make) == folder and not capsys.readouterr().out
+
+
+def test_what_a_killed_process_left_in_the_cache_is_swept(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXMM_CACHE", str(tmp_path))
+    (tmp_path / ".tmp-1-thing").mkdir()
+    cached("thing", {}, lambda folder: None)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("text", [None, "", '{"seed": 1', "[]", '{"seed": {}}', '{"sead": 1}', "[" * 100_000])
+def test_a_run_whose_settings_are_missing_or_damaged_is_not_resumed_with_others(tmp_path, text):
+    folder = stopped_run(tmp_path / "r", seed=7)
+    path, flags = folder / "config.json", ["--resume", "last", "--run-dir", str(folder)]
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    before = contents(folder)
+    with pytest.raises(UserError, match=f"{path}.*; to resume the run without that file, give --preset and its flags"):
+        parse_config("test", PRESETS, flags)
+    assert parse_config("test", PRESETS, [*flags, "--preset", "default", "--seed", "7"]).seed == 7
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("change", [{"global_step": 5}, {"checksum": 0}, {"checksum": None}, {"more": 1}])
+def test_a_state_that_is_not_what_was_saved_is_named(tmp_path, change):
+    folder = checkpoints(tmp_path / "r") / "checkpoints" / "last"
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | change))
+    with pytest.raises(UserError, match="state.json is damaged; take another checkpoint"):
+        checkpoint.read_state(folder)
+
+
+def test_a_state_of_another_format_is_named(tmp_path):
+    folder = checkpoints(tmp_path / "r") / "checkpoints" / "last"
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"format": "x"}))
+    with pytest.raises(UserError, match="state.json has format x, expected was 2: use the mlxmm that wrote it"):
+        checkpoint.read_state(folder)
+
+
+def test_a_checkpoint_that_was_being_replaced_when_the_run_was_killed_is_resumed_from(tmp_path):
+    folder = checkpoints(tmp_path / "r")
+    (folder / "checkpoints/step=4").rename(folder / "checkpoints/.old-step=4")
+    (folder / "checkpoints/.tmp-1-step=4").mkdir()
+    with open_run(TrainingRunConfig(run_dir=folder, resume="last"), "test") as run:
+        assert run.ckpt_path.name == "step=4" and not list((folder / "checkpoints").glob(".*"))
+
+
+def test_a_run_whose_settings_the_disk_does_not_take_leaves_no_folder(tmp_path, full_disk):
+    full_disk(10)
+    with pytest.raises(OSError, match="config.json"), open_run(RunConfig(run_dir=tmp_path / "r"), "test"):
+        pass
+    assert not (tmp_path / "r").exists()
 
 
 def test_arrays_of_a_verified_checkpoint_are_those_that_were_saved(tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import time
 
 import numpy as np
@@ -225,3 +226,44 @@ def test_a_log_that_the_checkpoint_does_not_know_is_cut_by_its_steps(fit, tmp_pa
     silent.save_checkpoint(tmp_path / "c")
     fit(max_steps=5, logger=True, log_every_n_steps=1, ckpt_path=tmp_path / "c")
     assert trained_steps(tmp_path) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("kind", [JSONLLogger, TensorBoardLogger])
+def test_a_full_disk_costs_the_log_and_not_the_run_and_the_log_goes_on_when_there_is_room(
+    tmp_path, full_disk, capsys, kind
+):
+    logger = kind(tmp_path)
+    for step in range(1, 101):
+        if step == 40:
+            logger.flush()
+            full_disk(sum(path.stat().st_size for path in tmp_path.iterdir()) + 10)
+        logger.log_metrics({"loss": float(step)}, step, 0)  # in TensorBoard's thread, which must not die of it
+        if step == 60:
+            logger.flush()
+        if step == 80:
+            full_disk(None)
+            logger.flush()
+    logger.finalize("success")
+    assert capsys.readouterr().out.count(f"warning: {kind.__name__} cannot write, the run goes on: ") == 1
+    if kind is JSONLLogger:
+        logged = {json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()}
+    else:
+        logged = {scalar.step for scalar in read(tmp_path).Scalars("loss")}
+    assert set(range(1, 25)) <= logged and set(range(81, 101)) <= logged
+
+
+def test_a_line_that_a_kill_cut_is_gone_before_the_next_and_nan_is_json(tmp_path):
+    logger = JSONLLogger(tmp_path)
+    logger.log_metrics({"loss": math.nan}, 1, 0)
+    with logger.path.open("a") as file:
+        file.write('{"step": 2, "epo')
+    logger.log_metrics({"loss": 0.5}, 2, 0)
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in logger.path.read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, None), (2, 0.5)]
+
+
+def test_a_damaged_line_ends_what_a_resumed_run_keeps(tmp_path):
+    logger = JSONLLogger(tmp_path)
+    logger.path.write_bytes(b'{"step": 1}\n[2]\n\xff\n{"step": 3}\n')
+    logger.rewind(None, 3)
+    assert logger.path.read_bytes() == b'{"step": 1}\n'

@@ -1,0 +1,43 @@
+"""Disks that are full or do not work: what cannot be written costs itself, and not the run."""
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlxmm.terminal import say
+
+# What the machine lacks, not the program: room, rights, a disk that works.
+OF_THE_MACHINE = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG")}
+
+
+def is_of_the_machine(error: BaseException | None) -> bool:
+    """Whether the disk is what failed."""
+    return isinstance(error, OSError) and error.errno in OF_THE_MACHINE
+
+
+def reason(error: OSError) -> str:
+    """What failed, in a line: the file, if it is known, and why."""
+    return ": ".join(filter(None, [error.filename and str(error.filename), error.strerror]))
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An `OSError` of the block that names no file names `path`: those of a write do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def going_on(what: str) -> Iterator[None]:
+    """Within the block a disk that fails costs `what` alone, which a line says."""
+    try:
+        yield
+    except OSError as error:
+        if not is_of_the_machine(error):
+            raise
+        say(f"warning: {what} cannot be written, the run goes on: {reason(error)}")
