@@ -97,6 +97,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(if $(filter-out cpu cuda12 cuda13,$(BACKEND)),$(error BACKEND=$(BACKEND): choose cpu, cuda12 or cuda13))
 	$(if $(PYTHON_FITS),,$(error $(PYTHON) is not Python 3.11 or newer. Name one that is: make PYTHON=python3.12 $(or $(MAKECMDGOALS),demo)))
 	$(PYTHON) -m venv --clear .venv
+	@echo "installing into .venv, once: about 1 GB, a few minutes without a further line"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev$(BACKEND:%=,%)]"
 	touch $@
 

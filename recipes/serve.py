@@ -21,7 +21,7 @@ from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.modules.loading import KINDS, load_captioner
 from mlxmm.storage.hub import local_folder
 from mlxmm.storage.pretrained import read_config, read_json
-from mlxmm.storage.runs import MODELS
+from mlxmm.storage.runs import model_of
 from mlxmm.terminal import say
 
 NUM_EXAMPLES = 12
@@ -46,7 +46,7 @@ def main(config: Config) -> None:
         raise UserError(f'pip install "mlxmm[serve]": {error.name} is missing') from None
     bound = bind(config.port)
     served = Served(
-        model=load(find_model(config.model)),
+        model=load(local_folder(model_of(config.model))),
         name="/".join(Path(config.model).parts[-2:]),
         examples=examples(Path(config.model)),
         api_key=config.api_key,
@@ -58,12 +58,6 @@ def main(config: Config) -> None:
         serve(served, bound)
     except KeyboardInterrupt:
         print("stopped")
-
-
-def find_model(path_or_id: str) -> Path:
-    """The folder of the model: of a run, that of its best checkpoint or its model. Raises `UserError`."""
-    inside = [Path(path_or_id) / part for part in MODELS if (Path(path_or_id) / part).exists()]
-    return inside[0] if inside else local_folder(path_or_id)
 
 
 def load(folder: Path):

@@ -21,7 +21,7 @@ from mlxmm.errors import UserError
 from mlxmm.progress_bar import progress_bar
 from mlxmm.storage.runs import Run, TrainingRunConfig, open_run
 
-from .parts.captioners import JobConfig, check_captioner, open_captioner, provenance
+from .parts.captioners import JobConfig, check_captioner, open_captioner, provenance, with_prompts
 from .parts.publishing import Captions, DatasetConfig, check_dataset, make_dataset
 
 
@@ -36,8 +36,8 @@ class Config(TrainingRunConfig, JobConfig, DatasetConfig):
 
 def main(config: Config) -> None:
     config.data.require_one_source()
-    prompts = find_prompts(config.prompts, config.own_prompts)
-    config, shard = with_shard(config)
+    config, shard = with_shard(with_prompts(config))
+    prompts = find_prompts(config.prompts or ("describe",), config.own_prompts)
     with open_run(config, "write_captions") as run:
         check_captioner(config.captioner)
         check_dataset(config, config.split)
@@ -73,7 +73,8 @@ def write(config: Config, run: Run, pictures, prompts: dict, shard: Shard, write
     try:
         hashes = hashes_of(pictures, shard)
         wanted = requests(hashes, prompts, journal.written())
-        run.print(f"{len(hashes)} pictures, {len(hashes) * len(prompts)} captions, {len(wanted)} of them to be written")
+        counts = f"{len(hashes)} pictures of {config.split}, {len(hashes) * len(prompts)} captions"
+        run.print(f"{counts}, {len(wanted)} of them to be written")
         with progress_bar("captions", len(wanted), "caption") as bar:
             progress = write_captions(pictures, wanted, prompts, writer, journal, config.sampling, shown_on(bar))
         entries = list(journal.entries())

@@ -232,10 +232,12 @@ def serve(model: str) -> None:
 
     from mlxmm.cli import run_recipe
     from mlxmm.config import Preset
-    from recipes.serve import Config, examples, find_model, load
+    from mlxmm.storage.hub import local_folder
+    from mlxmm.storage.runs import model_of
+    from recipes.serve import Config, examples, load
 
     def main(config):
-        captioner, shown = load(find_model(config.model)), examples(Path(config.model))
+        captioner, shown = load(local_folder(model_of(config.model))), examples(Path(config.model))
         print(captioner.caption([Image.open("picture.png")]), len(shown))
 
     run_recipe("serve", main, {"default": Preset("", Config())})

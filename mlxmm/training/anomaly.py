@@ -55,7 +55,10 @@ class DivergenceWarning:
             loss = metrics[name]
             limit = self._limits.setdefault(name, loss + GROWTH * max(1.0, abs(loss)))
             if not math.isfinite(loss) or loss > limit:
-                told = f"{name} is {loss:.3g} after {step} updates: training diverges. A lower learning rate may help; "
-                warnings.warn(f"{told}detect_anomaly=True finds the first part that is not finite", stacklevel=4)
+                told = (
+                    f"{name} is {loss:.3g} after {step} updates: training diverges. Lower the learning rate, or look "
+                )
+                told += "for labels out of range; detect_anomaly=True finds the first part that is not finite"
+                warnings.warn(told, stacklevel=4)
                 self._told = True
                 return

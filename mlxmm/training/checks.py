@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Number
@@ -99,10 +100,19 @@ def check_optimizer(module, compiles: bool = False) -> optim.Optimizer:
         _check_schedules(call, optimizer, compiles)
         return optimizer
     if isinstance(optimizer, Mapping | list | tuple):
-        schedule = "a schedule is its learning_rate: AdamW(learning_rate=schedule), which gets the step"
+        schedule = "a schedule is its learning_rate: AdamW(learning_rate=schedule), which gets the update's number"
         raise UserError(f"{call} returned a {type(optimizer).__name__}: return the optimizer alone; {schedule}")
     kind = "None" if optimizer is None else f"{type(optimizer).__module__}.{type(optimizer).__name__}"
     raise UserError(f"{call} returned {kind}: {ONE_OPTIMIZER}")
+
+
+def warn_of_zero_rate(optimizer: optim.Optimizer, num_updates: int) -> None:
+    """Warn where a schedule has come to 0 half-way through the run: it may have been made for epochs."""
+    for one in getattr(optimizer, "optimizers", [optimizer]):
+        schedule = one._schedulers.get("learning_rate")
+        if schedule is not None and num_updates > 3 and float(schedule(mx.array(num_updates // 2))) == 0:
+            told = f"the learning rate is 0 from update {num_updates // 2} of {num_updates} on, or before"
+            warnings.warn(f"{told}: a schedule counts updates (trainer.estimated_stepping_batches)", stacklevel=4)
 
 
 def _check_schedules(call: str, optimizer: optim.Optimizer, compiles: bool) -> None:
@@ -235,8 +245,9 @@ def _check_signature(part, name: str, expected: list[str]) -> None:
         wrong = True
     if wrong:
         compiled = "; a step is compiled, and a batch_idx would compile it again each time" if name in STEPS else ""
-        owner = f"{type(part).__name__}.{name}"
-        raise UserError(f"{owner}({', '.join(own)}) is called as {name}({', '.join(expected)}): write that{compiled}")
+        index = "; trainer.batch_idx has the index" if "batch_idx" in {*own} - {*expected} and not compiled else ""
+        owner, call = f"{type(part).__name__}.{name}", f"{name}({', '.join(expected)})"
+        raise UserError(f"{owner}({', '.join(own)}) is called as {call}: write that{compiled}{index}")
 
 
 def _methods(kind: type, base: type) -> list[str]:

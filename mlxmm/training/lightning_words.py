@@ -34,7 +34,9 @@ CHECKPOINTS = "write callbacks=[ModelCheckpoint(...)]; enable_checkpointing=Fals
 MODULE = {  # attributes and methods of a LightningModule
     "log": LOG,
     "log_dict": LOG,
-    "save_hyperparameters": "write self.config = config, an attrs class of settings, which loggers write",
+    "save_hyperparameters": "write self.lr = lr; or self.config = config, an attrs class, which loggers write",
+    "state_dict": "write dict(mlx.utils.tree_flatten(self.parameters()))",
+    "load_state_dict": "write self.load_weights(list(arrays.items()))",
     "device": MEMORY,
     "to": f"{MEMORY}; module.set_dtype(mx.bfloat16) changes dtypes",
     "cuda": MEMORY,
@@ -193,6 +195,17 @@ HOOKS = {  # methods of Lightning's that nobody calls here
 HOOKS_OF_MODULES = HOOKS | {  # and these, of a module
     name: "write it in a DataModule, for fit(module, datamodule); or fit(module, loader, val_loader)"
     for name in ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader", "prepare_data")
+}
+CALLBACKS = {  # Lightning's, that have another name here
+    "RichProgressBar": "write TQDMProgressBar",
+    "StochasticWeightAveraging": "write EMAWeightAveraging",
+    "WeightAveraging": "write EMAWeightAveraging",
+    "BackboneFinetuning": "write FreezeSchedule({0: 'head', 5: ('head', 'backbone')})",
+    "BaseFinetuning": "write FreezeSchedule({0: 'head', 5: ('head', 'backbone')})",
+    "GradientAccumulation": "write GradientAccumulationScheduler",
+    "RichModelSummary": "write ModelSummary",
+    "ModelPruning": "leave it out, MLX has no pruning",
+    "Callback": "write mlxmm.Callback",
 }
 PACKAGE = {  # names that people look for in `mlxmm`, or in `lightning`
     "LightningModule": "write mlxmm.Module",

@@ -1,6 +1,7 @@
 """Monitors: metrics that callbacks watch, and what to say of one that does not come."""
 
 from mlxmm.errors import UserError
+from mlxmm.training.lightning_words import closest
 
 
 def without_validation(owner: str, monitor: str, validates: bool) -> str | None:
@@ -15,4 +16,6 @@ def check_monitor(trainer, owner: str, monitor: str) -> None:
     known = trainer.callback_metrics
     is_early = monitor.startswith("train/") and not any(name.startswith("train/") for name in known)
     if monitor not in known and not is_early:
-        raise UserError(f"{owner}: nothing logs {monitor!r}; there are {', '.join(sorted(known)) or 'no metrics'}")
+        near = closest(monitor.replace("_", "/", 1), known)
+        meant = f"did you mean {near}?" if near else f"there are {', '.join(sorted(known)) or 'no metrics'}"
+        raise UserError(f"{owner}: nothing logs {monitor!r}; {meant}")

@@ -35,7 +35,7 @@ from mlxmm.training.callback import (
     note_first_state,
     restart_callbacks,
 )
-from mlxmm.training.checks import as_callbacks, check_optimizer, check_stage, check_trainable
+from mlxmm.training.checks import as_callbacks, check_optimizer, check_stage, check_trainable, warn_of_zero_rate
 from mlxmm.training.datamodule import DataModule, as_datamodule, stage_loader, train_loader, why_empty
 from mlxmm.training.default_callbacks import with_defaults
 from mlxmm.training.eval_loop import Evaluator
@@ -127,6 +127,8 @@ class Trainer(TrainerProperties):
             self._sanity_check()
             self._call("on_train_start")
             self._train()
+            if self.schedule.time_is_up and self.is_global_zero:
+                say(f"max_time={self.config.max_time} is over after {self.global_step} updates")
             self._call("on_train_end")
             self._call("on_fit_end")
 
@@ -214,6 +216,7 @@ class Trainer(TrainerProperties):
         self.schedule.measure_epoch(self.datamodule.train_dataloader())
         self.optimizer = check_optimizer(self.module, self.compiler.enabled)
         self.strategy.check_optimizer(self.optimizer)
+        warn_of_zero_rate(self.optimizer, self.schedule.known_updates or 0)
         if state is not None:
             checkpoint.load_optimizer(state, self.optimizer, self.module)
         self._build_train_step()

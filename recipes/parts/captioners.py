@@ -54,7 +54,9 @@ class JobConfig:
     captioner: CaptionerConfig = section(CaptionerConfig())
     sampling: Sampling = section(Sampling())
     split: str = option("train", "split whose pictures get captions: train, val, test, or all", first=True)
-    prompts: tuple[str, ...] = option(("describe",), "ids of what is asked of each picture", first=True)
+    prompts: tuple[str, ...] = option(
+        (), "ids of what is asked of each picture; none: describe, of a captioner of ours what it was trained with"
+    )
     own_prompts: tuple[str, ...] = option((), "more prompts, each written id=text")
 
 
@@ -74,6 +76,14 @@ def check_captioner(config: CaptionerConfig) -> None:
         raise UserError("--captioner.model is missing: name a captioner")
     if not config.url and config.model != GRAMMAR and is_ours(config.model):
         check_parts(captioner=config.model)
+
+
+def with_prompts(config):
+    """The config with the prompts that it means where it names none."""
+    if config.prompts or config.captioner.model is None:
+        return config
+    writes = not config.captioner.url and config.captioner.model != GRAMMAR
+    return attrs.evolve(config, prompts=("none" if writes and is_ours(config.captioner.model) else "describe",))
 
 
 def is_ours(model: str) -> bool:

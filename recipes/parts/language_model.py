@@ -15,7 +15,7 @@ from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.runs import Run
 from mlxmm.training.logger import repeatable
 
-from .fast_dev_run import tried_too
+from .limits import tried_too
 from .monitoring import checkpoints, monitors
 
 

@@ -23,7 +23,7 @@ from mlxmm.storage.pretrained import read_json
 from mlxmm.storage.runs import Run
 from mlxmm.training.logger import repeatable
 
-from .fast_dev_run import tried_too
+from .limits import tried_too
 from .monitoring import checkpoints, log_results, monitors
 from .refresh import refreshing
 from .refresh_config import RefreshConfig

@@ -123,7 +123,7 @@ def test_early_stopping_counts_on_after_a_resume_and_a_stopped_run_stays_stopped
 
 
 def test_early_stopping_of_a_metric_that_is_not_there_is_one_clear_error(fit):
-    with pytest.raises(UserError, match="nothing logs 'val/los'; there are train/grad_norm, train/loss, val/loss"):
+    with pytest.raises(UserError, match="nothing logs 'val/los'; did you mean val/loss"):
         fit(EarlyStopping("val/los"), max_steps=2, log_every_n_steps=1)
 
 

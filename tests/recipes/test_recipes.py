@@ -1,5 +1,6 @@
 """Recipes as people run them: a process of their own, a folder of their own."""
 
+import csv
 import json
 import os
 import re
@@ -217,14 +218,21 @@ def test_pictures_are_captioned_by_file_and_folder(finished, cache, tmp_path):
     for i, colour in enumerate(("red", "blue")):
         Image.new("RGB", (32, 32), colour).save(tmp_path / f"{i}.png")
     (tmp_path / "2.jpg").write_text("no picture")
-    module = finished[0] / "checkpoints/last"
-    done = run("caption", "--module", module, tmp_path, tmp_path / "1.png", cache=cache)
+    module, table = finished[0], tmp_path / "captions.csv"
+    done = run("caption", "--module", module, tmp_path, tmp_path / "1.png", "--to", table, cache=cache)
     assert done.returncode == 0, done.stderr
-    aligner = Qwen3Aligner.from_pretrained(module)
+    aligner = Qwen3Aligner.from_pretrained(module / "checkpoints/best")
     said = [aligner.caption([Image.open(tmp_path / f"{i}.png")])[0] for i in (0, 1, 1)]
     lines = [f"{tmp_path / name}: {text}" for name, text in zip(("0.png", "1.png", "1.png"), said)]
-    printed = done.stdout.splitlines()
-    assert [printed[0], printed[1], printed[3]] == lines and "2.jpg: skipped, not a picture" in printed[2]
+    assert done.stdout.splitlines() == lines and "2.jpg: not a picture" in done.stderr
+    with table.open() as file:
+        assert list(csv.DictReader(file)) == [
+            {"file_name": str(tmp_path / name), "caption": text} for name, text in zip(("0.png", "1.png"), said)
+        ]
+    again = run("caption", "--module", module, tmp_path, "--to", table, cache=cache)
+    assert again.returncode == 2 and "captions.csv exists: name another file" in again.stderr
+    none = run("caption", "--module", module, tmp_path / "2.jpg", cache=cache)
+    assert none.returncode == 2 and none.stderr.endswith("error: none of these could be captioned\n")
     assert "nowhere.png is not there" in run("caption", "--module", module, "nowhere.png", cache=cache).stderr
 
 
@@ -239,6 +247,10 @@ def test_a_captioner_is_trained_over_the_same_tower_and_captions_pictures(finish
     finished_image = tmp_path / "c" / "samples.png"
     said = run("caption", "--module", tmp_path / "c/checkpoints/last", finished_image, cache=cache)
     assert said.returncode == 0 and "samples.png" in said.stdout
+    job = ["--captioner.model", tmp_path / "c/checkpoints/last", "--data.shapes.num-train", 4]
+    written = run("write_captions", *job, "--run-dir", tmp_path / "w", cache=cache)  # asked what it was trained with
+    assert written.returncode == 0, written.stderr
+    assert "4 pictures of train, 4 captions" in written.stdout
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from conftest import DistinctBatches, TinyRegression
@@ -433,3 +434,16 @@ def test_a_loss_that_diverges_is_said_once(make_trainer, losses, told):
         make_trainer(max_epochs=1, log_every_n_steps=1).fit(Told(), data)
     lines = [str(w.message) for w in caught if "diverges" in str(w.message)]
     assert [line.split(":")[0] for line in lines] == told
+
+
+@pytest.mark.parametrize(("decay_steps", "warns"), [(3, True), (30, False)])
+def test_a_schedule_that_was_made_for_epochs_is_said(make_trainer, decay_steps, warns):
+    class Decayed(TinyRegression):
+        def configure_optimizers(self):
+            return optim.AdamW(optim.cosine_decay(1e-2, decay_steps))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(max_epochs=3).fit(Decayed(), DistinctBatches())
+    told = [str(warning.message) for warning in caught if "schedule counts updates" in str(warning.message)]
+    assert bool(told) is warns and all("the learning rate is 0 from update 9 of 18 on" in line for line in told)
