@@ -18,7 +18,7 @@ from mlxmm.modules.loading import load_captioner
 from mlxmm.networks.generation import GenerationConfig
 from mlxmm.storage.atomic import write_text
 from mlxmm.storage.json_values import dumps
-from mlxmm.storage.runs import RunConfig, open_run
+from mlxmm.storage.runs import RunConfig, model_of, open_run
 
 from .parts.named_parts import check_parts
 
@@ -41,8 +41,9 @@ def main(config: Config) -> None:
         raise UserError("--module is missing: name a checkpoint, for example runs/align_qwen3/mine/checkpoints/best")
     config.data.require_one_source()
     with open_run(config, "evaluate_captions") as run:
-        check_parts(captioner=config.module, clip=config.clip)
-        captioner = load_captioner(config.module)
+        module = model_of(config.module)
+        check_parts(captioner=module, clip=config.clip)
+        captioner = load_captioner(module)
         clip = None if config.clip is None else ContrastiveCLIP.from_pretrained(config.clip)
         source = open_source(config.data, config.seed)
         run.save_lineage(source.lineage)

@@ -26,7 +26,7 @@ from mlxmm.evaluation.clip_features import probe
 from mlxmm.evaluation.prompt_templates import CHOICES, read_templates
 from mlxmm.evaluation.zero_shot import ZeroShotClassifier
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
-from mlxmm.storage.runs import RunConfig, open_run
+from mlxmm.storage.runs import RunConfig, model_of, open_run
 
 from .parts.named_parts import check_parts
 
@@ -55,8 +55,9 @@ def main(config: Config) -> None:
         raise UserError("--labels and --class-column both say what the classes are: leave one out")
     config.data.require_one_source()
     with open_run(config, "evaluate_clip") as run:
-        check_parts(clip=config.module)
-        clip = ContrastiveCLIP.from_pretrained(config.module)
+        module = model_of(config.module)
+        check_parts(clip=module)
+        clip = ContrastiveCLIP.from_pretrained(module)
         source = open_source(config.data, config.seed)
         run.save_lineage(source.lineage)
         source.require_split(config.split)

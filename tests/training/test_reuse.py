@@ -183,7 +183,7 @@ def test_a_module_and_its_callbacks_are_copied_and_pickled_after_fit_and_a_train
 
 
 def test_a_metric_to_monitor_that_nobody_logs_is_an_error():
-    with pytest.raises(UserError, match="ModelCheckpoint: nothing logs 'val_loss'; there are val/loss"):
+    with pytest.raises(UserError, match="ModelCheckpoint: nothing logs 'val_loss'; did you mean val/loss"):
         fit(Trainer(max_epochs=1, callbacks=callbacks.ModelCheckpoint(monitor="val_loss"), **QUIET))
 
 
