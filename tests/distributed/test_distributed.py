@@ -340,6 +340,7 @@ def test_the_shares_of_two_processes_are_the_batches_of_one(tmp_path):
     assert all(part["all"][0] == len(part["all"][1]) for part in (zero, one))
 
 
+@pytest.mark.slow
 def test_each_rank_decodes_its_share_once_and_all_keep_the_same_rows(tmp_path):
     import datasets
 

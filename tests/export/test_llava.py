@@ -394,6 +394,7 @@ def test_a_push_that_cannot_be_is_refused_before_the_run(flags, token, message, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_projector_that_cannot_be_exported_is_refused_before_training(pushed, cache, tmp_path):
     done = align(*TINY, "--run-dir", tmp_path / "run", "--push-to", "alice/tiny", cache=cache)
     assert done.returncode == 2 and "projector_width=256 cannot be exported" in done.stderr

@@ -21,6 +21,7 @@ def found():
         os.environ |= {"MLXMM_ACT_AS": before} if before else {}
 
 
+@pytest.mark.slow
 def test_every_preset_fits_the_machine_that_its_line_promises(found):
     assert {need.machine for need in found.values()} == set(WORKING_SETS)
     assert [name for name, need in found.items() if not need.fits] == []

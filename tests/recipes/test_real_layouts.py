@@ -72,6 +72,7 @@ def loaded(hub, root, tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*TOWERS, *LANGUAGE_MODELS])
 def test_a_hub_id_gives_the_numbers_that_its_folder_gives(loaded, name):
     assert loaded["same"][name]
@@ -81,6 +82,7 @@ def test_a_revision_has_weights_of_its_own(root):
     assert not same(tower(root / CLIP), tower(root / f"{CLIP}@refs/pr/1"))
 
 
+@pytest.mark.slow
 def test_only_the_weights_that_are_read_are_fetched(loaded):
     weights = {
         name: tuple(file for file in files if file.endswith((".bin", ".safetensors")))
@@ -163,6 +165,7 @@ def test_a_preset_is_planned_from_settings_as_it_is_from_weights(root, name, act
     assert plans[0] == plans[1]
 
 
+@pytest.mark.slow
 def test_the_doctor_plans_every_preset_and_fetches_no_weights(hub, tmp_path):
     report = child(hub, tmp_path, "-m", "recipes.doctor").stdout
     for name in FLICKR30K_PRESETS:

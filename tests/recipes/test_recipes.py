@@ -141,6 +141,7 @@ def test_frozen_parts_stay_and_exactly_the_opened_layers_change(finished, cache)
     assert vision and all(mx.array_equal(weights[f"vision.{name}"], array) for name, array in vision.items())
 
 
+@pytest.mark.slow
 def test_a_second_run_takes_tower_and_language_model_from_the_cache(finished, cache, tmp_path):
     done = run("align_qwen3", *TINY, "--run-dir", tmp_path / "two", cache=cache)
     assert done.returncode == 0 and not (tmp_path / "two" / "tower").exists()

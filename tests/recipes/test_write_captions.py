@@ -96,6 +96,7 @@ def test_two_shards_merged_are_the_whole(whole, shards, tmp_path):
     assert all(table(folder / f"captions-{number}-of-2.sqlite") for number, folder in enumerate(shards, 1))
 
 
+@pytest.mark.slow
 def test_shards_that_are_missing_doubled_unfinished_or_of_another_job_are_refused(shards, tmp_path):
     first, second = shards
     other, unfinished = tmp_path / "other", tmp_path / "unfinished"
