@@ -1,11 +1,10 @@
 """Callback: code that runs at named moments of a run. One sentence a moment; docs/hooks.md compares with Lightning."""
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from mlxmm.errors import UserError
+from mlxmm.errors import UserError, warn
 from mlxmm.training import lightning_words
 
 
@@ -198,7 +197,7 @@ def give_each_its_turn(methods: Iterable[Callable], *args) -> None:
             method(*args)
         except (Exception, SystemExit) as error:  # noqa: BLE001
             name = getattr(getattr(method, "func", method), "__qualname__", method)
-            warnings.warn(f"{name} failed: {type(error).__name__}: {error}", stacklevel=2)
+            warn(f"{name} failed: {type(error).__name__}: {error}")
 
 
 def overrides(callback: Callback, name: str) -> bool:

@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Number
@@ -13,16 +12,30 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
-from mlxmm.errors import UserError
-from mlxmm.training import lightning_words
+from mlxmm.errors import Faults, UserError, warn
+from mlxmm.training import lightning_words, mlx_errors, module_source
 from mlxmm.training.callback import HOOKS, Callback, overrides
-from mlxmm.training.datamodule import DataModule
+from mlxmm.training.datamodule import DataModule, Loaders
 from mlxmm.training.module import Module
+from mlxmm.training.monitors import without_validation
 from mlxmm.training.optimizer_groups import split_by_group
+from mlxmm.training.trainer_config import TrainerConfig
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 NEEDED_BY_FIT = ("training_step", "configure_optimizers")
-ONE_OPTIMIZER = "return one of mlx.optimizers, such as AdamW(learning_rate=1e-3)"
+INDEX = {"on_train_batch_end": "; trainer.batch_idx counts the batches of the epoch that are done, this one included"}
+AN_OPTIMIZER = "return one of mlx.optimizers, such as AdamW(learning_rate=1e-3)"
+
+
+def checked_arguments(config: TrainerConfig, settings: dict, callbacks) -> tuple[TrainerConfig, list[Callback]]:
+    """What a Trainer is made of, if it can be. Raises one `UserError` of all faults."""
+    faults = Faults()
+    with faults.noted():
+        config = lightning_words.configured(config, settings)
+    with faults.noted():
+        callbacks = as_callbacks(callbacks)
+    faults.refuse()
+    return config, callbacks
 
 
 def check_stage(trainer, stage: str, module, datamodule) -> None:
@@ -32,12 +45,26 @@ def check_stage(trainer, stage: str, module, datamodule) -> None:
         raise UserError(f"{stage} within another stage of the same Trainer: give it one of its own, {own}")
     if module is None:
         raise UserError(f"{stage} has no module: give it one, or fit one before")
-    check_module(module, stage)
-    check_datamodule(datamodule)
+    check_is_module(module)
+    faults = Faults()
+    with faults.noted():
+        check_module(module, stage)
+    with faults.noted():
+        check_datamodule(datamodule)
+    faults.refuse(also=[*module_source.words_of_lightning(module), *_monitors_in_vain(trainer, stage, datamodule)])
 
 
-def check_module(module, stage: str) -> None:
-    """That `module` is a Module, made by its own `__init__`, whose methods are called as they expect."""
+def _monitors_in_vain(trainer, stage: str, datamodule) -> list[str]:
+    """What callbacks will say of a monitor, as far as it is known before the data are opened."""
+    validates = stage != "fit" or not isinstance(datamodule, Loaders) or datamodule.val is not None
+    validates |= bool(trainer.config.overfit_batches or trainer.config.fast_dev_run)
+    pairs = [(type(callback).__name__, getattr(callback, "monitor", None)) for callback in trainer.callbacks]
+    told = [without_validation(name, monitor, validates) for name, monitor in pairs if isinstance(monitor, str)]
+    return [line for line in told if line]
+
+
+def check_is_module(module) -> None:
+    """That `module` is a Module, made by its own `__init__`."""
     kind = type(module).__name__
     if isinstance(module, type):
         raise UserError(f"{module.__name__} is a class: give a module, {module.__name__}(...)")
@@ -45,30 +72,46 @@ def check_module(module, stage: str) -> None:
         raise UserError(f"{kind} is no mlxmm.Module: write `class My{kind}(mlxmm.Module)` with training_step")
     if "_no_grad" not in vars(module):
         raise UserError(f"{kind}.__init__ must begin with super().__init__()")
+
+
+def check_module(module, stage: str) -> None:
+    """That the methods of `module` are those that a stage needs, and are called as they expect."""
+    kind, faults = type(module).__name__, Faults()
     if vars(module).get("automatic_optimization") is False:
-        raise lightning_words.missing(kind, "automatic_optimization", lightning_words.MODULE)
+        faults.append(str(lightning_words.missing(kind, "automatic_optimization", lightning_words.MODULE)))
     expected = {hook: _parameters(Callback, hook)[2:] for hook in HOOKS} | {step: ["batch"] for step in STEPS}
-    _check_methods(module, Module, expected, lightning_words.HOOKS_OF_MODULES)
+    with faults.noted():
+        _check_methods(module, Module, expected, lightning_words.HOOKS_OF_MODULES)
     for name in NEEDED_BY_FIT if stage == "fit" else ():
         if getattr(type(module), name) is getattr(Module, name):
-            raise UserError(f"{kind} has no {name}, which fit needs: docs/write-a-module.md shows one")
+            faults.append(f"{kind} has no {name}, which fit needs: docs/write-a-module.md shows one")
+    faults.refuse()
 
 
 def as_callbacks(callbacks: Callback | Sequence[Callback] | None) -> list[Callback]:
     """One callback or several, whose hooks exist and are called as they expect, as a list."""
     callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [] if callbacks is None else [callbacks]
-    expected = {hook: _parameters(Callback, hook) for hook in HOOKS}
+    faults = Faults()
     for callback in callbacks:
-        name = callback.__name__ if isinstance(callback, type) else type(callback).__name__
-        if isinstance(callback, type):
-            raise UserError(f"{name} is a class: give a callback, {name}(...)")
-        if not isinstance(callback, Callback):
-            raise UserError(f"{name} is no callback: write `class {name}(mlxmm.Callback)`")
-        _check_methods(callback, Callback, {}, lightning_words.HOOKS)
-        for hook in HOOKS:
-            if overrides(callback, hook):
-                _check_signature(callback, hook, expected[hook])
+        with faults.noted():
+            _check_callback(callback)
+    faults.refuse()
     return callbacks
+
+
+def _check_callback(callback) -> None:
+    name = callback.__name__ if isinstance(callback, type) else type(callback).__name__
+    if isinstance(callback, type):
+        raise UserError(f"{name} is a class: give a callback, {name}(...)")
+    if not isinstance(callback, Callback):
+        raise UserError(f"{name} is no callback: write `class {name}(mlxmm.Callback)`")
+    faults = Faults()
+    with faults.noted():
+        _check_methods(callback, Callback, {}, lightning_words.HOOKS)
+    for hook in filter(partial(overrides, callback), HOOKS):
+        with faults.noted():
+            _check_signature(callback, hook, _parameters(Callback, hook))
+    faults.refuse()
 
 
 def check_datamodule(datamodule) -> None:
@@ -88,11 +131,8 @@ def check_optimizer(module, compiles: bool = False) -> optim.Optimizer:
     try:
         optimizer = module.configure_optimizers()
     except (TypeError, ValueError) as error:
-        if "argument 'lr'" in str(error) or "Invalid type dict" in str(
-            error
-        ):  # torch's Adam(self.parameters(), lr=1e-3)
-            told = "an optimizer of MLX takes no parameters, and learning_rate, not lr: AdamW(learning_rate=1e-3)"
-            raise UserError(f"{call}: {told}") from error
+        if "argument 'lr'" in str(error) or "Invalid type dict" in str(error):  # torch's Adam(parameters, lr=1e-3)
+            raise UserError(f"{call}: {lightning_words.NO_PARAMETERS}") from error
         raise
     if isinstance(optimizer, optim.MultiOptimizer):
         vars(optimizer)["_split_dictionary"] = partial(split_by_group, optimizer)
@@ -100,10 +140,9 @@ def check_optimizer(module, compiles: bool = False) -> optim.Optimizer:
         _check_schedules(call, optimizer, compiles)
         return optimizer
     if isinstance(optimizer, Mapping | list | tuple):
-        schedule = "a schedule is its learning_rate: AdamW(learning_rate=schedule), which gets the update's number"
-        raise UserError(f"{call} returned a {type(optimizer).__name__}: return the optimizer alone; {schedule}")
+        raise UserError(f"{call} returned a {type(optimizer).__name__}: {lightning_words.ONE_OPTIMIZER}")
     kind = "None" if optimizer is None else f"{type(optimizer).__module__}.{type(optimizer).__name__}"
-    raise UserError(f"{call} returned {kind}: {ONE_OPTIMIZER}")
+    raise UserError(f"{call} returned {kind}: {AN_OPTIMIZER}")
 
 
 def warn_of_zero_rate(optimizer: optim.Optimizer, num_updates: int) -> None:
@@ -112,7 +151,7 @@ def warn_of_zero_rate(optimizer: optim.Optimizer, num_updates: int) -> None:
         schedule = one._schedulers.get("learning_rate")
         if schedule is not None and num_updates > 3 and float(schedule(mx.array(num_updates // 2))) == 0:
             told = f"the learning rate is 0 from update {num_updates // 2} of {num_updates} on, or before"
-            warnings.warn(f"{told}: a schedule counts updates (trainer.estimated_stepping_batches)", stacklevel=4)
+            warn(f"{told}: a schedule counts updates (trainer.estimated_stepping_batches)")
 
 
 def _check_schedules(call: str, optimizer: optim.Optimizer, compiles: bool) -> None:
@@ -160,13 +199,25 @@ def check_trainable(module) -> None:
 
 @contextlib.contextmanager
 def explained(step: Callable, batch) -> Iterator[None]:
-    """Within the block, errors of a step that its author can put right are `UserError`."""
+    """Within the block, errors of a step that its author can put right are `UserError`; those of MLX get a note."""
+    with _told_together(step), _translated(step, batch), mlx_errors.noted(batch):
+        yield
+
+
+@contextlib.contextmanager
+def _told_together(step: Callable) -> Iterator[None]:
+    """Within the block, a `UserError` tells of all that the source of the step's module says in Lightning's words."""
     try:
         yield
-    except KeyError as error:
-        if isinstance(batch, Mapping):
-            error.add_note(f"The batch holds {', '.join(map(repr, batch))}.")
-        raise
+    except UserError as error:
+        faults = Faults([str(error)])
+        faults.refuse(module_source.words_of_lightning(step.__self__), type(error))
+
+
+@contextlib.contextmanager
+def _translated(step: Callable, batch) -> Iterator[None]:
+    try:
+        yield
     except AttributeError as error:
         name = re.search(r"'array' object has no attribute '(\w+)'", str(error))
         if name is None or name[1] not in lightning_words.TENSORS:
@@ -181,7 +232,7 @@ def explained(step: Callable, batch) -> Iterator[None]:
     except ValueError as error:
         if "during function transformations" not in str(error):
             raise
-        told = "a step is compiled, so return the array as a metric, or run plain Python by Trainer(compile=False)"
+        told = lightning_words.READS_A_NUMBER
         raise UserError(f"{_name_of(step)} reads a number out of an array (.item(), float, if): {told}") from error
 
 
@@ -222,17 +273,19 @@ def _described(value) -> str:
 
 def _check_methods(part, base: type, expected: Mapping[str, list[str]], gone: Mapping[str, str]) -> None:
     """That no method of a subclass of `base` is one of Lightning's that is not here, or a misspelt one."""
-    known = {*expected, *_methods(base, base.__base__)}
+    known, faults = {*expected, *_methods(base, base.__base__)}, Faults()
     for name in _methods(type(part), base):
         owner = f"{type(part).__name__}.{name}"
         if name in expected:
-            _check_signature(part, name, expected[name])
+            with faults.noted():
+                _check_signature(part, name, expected[name])
         elif hasattr(base, name):
             continue
         elif name in gone:
-            raise UserError(f"{owner} is not called here: {gone[name]}")
+            faults.append(f"{owner} is not called here: {gone[name]}")
         elif near := lightning_words.closest(name, known, 0.85):
-            raise UserError(f"{owner} is not called here: did you mean {near}? Rename it if it is a method of your own")
+            faults.append(f"{owner} is not called here: did you mean {near}? Rename it if it is a method of your own")
+    faults.refuse()
 
 
 def _check_signature(part, name: str, expected: list[str]) -> None:
@@ -245,7 +298,11 @@ def _check_signature(part, name: str, expected: list[str]) -> None:
         wrong = True
     if wrong:
         compiled = "; a step is compiled, and a batch_idx would compile it again each time" if name in STEPS else ""
-        index = "; trainer.batch_idx has the index" if "batch_idx" in {*own} - {*expected} and not compiled else ""
+        index = (
+            INDEX.get(name, "; trainer.batch_idx has the index")
+            if "batch_idx" in {*own} - {*expected} and not compiled
+            else ""
+        )
         owner, call = f"{type(part).__name__}.{name}", f"{name}({', '.join(expected)})"
         raise UserError(f"{owner}({', '.join(own)}) is called as {call}: write that{compiled}{index}")
 

@@ -6,7 +6,6 @@ The tables map a name of Lightning's to that answer. docs/from-lightning.md show
 import difflib
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -15,10 +14,16 @@ import mlx.core as mx
 
 from mlxmm.config import exactly, plain
 from mlxmm.distributed import collectives
-from mlxmm.errors import UserError
+from mlxmm.errors import Faults, UserError, warn
 from mlxmm.training.trainer_config import TrainerConfig, duration_text
 
 LOG = 'return {"loss": loss, "name": value} from the step; a callback calls trainer.log({"name": value})'
+ONE_OPTIMIZER = (
+    "return the optimizer alone; a schedule is its learning_rate: AdamW(learning_rate=schedule), "
+    "which gets the update's number"
+)
+NO_PARAMETERS = "an optimizer of MLX takes no parameters, and learning_rate, not lr: AdamW(learning_rate=1e-3)"
+READS_A_NUMBER = "a step is compiled, so return the array as a metric, or run plain Python by Trainer(compile=False)"
 MEMORY = "leave it out, arrays are where the device is; mx.set_default_device(mx.cpu) chooses another"
 UPDATE = "write on_before_optimizer_step(self, grads), or in a module after_update(self), after the optimizer"
 MEANS = "write on_validation_end, which gets the means of what the steps returned"
@@ -35,8 +40,8 @@ MODULE = {  # attributes and methods of a LightningModule
     "log": LOG,
     "log_dict": LOG,
     "save_hyperparameters": "write self.lr = lr; or self.config = config, an attrs class, which loggers write",
-    "state_dict": "write dict(mlx.utils.tree_flatten(self.parameters()))",
-    "load_state_dict": "write self.load_weights(list(arrays.items()))",
+    "state_dict": "write dict(mlx.utils.tree_flatten(part.parameters()))",
+    "load_state_dict": "write part.load_weights(list(arrays.items()))",
     "device": MEMORY,
     "to": f"{MEMORY}; module.set_dtype(mx.bfloat16) changes dtypes",
     "cuda": MEMORY,
@@ -129,6 +134,9 @@ TENSORS = {  # methods of torch's tensors that arrays do not have
     "long": "write x.astype(mx.int32)",
     "clamp": "write mx.clip(x, low, high)",
     "numpy": "write np.array(x), outside of steps",
+}
+LAYERS = {name: MODULE[name] for name in ("state_dict", "load_state_dict", "to", "cuda", "cpu", "half", "device")} | {
+    name: MODULE[name] for name in ("register_buffer", "named_parameters", "named_children", "requires_grad_")
 }
 CALLS = {  # of fit, validate, test and predict
     "verbose": "leave it out, the metrics are returned: print them",
@@ -239,13 +247,12 @@ def missing(owner: str, name: str, answers: Mapping[str, str], known: Iterable[s
 
 
 def refuse_arguments(call: str, function: Callable, arguments: Iterable[str], answers: Mapping[str, str]) -> None:
-    """Raise `UserError` for the first of the named `arguments` that `function` does not take."""
+    """Raise `UserError` for all of the named `arguments` that `function` does not take."""
     parameters = inspect.signature(function).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
-    for name in arguments:
-        if name not in parameters:
-            raise UserError(f"{call} has no argument {name}{_answer(name, answers, parameters)}")
+    unknown = [name for name in arguments if name not in parameters]
+    Faults(f"{call} has no argument {name}{_answer(name, answers, parameters)}" for name in unknown).refuse()
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.8) -> str | None:
@@ -277,23 +284,28 @@ def answers_calls(method: Callable) -> Callable:
 
 
 def configured(config: TrainerConfig, arguments: dict) -> TrainerConfig:
-    """`config` with the settings that the arguments of a Trainer name. Raises `UserError`."""
-    return attrs.evolve(config, **_settings(arguments)).resolved()
-
-
-def _settings(arguments: dict) -> dict:
-    """The settings that these arguments mean. None stands for one that was not given, unless the setting can be None,
-    as in Lightning."""
-    fields, settings = attrs.fields_dict(TrainerConfig), {}
+    """`config` with the settings that the arguments of a Trainer name. Raises one `UserError` of all faults."""
+    faults = Faults()
     for name, value in arguments.items():
-        if name in PLACES:
-            PLACES[name](value)
-        elif name not in fields:
-            raise UserError(f"Trainer has no argument {name}{_answer(name, ARGUMENTS, fields)}")
-        elif value is not None or isinstance(None, fields[name].type):
-            value = TRANSLATED[name](value) if name in TRANSLATED and value is not None else value
-            settings[name] = _typed(name, value, fields[name].type)
-    return settings
+        with faults.noted():
+            config = attrs.evolve(config, **_setting(name, value))
+    faults.refuse()
+    return config.resolved()
+
+
+def _setting(name: str, value) -> dict:
+    """The setting that an argument means, if any. None stands for one that was not given, unless the setting can be
+    None, as in Lightning."""
+    fields = attrs.fields_dict(TrainerConfig)
+    if name in PLACES:
+        PLACES[name](value)
+        return {}
+    if name not in fields:
+        raise UserError(f"Trainer has no argument {name}{_answer(name, ARGUMENTS, fields)}")
+    if value is None and not isinstance(None, fields[name].type):
+        return {}
+    value = TRANSLATED[name](value) if name in TRANSLATED and value is not None else value
+    return {name: _typed(name, value, fields[name].type)}
 
 
 def _typed(name: str, value, kind):
@@ -309,7 +321,7 @@ def _precision(value) -> str:
         raise UserError(f"precision={value!r}: MLX trains in float32 at most, which is precision='32'")
     if str(value).startswith("16"):
         told = f"precision={value!r} trains in bfloat16 here ({name}): it has float32's range and needs no loss scaling"
-        warnings.warn(told, stacklevel=5)
+        warn(told)
     return name
 
 

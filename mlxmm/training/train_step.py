@@ -4,7 +4,6 @@ A micro-batch counts in proportion to its `weight`, so the update is the one a s
 however the examples were split (over micro-batches, over processes). Sums are added up; means are made once.
 """
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -15,6 +14,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlxmm.compute.compiled import Compiler, snapshot
 from mlxmm.compute.precision import autocast
 from mlxmm.distributed import collectives
+from mlxmm.errors import warn
 from mlxmm.training.checks import check_outputs, check_same_names, explained
 from mlxmm.training.randomness import isolated_random_state
 from mlxmm.training.strategy import REPLICATED, Replicated
@@ -181,7 +181,7 @@ def fill_empty_sums(total: dict | None) -> dict | None:
     ranks = collectives.all_gather_object((list(total or ()), float(total["weight"]) if total else 0.0))
     names = next((names for names, _ in ranks if names), ())
     if names and not any(weight for _, weight in ranks):
-        warnings.warn("all batches of this evaluation have weight 0: nothing was measured", stacklevel=2)
+        warn("all batches of this evaluation have weight 0: nothing was measured")
         return None
     return total or ({name: mx.array(0.0) for name in names} or None)
 

@@ -25,7 +25,7 @@ from mlxmm.distributed.signals import Interrupted, Request, end_requests
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
 from mlxmm.terminal import say
-from mlxmm.training import batches, lightning_words, run_folder, run_state
+from mlxmm.training import batches, lightning_words, mlx_errors, run_folder, run_state
 from mlxmm.training.anomaly import DivergenceWarning, assert_finite, watched_outputs
 from mlxmm.training.callback import (
     Callback,
@@ -35,7 +35,14 @@ from mlxmm.training.callback import (
     note_first_state,
     restart_callbacks,
 )
-from mlxmm.training.checks import as_callbacks, check_optimizer, check_stage, check_trainable, warn_of_zero_rate
+from mlxmm.training.checks import (
+    as_callbacks,
+    check_optimizer,
+    check_stage,
+    check_trainable,
+    checked_arguments,
+    warn_of_zero_rate,
+)
 from mlxmm.training.datamodule import DataModule, as_datamodule, stage_loader, train_loader, why_empty
 from mlxmm.training.default_callbacks import with_defaults
 from mlxmm.training.eval_loop import Evaluator
@@ -74,9 +81,9 @@ class Trainer(TrainerProperties):
         logger: Logger | Sequence[Logger] | str | bool | None = True,
         **settings,
     ):
-        self.config = lightning_words.configured(config or TrainerConfig(), settings)
+        self.config, callbacks = checked_arguments(config or TrainerConfig(), settings, callbacks)
         self.strategy = make_strategy(self.config.strategy)
-        self._own_callbacks = with_defaults(as_callbacks(callbacks), self.config)
+        self._own_callbacks = with_defaults(callbacks, self.config)
         self.callbacks = arrange_callbacks(self._own_callbacks)
         note_first_state(self.callbacks)
         self.log_dir = self.config.default_root_dir  # the folder of the run; without this setting, `fit` makes one
@@ -332,7 +339,8 @@ class Trainer(TrainerProperties):
         self.compiler = Compiler(self._compiles(), self.config.max_compiled_variants)
         self._evaluator = Evaluator(self, self._call)
         try:
-            with collectives.watched(), memory.limited(self.config.cache_limit_gib, self.config.wired_limit_gib):
+            memory_limits = memory.limited(self.config.cache_limit_gib, self.config.wired_limit_gib)
+            with collectives.watched(), memory_limits, mlx_errors.noted():
                 self._hooks = hook_table(self.callbacks, self, module)
                 collectives.broadcast_object(data.prepare_data)
                 data.setup(stage)
