@@ -56,10 +56,7 @@ class DivergenceWarning:
             first, began = self._first.setdefault(name, (loss, step))
             if not math.isfinite(loss) or loss > first + GROWTH * max(1.0, abs(first)):
                 before = f" (it was {first:.3g} after {began})" if began < step else ""
-                told = (
-                    f"{name} is {loss:.3g} after {step} updates: training diverges{before}. Lower the learning rate, "
-                )
-                told += "or look for labels out of range; detect_anomaly=True finds the first part that is not finite"
-                warn(told)
+                told = f"{name} is {loss:.3g} after {step} updates: training diverges{before}. Lower the learning rate"
+                warn(f"{told}, or look for labels out of range; detect_anomaly=True finds the first part with a NaN")
                 self._told = True
                 return

@@ -6,27 +6,14 @@ import mlx.core as mx
 
 from mlxmm.distributed import collectives
 from mlxmm.distributed.signals import check_end
-from mlxmm.errors import UserError
 from mlxmm.progress_bar import passing_bar
 from mlxmm.training import batches
 from mlxmm.training.module import evaluating
+from mlxmm.training.monitors import Metrics
 from mlxmm.training.randomness import isolated_random_state
 from mlxmm.training.train_step import add_sums, average_sums, build_eval_step, fill_empty_sums
 
 PREFIXES = {"validation": "val", "test": "test"}  # of the metrics of a stage
-
-
-class UnknownMetric(UserError, KeyError):
-    """A metric that a stage did not measure."""
-
-    __str__ = ValueError.__str__  # that of KeyError shows quotes
-
-
-class Metrics(dict):
-    """The metrics of a stage by name. Lightning returns a list of such dicts, one for each loader."""
-
-    def __missing__(self, name):
-        raise UnknownMetric(f"metrics[{name!r}]: this is a dict of {', '.join(self) or 'nothing, for want of data'}")
 
 
 class Evaluator:

@@ -39,7 +39,7 @@ def _note(error: Exception, batch) -> str | None:
         case TypeError():
             return _of_keywords(str(error))
         case ValueError() | RuntimeError():
-            return _of_convolution(str(error))
+            return _of_values(str(error))
     return None
 
 
@@ -49,13 +49,15 @@ def _of_attribute(owner, name: str) -> str | None:
 
 
 def _of_keywords(text: str) -> str | None:
-    """Of an argument that torch names otherwise: MLX's functions list what they got, Python names the one it refuses."""
+    """Of an argument that torch names otherwise: MLX lists all that it got, Python names the one that it refuses."""
     given = re.findall(r"(\w+): ", text.partition("kwargs = {")[2]) + re.findall(r"keyword argument '(\w+)'", text)
     told = [f"{TORCH_KEYWORDS[name]}= in place of {name}=" for name in given if name in TORCH_KEYWORDS]
     return f"mlxmm: MLX has {', '.join(told)}." if told else None
 
 
-def _of_convolution(text: str) -> str | None:
+def _of_values(text: str) -> str | None:
+    if "indices" in text and ("must be integral" in text or text.endswith("indices type.")):
+        return "mlxmm: labels and ids are integers: x.astype(mx.int32)."
     if "[conv]" not in text:
         return None
     if kind := re.search(r"input array with type (u?int\w*|bool)", text):

@@ -6,7 +6,7 @@ update from (seed, rank, global_step). So a resumed run is the run that was neve
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ from mlxmm.training.loader_randomness import epoch_seed
 from mlxmm.training.logger import Logger
 from mlxmm.training.loggers import make_loggers
 from mlxmm.training.module import Module
+from mlxmm.training.monitors import Metrics
 from mlxmm.training.profiler import NoProfiler, Profiler, make_profiler
 from mlxmm.training.progress import Progress
 from mlxmm.training.randomness import seed_everything, step_seed
@@ -184,13 +185,14 @@ class Trainer(TrainerProperties):
         mx.eval(contents)  # another thread may write them, and a lazy array belongs to the thread that made it
         return contents
 
-    def log(self, metrics: dict) -> None:
-        """Write scalars under the current step. `float` waits for the device: do not log every update.
+    def log(self, metrics: Mapping[str, float] | str, value: float | None = None) -> None:
+        """Write scalars, or one by its name, under the current step. `float` waits for the device: not every update.
 
         What is logged after a run, as results of a test, is on disk when this returns.
         """
         with self.profiler.phase("logging"):
-            values = {name: float(value) for name, value in metrics.items()}
+            named = {metrics: value} if isinstance(metrics, str) else metrics
+            values = {name: float(value) for name, value in named.items()}
             self.callback_metrics |= values
             self.logged_at |= dict.fromkeys(values, self.global_step)
             self._divergence.check(values, self.global_step)
@@ -239,6 +241,8 @@ class Trainer(TrainerProperties):
             self._call("on_train_epoch_start")
             for group, is_last in self._updates_of_epoch():
                 is_last = self._agree(not self._update(group) or is_last)
+                if is_last or self.schedule.is_done(self.should_stop):
+                    self._log_epoch()
                 if self.schedule.validation_due(is_last, self.should_stop):
                     self._validate_in_fit()
                 ends = is_last or self.schedule.is_done(self.should_stop)
@@ -276,12 +280,19 @@ class Trainer(TrainerProperties):
             self.strategy.check_micro_batches(len(group))
             metrics = self._train_step(group)
             mx.eval(metrics, self.module.state, self.optimizer.state)
-        self.progress.finish_update(len(group))
+        self.progress.finish_update(len(group), metrics)
         if self.global_step % self.config.log_every_n_steps == 0:
             self._peak_warning.check()
             self.log({f"train/{name}": value for name, value in metrics.items()})
         self._call("on_train_batch_end", metrics, group)
         return True
+
+    def _log_epoch(self) -> None:
+        """Log the means of the epoch. For callbacks that watch "train/loss", they are its newest value."""
+        means = {f"train/{name}": mean for name, mean in self.progress.means.means().items() if name != "grad_norm"}
+        self.log({f"{name}_epoch": mean for name, mean in means.items()})
+        self.callback_metrics |= means
+        self.logged_at |= dict.fromkeys(means, self.global_step)
 
     def _updates_of_epoch(self) -> Iterator[tuple[tuple, bool]]:
         """The micro-batches of each update left in this epoch, and whether it is the epoch's last."""
@@ -371,7 +382,7 @@ class Trainer(TrainerProperties):
         """Set what a run counts and measures to its beginning."""
         self.progress = Progress()
         self.schedule = Schedule(self.config, self.progress, self.config.accumulate_grad_batches)
-        self.callback_metrics: dict[str, float] = {}  # the newest value of everything that was logged
+        self.callback_metrics = Metrics()  # the newest value of everything that was logged
         self.logged_at: dict[str, int] = {}  # the step of each
         self._divergence = DivergenceWarning()
 
