@@ -13,6 +13,8 @@ PACKAGE = Path(__file__).parent
 class UserError(ValueError):
     """What the person at the keyboard can put right. Recipes print it on one line and exit with 2."""
 
+    faults: list[str]  # the lines of an error that tells of several
+
 
 class BackendError(ImportError):
     """MLX is there, but not the backend that it computes with; the message says what to install."""

@@ -8,7 +8,7 @@ from mlxmm.errors import UserError, warn
 from mlxmm.training import lightning_words
 
 
-class Callback:
+class Callback(metaclass=lightning_words.AnswersArguments):
     """Override the hooks you need. `trainer` knows the state of the run; `module` is what it fits.
 
     Callbacks are called in the trainer's order, then the module's own method of the same name, which gets neither
@@ -16,16 +16,19 @@ class Callback:
     waits for the device, so call it rarely.
     """
 
+    logs: tuple[str, ...] | None = None  # how the names of the metrics that it logs begin; None: in any way
     reads_rows = False  # such callbacks come after those that replace rows
     reads_metrics = False  # such callbacks come after those that log metrics of their own
     saves_checkpoints = False  # such callbacks come last: what they save includes what the others did
 
-    def __new__(cls, *args, **settings):
-        lightning_words.refuse_arguments(cls.__name__, cls.__init__, settings, lightning_words.CONSTRUCTORS)
-        return super().__new__(cls)
-
     def __init__(self) -> None:
-        """Takes nothing: `object` would take anything, because of `__new__`."""
+        """Takes nothing: the arguments of `object` are anything."""
+
+    def __getattr__(self, name: str):
+        """For names of Lightning's, what to write instead."""
+        if name in lightning_words.CALLBACK:
+            raise lightning_words.missing(type(self).__name__, name, lightning_words.CALLBACK)
+        return super().__getattribute__(name)
 
     def setup(self, trainer, module, stage) -> None:
         """Called first in `fit`, `validate`, `test` or `predict` (the `stage`), before the optimizer exists."""

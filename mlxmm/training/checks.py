@@ -210,8 +210,10 @@ def _told_together(step: Callable) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        faults = Faults([str(error)])
-        faults.refuse(module_source.words_of_lightning(step.__self__), type(error))
+        module = getattr(step, "__self__", None)
+        if not isinstance(module, Module):
+            raise
+        Faults([str(error)]).refuse(module_source.words_of_lightning(module), type(error))
 
 
 @contextlib.contextmanager

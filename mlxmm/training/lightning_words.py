@@ -3,6 +3,7 @@
 The tables map a name of Lightning's to that answer. docs/from-lightning.md shows them side by side.
 """
 
+import abc
 import difflib
 import functools
 import inspect
@@ -147,6 +148,31 @@ CALLS = {  # of fit, validate, test and predict
     "test_dataloaders": "write dataloaders=...",
     "module": "write model=..., or the first argument",
 }
+CALLBACK = {  # methods of a LightningModule that Lightning lends to callbacks
+    "log": 'write trainer.log("name", value)',
+    "log_dict": 'write trainer.log({"name": value})',
+}
+LOGGER = {  # attributes of Lightning's loggers
+    "experiment": "the writer of TensorBoard's is that of TensorBoardLogger, one of trainer.loggers; "
+    "log_images, log_text and log_histogram write to all loggers",
+    "log_dir": "write trainer.log_dir",
+    "save_dir": "write trainer.log_dir",
+    "log_image": "write log_images(name, images, step)",
+    "watch": "write callbacks=[GradientHistograms(), WeightHistograms()]",
+}
+SETTINGS = "the settings that loggers write are the fields of self.config: write self.config = config, an attrs class"
+SAME_HERE: dict[str, tuple] = {  # arguments of Lightning's callbacks and loggers whose value means what is done here
+    "verbose": (True, False),
+    "save_last": (True, "link"),
+    "save_weights_only": (False,),
+    "save_on_train_epoch_end": (False,),
+    "auto_insert_metric_name": (True, False),
+    "strict": (True,),
+    "check_on_train_epoch_end": (False,),
+    "log_rank_zero_only": (True, False),
+    "logging_interval": ("step",),
+    "log_momentum": (False,),
+}
 CONSTRUCTORS = {  # arguments of Lightning's callbacks and loggers
     "verbose": "leave it out",
     "filename": "leave it out, checkpoints are named step=N, and the links best and last point to them",
@@ -155,7 +181,7 @@ CONSTRUCTORS = {  # arguments of Lightning's callbacks and loggers
     "save_on_train_epoch_end": "write every_n_epochs=1",
     "auto_insert_metric_name": "leave it out, checkpoints are named step=N",
     "period": "write every_n_epochs=...",
-    "strict": "leave it out, a metric that nobody logs is an error",
+    "strict": "write strict=True, or leave it out: a metric that nobody logs is an error",
     "check_on_train_epoch_end": "leave it out, metrics are looked at after each validation",
     "log_rank_zero_only": "leave it out",
     "logging_interval": "leave it out, the rate is logged every log_every_n_steps updates",
@@ -218,10 +244,8 @@ CALLBACKS = {  # Lightning's, that have another name here
 PACKAGE = {  # names that people look for in `mlxmm`, or in `lightning`
     "LightningModule": "write mlxmm.Module",
     "LightningDataModule": "write mlxmm.DataModule",
-    "loggers": "write mlxmm.TensorBoardLogger, or WandbLogger, TrackioLogger or JSONLLogger",
     "CSVLogger": "write mlxmm.JSONLLogger",
     "Tuner": "write the callbacks LearningRateFinder and BatchSizeFinder",
-    "callbacks": "write import mlxmm.callbacks",
     "Fabric": "write mlxmm.Trainer, or a loop of your own with mlx.nn.value_and_grad",
     "CaptionData": "write from mlxmm.data.caption_data import CaptionData",
 } | {
@@ -253,6 +277,31 @@ def refuse_arguments(call: str, function: Callable, arguments: Iterable[str], an
         return
     unknown = [name for name in arguments if name not in parameters]
     Faults(f"{call} has no argument {name}{_answer(name, answers, parameters)}" for name in unknown).refuse()
+
+
+class AnswersArguments(abc.ABCMeta):
+    """The class of classes that are made with arguments of Lightning's: those that change nothing here are dropped,
+    others that are not there are answered with a `UserError`."""
+
+    def __call__(cls, *args, **settings):
+        if cls.__module__.split(".")[0] in ("mlxmm", "callbacks"):
+            own = inspect.signature(cls.__init__).parameters
+            settings = {name: value for name, value in settings.items() if name in own or not _is_same(name, value)}
+        refuse_arguments(cls.__name__, cls.__init__, settings, CONSTRUCTORS)
+        return super().__call__(*args, **settings)
+
+
+def _is_same(name: str, value) -> bool:
+    return name in CONSTRUCTORS and (value is None or value in SAME_HERE.get(name, ()))
+
+
+class Settings(dict):
+    """Settings by name, or as attributes."""
+
+    def __getattr__(self, name: str):
+        if name in self:
+            return self[name]
+        raise UnknownName(f"hparams has no {name}: {SETTINGS}")
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.8) -> str | None:
@@ -299,6 +348,8 @@ def _setting(name: str, value) -> dict:
     fields = attrs.fields_dict(TrainerConfig)
     if name in PLACES:
         PLACES[name](value)
+        return {}
+    if value is None and name in ARGUMENTS:
         return {}
     if name not in fields:
         raise UserError(f"Trainer has no argument {name}{_answer(name, ARGUMENTS, fields)}")

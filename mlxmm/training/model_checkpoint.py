@@ -41,6 +41,7 @@ class ModelCheckpoint(Callback):
     """
 
     saves_checkpoints = True
+    logs = ()
 
     every_n_train_steps: int | None = attrs.field(default=500, validator=optional(ge(1)), kw_only=True)
     every_n_epochs: int | None = attrs.field(default=None, validator=optional(ge(1)), kw_only=True)

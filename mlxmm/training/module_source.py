@@ -17,7 +17,8 @@ STEPS = ("training_step", "validation_step", "test_step")
 def words_of_lightning(module) -> list[str]:
     """A line for each word of Lightning's in the methods of `module`, with what to write instead."""
     kinds = type(module).__mro__[: type(module).__mro__.index(Module)]
-    methods = [method for kind in kinds for method in vars(kind).values() if inspect.isfunction(method)]
+    own = {name: value for kind in reversed(kinds) for name, value in vars(kind).items()}
+    methods = filter(inspect.isfunction, own.values())
     return list(dict.fromkeys(line for method in methods for line in _lines(module, method)))
 
 
@@ -40,8 +41,10 @@ def _lines(module, method) -> Iterator[str]:
                 yield f"{owner}.{name}: {lightning_words.NO_PARAMETERS}"
 
 
-def _nodes(method) -> Iterator[ast.AST]:
+def _nodes(method) -> list[ast.AST]:
+    """The nodes of its source, line by line."""
     try:
-        return ast.walk(ast.parse(textwrap.dedent(inspect.getsource(method))))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
     except (OSError, TypeError, SyntaxError):  # typed at a prompt, or made by a program
-        return iter(())
+        return []
+    return sorted(ast.walk(tree), key=lambda node: getattr(node, "lineno", 0))

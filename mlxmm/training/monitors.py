@@ -1,8 +1,10 @@
 """Monitors: metrics that callbacks watch, and what to say of one that does not come."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Collection, Iterable
 
 from mlxmm.errors import UserError
+from mlxmm.training.callback import HOOKS
 from mlxmm.training.lightning_words import closest
 
 
@@ -23,8 +25,22 @@ class Metrics(dict):
 
 
 def meant(name: str, known: Iterable[str]) -> str | None:
-    """The metric that `name` most likely means: "val_loss" is "val/loss"."""
-    return closest(name.replace("_", "/", 1), known)
+    """The metric that `name` most likely means: "val_loss" is "val/loss", and so is "loss"."""
+    return closest(name.replace("_", "/", 1), known) or closest(f"val/{name}", known, 0.9)
+
+
+def check_before_training(trainer, measured: Collection[str]) -> None:
+    """Raise `UserError` for a monitor that is none of the metrics that validation has `measured`, where nothing else
+    can log it: neither a callback nor a hook of the module."""
+    logged = [callback.logs for callback in trainer.callbacks]
+    if None in logged or any(hasattr(type(trainer.module), hook) for hook in HOOKS):
+        return
+    for callback in trainer.callbacks:
+        monitor = getattr(callback, "monitor", None) or "train/"
+        if monitor not in measured and not monitor.startswith(("train/", *itertools.chain(*logged))):
+            near = meant(monitor, measured)
+            told = f"did you mean {near}?" if near else f"validation gives {', '.join(sorted(measured))}"
+            raise UserError(f"{type(callback).__name__}: nothing logs {monitor!r}; {told}")
 
 
 def without_validation(owner: str, monitor: str, validates: bool) -> str | None:

@@ -10,23 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import attrs
 import mlx.core as mx
 
 from mlxmm.compute import memory
 from mlxmm.compute.compiled import Compiler, can_compile
-from mlxmm.compute.deterministic import deterministic_lookups
-from mlxmm.compute.gradient_checkpointing import recomputed_layers
 from mlxmm.compute.half_products import half_products
 from mlxmm.compute.precision import set_dtypes
-from mlxmm.config import to_json
 from mlxmm.distributed import collectives
 from mlxmm.distributed.signals import Interrupted, Request, end_requests
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
 from mlxmm.terminal import say
 from mlxmm.training import batches, lightning_words, mlx_errors, run_folder, run_state
-from mlxmm.training.anomaly import DivergenceWarning, assert_finite, watched_outputs
+from mlxmm.training.anomaly import DivergenceWarning, assert_finite
 from mlxmm.training.callback import (
     Callback,
     arrange_callbacks,
@@ -51,6 +47,7 @@ from mlxmm.training.logger import Logger
 from mlxmm.training.loggers import make_loggers
 from mlxmm.training.module import Module
 from mlxmm.training.monitors import Metrics
+from mlxmm.training.preparation import hparams, prepared_layers
 from mlxmm.training.profiler import NoProfiler, Profiler, make_profiler
 from mlxmm.training.progress import Progress
 from mlxmm.training.randomness import seed_everything, step_seed
@@ -129,7 +126,7 @@ class Trainer(TrainerProperties):
         """
         data = as_datamodule(datamodule, train=train_dataloaders, val=val_dataloaders)
         alone = collectives.world_size() == 1
-        with self._stage("fit", model, data, ckpt_path), self._layers_prepared(), end_requests(alone) as self._request:
+        with self._stage("fit", model, data, ckpt_path), prepared_layers(self), end_requests(alone) as self._request:
             self._prepare_fit()
             self._call("on_fit_start")
             self._sanity_check()
@@ -394,19 +391,6 @@ class Trainer(TrainerProperties):
         if self.config.default_root_dir is None:
             self.log_dir, self.loggers = folder, make_loggers(self._logger, folder)
 
-    @contextlib.contextmanager
-    def _layers_prepared(self) -> Iterator[None]:
-        self.module.update(collectives.broadcast(self.module.parameters()))
-        with contextlib.ExitStack() as stack:
-            if self.config.deterministic:
-                stack.enter_context(deterministic_lookups(self.module))
-            stack.enter_context(self.strategy.sharded(self))
-            if self.config.gradient_checkpointing:
-                stack.enter_context(recomputed_layers(self.module))
-            if self.config.detect_anomaly:
-                stack.enter_context(watched_outputs(self.module))
-            yield
-
     def _prepare_fit(self) -> None:
         saved = None if self.ckpt_path is None else self.strategy.own(checkpoint.load(self.ckpt_path))
         if saved is not None:
@@ -415,12 +399,7 @@ class Trainer(TrainerProperties):
         self.schedule.check(stage_loader(self.datamodule, "val"))
         run_folder.begin(self, saved and saved["state"])  # before this nothing is changed that is on disk
         for logger in self.loggers:
-            logger.log_hyperparams(self._hparams())
-
-    def _hparams(self) -> dict:
-        config = attrs.evolve(self.config, default_root_dir=None)  # loggers know their folder
-        data = getattr(self.datamodule, "hparams", {})
-        return {"data": data, "module": self.module.hparams, "trainer": to_json(config)}
+            logger.log_hyperparams(hparams(self))
 
     def _build_train_step(self) -> None:
         """Compile for what is trainable now. Moments already there stay; new parameters get their own."""

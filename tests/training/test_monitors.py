@@ -6,7 +6,7 @@ import pytest
 from conftest import DistinctBatches, TinyRegression
 
 from mlxmm import Callback
-from mlxmm.callbacks import EarlyStopping, ModelCheckpoint
+from mlxmm.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from mlxmm.errors import UserError
 
 
@@ -63,10 +63,24 @@ def test_a_metric_that_nobody_logs_is_said_at_the_end_of_the_first_epoch(fit, ki
     steps = []
     note = type("Note", (Callback,), {"on_exception": lambda self, trainer, *args: steps.append(trainer.global_step)})()
     with pytest.raises(
-        UserError, match=f"^{kind}: nothing logs 'los'; there are train/grad_norm, train/loss, train/loss_epoch"
+        UserError, match=f"^{kind}: nothing logs 'xyz'; there are train/grad_norm, train/loss, train/loss_epoch"
     ):
-        fit(note, WATCHERS[kind]("los"), max_epochs=3, val=val)
+        fit(note, WATCHERS[kind]("xyz"), max_epochs=3, val=val)
     assert steps == [4]
+
+
+@pytest.mark.parametrize("kind", WATCHERS)
+@pytest.mark.parametrize(
+    ("monitor", "told"), [("val_loss", "did you mean val/loss"), ("val/xyz", "validation gives val/loss")]
+)
+def test_a_misspelt_monitor_of_validation_is_said_before_the_first_update(fit, kind, monitor, told, monkeypatch):
+    monkeypatch.setattr("mlxmm.training.trainer.Trainer._train", None)
+    with pytest.raises(UserError, match=f"^{kind}: nothing logs '{monitor}'; {told}"):
+        fit(LearningRateMonitor(), WATCHERS[kind](monitor), max_epochs=3)
+
+
+def test_a_monitor_that_a_callback_logs_is_waited_for(fit):
+    fit(LogAt(_4=1.0), LearningRateMonitor(), EarlyStopping("score"), EarlyStopping("lr"), max_steps=8)
 
 
 @pytest.mark.parametrize("kind", WATCHERS)
