@@ -15,9 +15,9 @@ from mlxmm.compute.compiled import Compiler, snapshot
 from mlxmm.compute.precision import autocast
 from mlxmm.distributed import collectives
 from mlxmm.errors import warn
-from mlxmm.training.checks import check_outputs, check_same_names, explained
 from mlxmm.training.index_check import IndexCheck
 from mlxmm.training.randomness import isolated_random_state
+from mlxmm.training.step_errors import check_outputs, check_same_names, explained
 from mlxmm.training.strategy import REPLICATED, Replicated
 from mlxmm.training.trainable import frozen_parts_unchanged
 

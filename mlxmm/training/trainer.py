@@ -287,7 +287,8 @@ class Trainer(TrainerProperties):
     def _log_epoch(self) -> None:
         """Log the means of the epoch. For callbacks that watch "train/loss", they are its newest value."""
         means = {f"train/{name}": mean for name, mean in self.progress.means.means().items() if name != "grad_norm"}
-        self.log({f"{name}_epoch": mean for name, mean in means.items()})
+        if means:  # a hook may have skipped the epoch
+            self.log({f"{name}_epoch": mean for name, mean in means.items()})
         self.callback_metrics |= means
         self.logged_at |= dict.fromkeys(means, self.global_step)
 
