@@ -30,6 +30,12 @@ def _picture(cell) -> tuple[str | None, bytes | None]:
     return (cell["path"], content(cell)) if isinstance(cell, dict) else (None, None)
 
 
+def picture_key(cell) -> bytes | str | None:
+    """What a picture is known by in all splits: its bytes, or its file; None if there is none."""
+    path, digest = _picture(cell)
+    return digest or path
+
+
 def _numbers(pictures: Sequence[tuple]) -> np.ndarray:
     """A row without a picture has a number of its own."""
     numbers: dict = {}
