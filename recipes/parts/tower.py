@@ -76,7 +76,7 @@ def tower_or_train(config, source: CaptionSource, run: Run) -> tuple[str, dict]:
         write_json(folder / "metrics.json", metrics)
 
     if run.keeps_files:
-        folder = cached("tower", [to_json(config.data), config.seed, to_json(tower)], make)
+        folder = cached("tower", [to_json(config.data), source.fingerprints, config.seed, to_json(tower)], make)
     else:
         folder = made_in(run.folder / "tower-model", make)
     metrics = read_json(folder / "metrics.json")
