@@ -277,6 +277,16 @@ def test_rows_of_one_picture_are_one_row_with_all_its_captions_on_one_side(tmp_p
     assert rows["train"].table["label"][0] == "0"
 
 
+def test_a_picture_under_several_names_is_on_one_side(tmp_path, capsys):
+    cells = [{"bytes": png(i), "path": f"{i}-{name}.png"} for i in range(40) for name in "abc"]
+    table = datasets.Dataset.from_dict({"image": cells, "caption": ["a thing"] * len(cells)})
+    table.cast_column("image", datasets.Image(decode=False)).to_parquet(tmp_path / "rows.parquet")
+    rows = opened(tmp_path / "rows.parquet").rows
+    own = [{rows[split].name(i).split("-")[0] for i in range(len(rows[split]))} for split in rows]
+    assert list(map(len, own)) == [36, 2, 2] and len(set.union(*own)) == 40
+    assert "in train too" not in capsys.readouterr().out
+
+
 def test_rows_of_one_file_are_one_row_by_a_split_column_too(tmp_path):
     numbers = [i for i in range(10) for _ in range(2)]
     splits = ["train"] * 12 + ["val"] * 4 + ["test"] * 4
@@ -326,6 +336,10 @@ def test_a_caption_of_nothing_that_is_seen_is_none_and_a_list_in_a_text_is_read(
     path = with_columns(tmp_path / "2.parquet", caption=["\u200b\u200d"] + [f"a thing {i}" for i in range(1, NUM)])
     with pytest.raises(UserError, match="1 of 20 rows have no caption"):
         opened(path)
+    for written in ("['a cat', \"it's\"]", "['a cat' \"it's\"]", "['a cat'\n \"it's\"]"):  # as pandas writes them
+        assert texts_in(written) == ["a cat", "it's"]
+    for plain in ("['a' on a mat", "['a', 1]", "['a' + 'b']", "[b'a']", "['" * 3_000):
+        assert texts_in(plain) == [plain]
     assert texts_in("\x00 ") == [] and texts_in('["not closed') == ['["not closed'] and texts_in("[1]") == ["[1]"]
 
 

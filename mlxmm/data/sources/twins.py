@@ -16,8 +16,8 @@ MAX_SHOWN = 5
 
 
 def picture_numbers(cells: Iterable) -> np.ndarray:
-    """For each cell {"bytes", "path"} the number of its picture, by first appearance."""
-    return _numbers([_picture(cell) for cell in cells])
+    """For each cell {"bytes", "path"} the number of its picture, whatever its name, by first appearance."""
+    return _numbers([(picture_key(cell),) for cell in cells])
 
 
 def content(cell: Mapping) -> bytes | None:
