@@ -54,7 +54,7 @@ def captions_at(row: Mapping, wanted: str) -> list[str]:
 
 
 def texts_in(value) -> list[str]:
-    """The texts in a cell: a string, which may be a list that is written out, a struct with a text, or a list of these."""
+    """The texts in a cell: a string, which may be a written-out list, a struct with a text, or a list of these."""
     if isinstance(value, Mapping):
         value = next((value[name] for name in TEXTS if value.get(name)), None)
     if isinstance(value, list | tuple):
