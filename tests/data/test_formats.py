@@ -8,12 +8,14 @@ from pathlib import Path
 import attrs
 import datasets
 import pytest
+from small_clip import small_clip
 from small_sources import JSON, NUM, TEXT, pictures, png, write_source, write_tar
 
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.data.sources.captions import texts_in
 from mlxmm.data.sources.formats import SPLIT_OF
 from mlxmm.errors import UserError
+from recipes import evaluate_clip
 
 
 def opened(source, **settings):
@@ -211,6 +213,7 @@ def test_labels_that_name_no_split_are_counted_and_if_all_do_they_are_shown(tmp_
 
 
 def only_parquet(folder, splits):
+    folder.mkdir(exist_ok=True)
     for place, split in enumerate(splits):
         write_source(folder / f"{split}-0.parquet", range(place * 20, place * 20 + 20), "a thing")
     return {"source": str(folder)}
@@ -458,3 +461,13 @@ def test_a_stream_reads_no_file_outside_its_source(tmp_path):
     datasets.Dataset.from_dict(values).to_parquet(folder / "rows.parquet")
     with pytest.raises(UserError, match=r"secret\.png', which is not in"):
         opened(folder / "rows.parquet", streaming=True, split_column="split")
+
+
+def test_a_clip_is_judged_on_a_source_with_nothing_but_test(tmp_path):
+    small_clip().save_pretrained(tmp_path / "clip")
+    data = CaptionDataConfig(**only_parquet(tmp_path / "data", ["test"]))
+    config = evaluate_clip.Config(module=str(tmp_path / "clip"), data=data, run_dir=tmp_path / "run")
+    evaluate_clip.main(config)
+    assert "retrieval/text_to_image/recall_at_1" in json.loads((tmp_path / "run" / "summary.json").read_text())
+    with pytest.raises(UserError, match="--probe is fitted on train and val: .* has no train"):
+        evaluate_clip.main(attrs.evolve(config, run_dir=tmp_path / "probe", labels=True, probe=True))
