@@ -3,7 +3,7 @@
 B images or captions, L tokens, D features, V vocabulary, N = B * L positions.
 """
 
-from functools import partial
+from functools import partial, reduce
 
 import mlx.core as mx
 
@@ -13,24 +13,36 @@ from mlxmm.compute.deterministic import add_rows
 CHUNK_LOGITS = 2**24  # logits that `linear_token_loss` holds at a time: 64 MB in float32
 
 
-def clip_loss(logits: mx.array) -> mx.array:
+def clip_loss(logits: mx.array, ignored: mx.array | None = None) -> mx.array:
     """Mean of the cross-entropies of images over texts and of texts over images (CLIP, figure 3).
 
-    `logits` is (B, B), images by texts, with the matching pairs on the diagonal.
+    `logits` is (B, B), images by texts, with the matching pairs on the diagonal. Pairs off it that are `ignored`,
+    (B, B) booleans, are no negatives.
     """
+    if ignored is not None:
+        logits = mx.where(ignored, -mx.inf, logits)
     labels = mx.arange(logits.shape[0])
     by_image = F.cross_entropy(logits, labels).mean()
     by_text = F.cross_entropy(logits.T, labels).mean()
     return (by_image + by_text) / 2
 
 
-def siglip_loss(logits: mx.array) -> mx.array:
+def siglip_loss(logits: mx.array, ignored: mx.array | None = None) -> mx.array:
     """Sigmoid loss: a binary classification of each pair (SigLIP, arXiv 2303.15343, algorithm 1).
 
     `logits` is (B, B) with the matching pairs on the diagonal. The sum over all pairs is divided by B, not B * B.
+    Pairs off the diagonal that are `ignored`, (B, B) booleans, are not classified.
     """
     signs = 2 * mx.eye(len(logits)) - 1
-    return mx.logaddexp(0, -signs * logits).sum() / len(logits)
+    losses = mx.logaddexp(0, -signs * logits)
+    return (losses if ignored is None else mx.where(ignored, 0, losses)).sum() / len(logits)
+
+
+def duplicates(tokens: mx.array) -> mx.array:
+    """(B, B) booleans of (B, L) texts: which pairs of different places have the same text."""
+    others = ~mx.eye(len(tokens), dtype=mx.bool_)
+    # Token by token, as (B, B, L) booleans of a large batch would take more memory than its towers.
+    return reduce(lambda equal, own: equal & (own[:, None] == own), tokens.T, others)
 
 
 def token_loss(logits: mx.array, targets: mx.array, mask: mx.array, *, smoothing: float = 0.0) -> mx.array:

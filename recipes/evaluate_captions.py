@@ -45,7 +45,7 @@ def main(config: Config) -> None:
         check_parts(captioner=module, clip=config.clip)
         captioner = load_captioner(module)
         clip = None if config.clip is None else ContrastiveCLIP.from_pretrained(config.clip)
-        source = open_source(config.data, config.seed)
+        source = open_source(config.data, config.seed, to_train=False)
         run.save_lineage(source.lineage)
         source.require_split(config.split)
         rows = source.rows[config.split]

@@ -58,7 +58,7 @@ def main(config: Config) -> None:
         module = model_of(config.module)
         check_parts(clip=module)
         clip = ContrastiveCLIP.from_pretrained(module)
-        source = open_source(config.data, config.seed)
+        source = open_source(config.data, config.seed, to_train=False)
         run.save_lineage(source.lineage)
         source.require_split(config.split)
         _check(config, source)
@@ -67,10 +67,12 @@ def main(config: Config) -> None:
 
 def _check(config: Config, source: CaptionSource) -> None:
     """Raise `UserError` where `data` cannot give what is asked for."""
-    if config.labels and is_stream(source.rows["train"]):
+    if config.labels and any(map(is_stream, source.rows.values())):
         raise UserError("--labels reads all training pictures, which a stream has not at once: no --data.streaming")
     if config.probe and not (config.labels or source.is_synthetic):
         raise UserError("--probe wants class names: add --labels, and --data.caption-column if it is not `caption`")
+    if config.probe and (missing := [split for split in ("train", "val") if split not in source.rows]):
+        raise UserError(f"--probe is fitted on train and val: {config.data.only_source} has no {missing[0]}")
     if config.class_column is not None:
         _one_each(config, source)
 
@@ -83,8 +85,9 @@ def evaluate(config: Config, clip: ContrastiveCLIP, source: CaptionSource) -> di
     elif not config.labels:
         metrics, parts = retrieval_metrics(clip, _limited(source.rows[config.split], config.max_images)), None
     else:
-        parts = [_labelled(source.rows[split], config.max_images) for split in ("train", "val", config.split)]
-        images, labels = zip(*parts[2])
+        splits = [split for split in ("train", "val") if split in source.rows]
+        parts = [_labelled(source.rows[split], config.max_images) for split in (*splits, config.split)]
+        images, labels = zip(*parts[-1])
         names = sorted({label for part in parts for _, label in part})
         metrics = _zero_shot(config, clip, names, images, labels)
     if config.class_column is not None:

@@ -48,9 +48,8 @@ def main(config: Config) -> None:
     if data.streaming:
         raise UserError("a stream is not looked at, as it has no end that is known: leave out --data.streaming")
     with open_run(config, "look_at_data") as run:
-        opened = {
-            one.only_source: own.rows for one, own in zip(data.each(), open_splits(data, config.seed, checked=False))
-        }
+        sources = open_splits(data, config.seed, checked=False, to_train=False)
+        opened = {one.only_source: own.rows for one, own in zip(data.each(), sources)}
         looked = {name: _look(rows, data.num_decoding_threads) for name, rows in opened.items()}
         lines = [line for name, splits in looked.items() for line in report(name, splits, config, data.batch_size)]
         run.print("\n".join(lines))

@@ -74,7 +74,7 @@ def examples(run: Path) -> list[tuple[Image.Image, str]]:
         return []
     try:
         values = read_json(run / "config.json")
-        source = open_source(from_json(CaptionDataConfig, values["data"]), values["seed"])
+        source = open_source(from_json(CaptionDataConfig, values["data"]), values["seed"], to_train=False)
         rows = source.rows["test"]
     except KeyError:
         return []

@@ -73,7 +73,7 @@ class CaptionDataConfig(BatchConfig):
         converter=_paths,
     )
     image_folder: str | None = option(None, "folder of the pictures that a list names; none: the list's own", rare=True)
-    split_column: str | None = option(None, "column that says train, val or test; none: the source's own splits")
+    split_column: str | None = option(None, "column with train, val, test; random: drawn; none: its own splits")
     streaming: bool = option(False, "train on pictures as they are read, without loading all of them first")
     held_out: int = option(
         1_000, "most pictures of a stream's val and test splits, which are kept in memory", ge(1), rare=True

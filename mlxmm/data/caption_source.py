@@ -42,6 +42,11 @@ class CaptionSource:
         return self.grammar is not None
 
     @property
+    def fingerprints(self) -> list[str]:
+        """Of each source the checksum of its training rows: of what is trained on it and kept, a part of the key."""
+        return [one["fingerprint"] for one in self.lineage]
+
+    @property
     def test_splits(self) -> list[str]:
         """The splits that captions are judged on: those whose names begin with "test"."""
         return [split for split in self.rows if split.startswith("test")]
@@ -86,13 +91,16 @@ class CaptionSource:
 
 
 @staged("opening data")
-def open_source(config: CaptionDataConfig, seed: int) -> CaptionSource:
+def open_source(config: CaptionDataConfig, seed: int, *, to_train: bool = True) -> CaptionSource:
     """Open what `config.source` names: one source, or several, which are mixed. A collective call.
 
+    One that is not `to_train` may lack splits, as one with nothing but "test"; without "train" it has no lineage.
     Raises `UserError` where one, a column or a split is missing or damaged, or a weight or condition leaves no rows.
     """
-    opened = open_splits(config, seed)
+    opened = open_splits(config, seed, to_train=to_train)
     rows: dict[str, Any] = dict(opened[0].rows)
+    if "train" not in rows:
+        return CaptionSource(config=config, seed=seed, rows=MappingProxyType(rows), skipped=tuple(opened[0].skipped))
     trained, weights = [one.rows["train"] for one in opened], config.weights or (1.0,) * len(opened)
     if any(weight != 1 for weight in weights) or len(opened) > 1:
         rows["train"] = mix(config.source, [one.rows for one in opened], weights, config.num_decoding_threads)

@@ -31,6 +31,7 @@ def _describe(config: CaptionDataConfig, rows: Mapping, left_out: Mapping[str, i
         "config_name": config.only_config_name,
         "revision": revision,
         "fingerprint": _fingerprint(config, train, revision),
+        "held_out": _held_out(rows),
         "weight": weight,
         "rows": {split: None if is_stream(part) else len(part) for split, part in rows.items()},
         "where": dict(left_out),
@@ -53,6 +54,12 @@ def _fingerprint(config: CaptionDataConfig, train: Rows | StreamRows, commit: st
         sizes = [f"{path.name} {path.stat().st_size}" for path in files]
         return hashlib.sha256("\n".join([str(commit), *sizes, *config.where]).encode()).hexdigest()
     return (train.checksum() if isinstance(train, CaptionRows) else hashlib.sha256(train.fingerprint())).hexdigest()
+
+
+def _held_out(rows: Mapping) -> str:
+    """A checksum of the pictures and captions that are not trained on."""
+    parts = (part for split, part in rows.items() if split != "train" and isinstance(part, CaptionRows))
+    return hashlib.sha256(b"".join(part.checksum().digest() for part in parts)).hexdigest()
 
 
 def _files(source: str) -> Iterable[Path]:

@@ -27,25 +27,27 @@ class OpenedSource:
     left_out: dict[str, int]
 
 
-def open_splits(config: CaptionDataConfig, seed: int, *, checked: bool = True) -> list[OpenedSource]:
+def open_splits(
+    config: CaptionDataConfig, seed: int, *, checked: bool = True, to_train: bool = True
+) -> list[OpenedSource]:
     """Each source that `config` names: the first with all its splits, the others with their training rows.
 
-    With `checked`, rows without a caption or with a broken picture are left out. A collective call. Raises `UserError`
-    where a source, a column or a split is missing or damaged.
+    Unless it is `to_train`, the first may lack some. With `checked`, rows without a caption or with a broken picture
+    are left out. A collective call. Raises `UserError` where a source, a column or a split is missing or damaged.
     """
     if config.captions and SHAPES in config.source:
         raise UserError("--data.captions is for pictures with files, not for `shapes`")
     configs = config.each()
     captions = read_captions(config.captions, " ".join(config.caption_column))
     join = Join(captions, config.captions, config.num_decoding_threads) if captions else None
-    opened = [_open(one, seed, join, is_first=not place) for place, one in enumerate(configs)]
+    opened = [_open(one, seed, join, is_first=not place, to_train=to_train) for place, one in enumerate(configs)]
     _check_conditions(config, opened)
-    if isinstance(opened[0]["train"], CaptionRows) and join is None:
+    if all(isinstance(part, CaptionRows) for part in opened[0].values()) and join is None:
         _report_unlisted(config.source[0], opened[0])
     return [_usable(one, rows, checked) for one, rows in zip(configs, opened)]
 
 
-def _open(config: CaptionDataConfig, seed: int, join: Join | None, *, is_first: bool) -> dict[str, Any]:
+def _open(config: CaptionDataConfig, seed: int, join: Join | None, *, is_first: bool, to_train: bool) -> dict[str, Any]:
     """The rows of each split of one source; of one beside the first those of training alone."""
     columns = Columns(image=config.image_column, caption=" ".join(config.caption_column), split=config.split_column)
     source, which = config.only_source, config.which
@@ -53,15 +55,16 @@ def _open(config: CaptionDataConfig, seed: int, join: Join | None, *, is_first: 
         rows: dict[str, Any] = ShapesGrammar(config.shapes, seed).rows(seed)
         return rows if is_first else {"train": rows["train"]}
     if config.streaming:
-        return open_stream(source, columns, num_held_out=config.held_out, conditions=config.conditions, **which)
+        held_out, conditions = config.held_out, config.conditions
+        return open_stream(source, columns, num_held_out=held_out, conditions=conditions, to_train=to_train, **which)
     if is_first:
-        return open_rows(source, columns, seed=seed, join=join, **which)
+        return open_rows(source, columns, seed=seed, join=join, to_train=to_train, **which)
     return {"train": open_training_rows(source, columns, seed=seed, join=join, **which)}
 
 
 def _check_conditions(config: CaptionDataConfig, opened: Sequence[dict[str, Any]]) -> None:
     """Raise `UserError` where a condition is on a column that no source has."""
-    tables = [getattr(rows["train"], "table", None) for rows in opened]
+    tables = [getattr(part, "table", None) for rows in opened for part in rows.values()]
     names = list(dict.fromkeys(name for table in tables if table is not None for name in table.column_names or ()))
     for condition in config.conditions:
         if condition.column not in names:

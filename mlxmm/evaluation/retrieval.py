@@ -5,6 +5,7 @@ Q queries, N candidates. In zero-shot classification one candidate is relevant; 
 
 from collections.abc import Sequence
 
+import attrs
 import numpy as np
 
 from mlxmm.errors import UserError
@@ -12,38 +13,55 @@ from mlxmm.errors import UserError
 ROWS = 256  # queries ranked at a time, to bound memory
 
 
-def best_ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
-    """For each query, (Q,), the rank of its best relevant candidate: 1 plus the irrelevant candidates ranked before it.
+@attrs.frozen(eq=False)
+class Ranks:
+    """Where the best relevant candidate of each query stands, as counts (Q,).
 
-    `scores` is (Q, N), higher is better; `relevant` (Q, N) booleans, at least one true in each row. Equal scores and
-    NaN rank before the relevant candidate, so a network whose features are all equal gets no hits. Raises
-    `ValueError` if a query has no relevant candidate.
+    Candidates of equal score are in no order: recall and ranks are the means over all their orders. So features that
+    are all equal reach what chance does, and the order in which rows are read changes nothing.
+    """
+
+    num_before: np.ndarray  # irrelevant candidates of higher scores
+    num_tied: np.ndarray  # irrelevant ones of the same score
+    num_relevant: np.ndarray  # relevant ones of that score, 1 at least
+
+    @property
+    def expected(self) -> np.ndarray:
+        """(Q,) floats: 1 plus the irrelevant candidates before the first relevant one."""
+        return 1 + self.num_before + self.num_tied / (self.num_relevant + 1)
+
+
+def best_ranks(scores: np.ndarray, relevant: np.ndarray) -> Ranks:
+    """The ranks of queries whose candidates have `scores`, (Q, N), higher is better; `relevant` is (Q, N) booleans.
+
+    NaN ranks before the relevant candidate. Raises `ValueError` if a query has no relevant candidate.
     """
     if not relevant.any(1).all():
         raise ValueError("a query has no relevant candidate")
-    ranks = np.empty(len(scores), dtype=np.int64)
+    counts = np.empty((3, len(scores)), dtype=np.int64)
     for start in range(0, len(scores), ROWS):
         rows, right = scores[start : start + ROWS], relevant[start : start + ROWS]
         best = np.where(right, rows, -np.inf).max(1, keepdims=True)
-        ranks[start : start + ROWS] = 1 + (~(rows < best) & ~right).sum(1)
-    return ranks
+        equal = rows == best
+        kinds = (~(rows <= best) & ~right, equal & ~right, equal & right)
+        counts[:, start : start + ROWS] = [kind.sum(1) for kind in kinds]
+    before, tied, own = counts
+    return Ranks(before, tied, np.maximum(own, 1))
 
 
-def recall(ranks: np.ndarray, k: int) -> float:
+def recall(ranks: Ranks, k: int) -> float:
     """The fraction of queries with a relevant candidate among the first `k`; of classes, top-k accuracy."""
-    return float((ranks <= k).mean())
+    num_wrong, num_equal = ranks.num_tied, ranks.num_tied + ranks.num_relevant  # (Q,)
+    places = np.clip(k - ranks.num_before, 0, num_equal)  # that candidates of the best score fill
+    log_factorial = np.concatenate([[0.0], np.log(np.arange(1, num_equal.max() + 1)).cumsum()])
+    ways = log_factorial[num_wrong] - log_factorial[np.maximum(num_wrong - places, 0)]  # to fill them with wrong ones
+    missed = np.exp(ways - log_factorial[num_equal] + log_factorial[num_equal - places]) * (num_wrong >= places)
+    return float((1 - missed).mean())
 
 
 def chance_recall(relevant: np.ndarray, k: int) -> float:
     """The expected `recall` of candidates in random order."""
-    num_candidates, num_wrong = relevant.shape[1], (~relevant).sum(1)  # (Q,)
-    k = min(k, num_candidates)
-    log_factorial = np.concatenate([[0.0], np.log(np.arange(1, num_candidates + 1)).cumsum()])
-    ways = (
-        log_factorial[num_wrong] - log_factorial[np.maximum(num_wrong - k, 0)]
-    )  # to draw k irrelevant candidates, in order
-    missed = np.exp(ways - log_factorial[num_candidates] + log_factorial[num_candidates - k]) * (num_wrong >= k)
-    return float((1 - missed).mean())
+    return recall(best_ranks(np.zeros(relevant.shape), relevant), k)
 
 
 def class_labels(names: Sequence[str], labels: Sequence[str]) -> np.ndarray:
@@ -96,7 +114,10 @@ def retrieval(scores: np.ndarray, relevant: np.ndarray) -> dict[str, float]:
                 f"{name}/recall_at_{k}": recall(ranks, k),
                 f"{name}/recall_at_{k}_chance": chance_recall(right, k),
             }
-        metrics |= {f"{name}/median_rank": float(np.median(ranks)), f"{name}/median_rank_chance": _median(right)}
+        metrics |= {
+            f"{name}/median_rank": float(np.median(ranks.expected)),
+            f"{name}/median_rank_chance": _median(right),
+        }
     return metrics
 
 

@@ -18,7 +18,7 @@ from mlxmm.compute.gradcache import chunked_calls
 from mlxmm.config import checked, option, section
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
-from mlxmm.losses import clip_loss, siglip_loss
+from mlxmm.losses import clip_loss, duplicates, siglip_loss
 from mlxmm.networks import clip, siglip
 from mlxmm.networks.towers import TextConfig, VisionConfig, config_from_hub, tower_values
 from mlxmm.optimizers import OptimizerConfig
@@ -52,6 +52,7 @@ class CLIPConfig:
     )
     chunk_size: int = option(0, "GradCache: pairs of a batch computed at a time, with the same gradient; 0: all", ge(0))
     patch_dropout: float = option(0.0, "fraction of an image's patches dropped in training", ge(0), lt(1))
+    mask_duplicates: bool = option(False, "equal captions of a batch are no negatives of each other")
     locked: str | None = option(None, "frozen tower (LiT): vision, text or none", optional(in_(TOWERS)))
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=4e-3, warmup_steps=30, final_fraction=0.02, weight_decay=0.05
@@ -221,7 +222,8 @@ class ContrastiveCLIP(Module):
         logits = self.network.logits(images, texts)
         # A text that two images share is right for both.
         hits = (tokens[logits.argmax(1)] == tokens).all(axis=1).mean()
-        loss = LOSSES[self.config.model_type](logits)
+        ignored = duplicates(tokens) if self.config.mask_duplicates else None
+        loss = LOSSES[self.config.model_type](logits, ignored)
         return {"loss": loss, "accuracy": hits, "weight": mx.array(len(batch["pixels"]))}
 
     def _features(self, pixels: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 
 from mlxmm.errors import UserError
@@ -63,9 +64,10 @@ def special_ids(tokenizer) -> frozenset[int]:
 
 
 def start_tokens(tokenizer) -> tuple[int, ...]:
-    """The start token where the tokenizer puts one before texts (Llama, Gemma), and nothing else."""
-    first = tokenizer("a")["input_ids"][:1]
-    return tuple(first) if first == [tokenizer.bos_token_id] else ()
+    """The special tokens that the tokenizer puts before texts: one of Llama's and Gemma's, none of Qwen's; there may be
+    several, and none may be called the start token."""
+    special = special_ids(tokenizer)
+    return tuple(takewhile(special.__contains__, tokenizer("a")["input_ids"][:-1]))
 
 
 def lower_cased(tokenizer):

@@ -1,6 +1,7 @@
 """Lineage: what a module was trained on, source by source, as JSON values.
 
-    {"source": …, "config_name": …, "revision": commit of the Hub, "fingerprint": of the training rows, "weight": …,
+    {"source": …, "config_name": …, "revision": commit of the Hub, "fingerprint": of the training rows,
+     "held_out": fingerprint of the others, "weight": …,
      "rows": by split, "where": training rows that each condition left out,
      "captioners": who wrote how many captions, "filters": captions dropped by each when they were made,
      "captions": the tables that they are from, where the source has not its own}
@@ -73,6 +74,27 @@ def changes(old: Sequence[dict], new: Sequence[dict]) -> str:
     if len(old) != len(new):
         return f"it was trained on {_names(old)}, now on {_names(new)}"
     return "; ".join(filter(None, map(_change, old, new)))
+
+
+def require_unchanged(old: Sequence[dict], new: Sequence[dict]) -> None:
+    """Raise `UserError` that says what is trained on now that was not trained on before."""
+    if changed := changes(old, new):
+        raise UserError(
+            f"the training data changed: {changed}. Bring them back, or start a new run from this one's weights"
+        )
+
+
+def held_out_changes(old: Sequence[dict], new: Sequence[dict]) -> str:
+    """What is measured on now that was not measured on before, in words; empty if nothing changed."""
+    pairs = [
+        (one, other) for one, other in zip(old, new) if one.get("held_out", other["held_out"]) != other["held_out"]
+    ]
+    return "; ".join(f"{new['source']} gave {_sizes(old)}, and gives {_sizes(new)}" for old, new in pairs)
+
+
+def _sizes(source: dict) -> str:
+    rows = [f"{number} {split} rows" for split, number in source["rows"].items() if split != "train"]
+    return f"{' and '.join(rows)} ({source['held_out'][:8]})"
 
 
 def _change(old: dict, new: dict) -> str:

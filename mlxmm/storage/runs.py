@@ -23,7 +23,7 @@ from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
 from mlxmm.storage.atomic import follow_link, remove_leftovers, write_json
 from mlxmm.storage.checkpoint_folder import named
-from mlxmm.storage.lineage import DATA, Lineage
+from mlxmm.storage.lineage import DATA, Lineage, require_unchanged
 from mlxmm.storage.lock import locked
 from mlxmm.terminal import say
 
@@ -86,7 +86,10 @@ class Run:
         self.metrics |= metrics
 
     def save_lineage(self, sources: Sequence[dict]) -> None:
-        """Write what the run is trained on as `data.json`; of a resumed run it stays, whose data may not change."""
+        """Write what the run is trained on as `data.json`; of a resumed run it stays. Raises `UserError` if a run is
+        resumed on other data than its checkpoint's, before a tokenizer or a tower is made of them."""
+        if self.ckpt_path is not None and sources:
+            require_unchanged(Lineage.read(self.ckpt_path).sources or sources, sources)
         if self.is_global_zero and (self.ckpt_path is None or not _has_lineage(self.folder)):
             Lineage(tuple(sources)).write(self.folder)
 

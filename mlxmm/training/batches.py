@@ -1,13 +1,13 @@
 """The batches of a stage: from any loader, limited, from any batch of an epoch on, as trees of MLX arrays."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from numbers import Number
 
 import mlx.core as mx
 
 from mlxmm.errors import UserError, warn
-from mlxmm.training.loader_randomness import begin_epoch, epoch_seed, isolated
+from mlxmm.training.loader_randomness import begin_epoch, changes_in_place, epoch_seed, isolated
 
 
 def count(loader, limit: int | float) -> int | None:
@@ -41,12 +41,30 @@ def epoch(loader, number: int, start: int = 0, limit: int | float = 1.0, seed: i
         if skipped:
             told = f"{type(loader).__name__} cannot start at batch {start}: skipping the batches before it"
             warn(told)
+        changes = (lambda: []) if has_epochs(loader) else changes_in_place(loader)
         every = isolated(lambda: _begun(loader, number, start, seed), epoch_seed(seed, number))
-        batches = islice(every, skipped, None)  # one by one, as they were taken the first time
+        batches = islice(_watched(every, changes), skipped, None)  # one by one, as they were taken the first time
     most = count(loader, limit)
     if most is not None:
         batches = islice(batches, max(0, most - start))
     return map(as_arrays, batches)
+
+
+def _watched(batches: Iterator, changes: Callable[[], list[str]]) -> Iterator:
+    """The batches; a warning once the loader has shuffled what it holds, at their beginning or at their end."""
+    for place, batch in enumerate(batches):
+        if place == 0:
+            _warn_of(changes())
+        yield batch
+    _warn_of(changes())
+
+
+def _warn_of(names: Sequence[str]) -> None:
+    for name in names:
+        warn(
+            f"{name} is changed in place while it is read: a resumed run begins with it as it was at first, and has "
+            "another order. Shuffle a copy, or give the loader epoch(number, start)"
+        )
 
 
 def _begun(loader, number: int, start: int, seed: int) -> Iterator:

@@ -77,6 +77,23 @@ def _parts(loader) -> list:
     return parts
 
 
+def changes_in_place(loader) -> Callable[[], list[str]]:
+    """A function that names the lists and arrays (N,) of `loader` that have been changed in place since: what it
+    shuffles so depends on the epochs before, and a resumed run has none of these."""
+    held = {
+        f"{type(part).__name__}.{name}": value
+        for part in _parts(loader)
+        for name, value in (vars(part).items() if hasattr(part, "__dict__") else ())
+        if isinstance(value, list) or type(value) is np.ndarray and value.ndim == 1
+    }
+    before = {name: _content(value) for name, value in held.items()}
+    return lambda: [name for name, value in held.items() if _content(value) != before[name]]
+
+
+def _content(value: list | np.ndarray) -> int:
+    return hash(tuple(map(id, value)) if isinstance(value, list) else value.tobytes())
+
+
 def _seed(generator: Any, seed: int) -> None:
     if isinstance(generator, np.random.Generator):
         generator.bit_generator.state = type(generator.bit_generator)(seed).state  # type: ignore[call-arg]

@@ -44,7 +44,8 @@ def language_model_or_train(config, source: CaptionSource, run: Run) -> str:
 
     if not run.keeps_files:
         return str(made_in(run.folder / "language-model", make))
-    return str(cached("language-model", [to_json(config.data), config.seed, to_json(language_model)], make))
+    key = [to_json(config.data), source.fingerprints, config.seed, to_json(language_model)]
+    return str(cached("language-model", key, make))
 
 
 def train(config: LanguageModelConfig, source: CaptionSource, run: Run, seed: int) -> tuple[TextModel, dict]:

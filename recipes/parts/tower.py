@@ -32,7 +32,13 @@ from .refresh_config import RefreshConfig
 LIGHT_MEAN, UNIT_STD = (0.88, 0.88, 0.88), (1.0, 1.0, 1.0)
 NUM_EACH = 4  # pictures of each object of `shapes` in a validation
 OTHER_PICTURES = 2**24  # added to a seed, all of which are smaller: other pictures than those of the test
-TRAINING_SETTINGS = ("chunk_size", "patch_dropout", "locked", "optimizer")  # these count for a pretrained CLIP too
+TRAINING_SETTINGS = (  # these count for a pretrained CLIP too
+    "chunk_size",
+    "patch_dropout",
+    "mask_duplicates",
+    "locked",
+    "optimizer",
+)
 FROM_TOKENIZER = ("vocab_size", "eos_token_id", "max_position_embeddings")
 
 
@@ -70,7 +76,7 @@ def tower_or_train(config, source: CaptionSource, run: Run) -> tuple[str, dict]:
         write_json(folder / "metrics.json", metrics)
 
     if run.keeps_files:
-        folder = cached("tower", [to_json(config.data), config.seed, to_json(tower)], make)
+        folder = cached("tower", [to_json(config.data), source.fingerprints, config.seed, to_json(tower)], make)
     else:
         folder = made_in(run.folder / "tower-model", make)
     metrics = read_json(folder / "metrics.json")

@@ -5,13 +5,17 @@ import re
 import unicodedata
 from pathlib import Path
 
+import attrs
 import datasets
 import pytest
+from small_clip import small_clip
 from small_sources import JSON, NUM, TEXT, pictures, png, write_source, write_tar
 
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.data.sources.captions import texts_in
+from mlxmm.data.sources.formats import SPLIT_OF
 from mlxmm.errors import UserError
+from recipes import evaluate_clip
 
 
 def opened(source, **settings):
@@ -208,10 +212,57 @@ def test_labels_that_name_no_split_are_counted_and_if_all_do_they_are_shown(tmp_
         opened(path, split_column="fold")
 
 
-def test_a_source_with_nothing_but_test_says_that_it_is_divided(tmp_path, capsys):
-    write_source(tmp_path / "test-0.parquet", range(NUM), "a thing")
-    assert sum(sizes(opened(tmp_path))) == NUM
-    assert "test is the only split there is: its pictures are divided" in capsys.readouterr().out
+def only_parquet(folder, splits):
+    folder.mkdir(exist_ok=True)
+    for place, split in enumerate(splits):
+        write_source(folder / f"{split}-0.parquet", range(place * 20, place * 20 + 20), "a thing")
+    return {"source": str(folder)}
+
+
+def only_folders(folder, splits):
+    for place, split in enumerate(splits):
+        own = pictures(folder / split, [f"{place}-{i}.png" for i in range(20)])
+        lines = [json.dumps({"file_name": path.name, "caption": "a thing"}) for path in own.glob("*.png")]
+        (own / "metadata.jsonl").write_text("\n".join(lines))
+    return {"source": str(folder)}
+
+
+def only_labels(folder, splits):
+    labels = [split for split in splits for _ in range(20)]
+    path = write_source(folder / "rows.parquet", range(len(labels)), "a thing", split=labels)
+    return {"source": path, "split_column": "split"}
+
+
+def only_listed(folder, splits):
+    labels = [split for split in splits for _ in range(20)]
+    own = pictures(folder, [f"{i}.png" for i in range(len(labels))])
+    rows = [{"file_name": f"{i}.png", "caption": "a thing", "split": label} for i, label in enumerate(labels)]
+    (own / "list.json").write_text(json.dumps(rows))
+    return {"source": str(own / "list.json")}
+
+
+@pytest.mark.parametrize("make", [only_parquet, only_folders, only_labels, only_listed])
+@pytest.mark.parametrize("splits", [["test"], ["validation"], ["dev"], ["val", "test"]], ids="-".join)
+def test_a_source_for_evaluation_is_not_trained_on_unasked(tmp_path, make, splits):
+    config = CaptionDataConfig(**make(tmp_path, splits))
+    with pytest.raises(
+        UserError, match="not trained on unasked: --data.split-column random divides all rows"
+    ) as caught:
+        open_source(config, 0)
+    assert "\n" not in str(caught.value) and f"its splits are {SPLIT_OF[splits[0]]}" in str(caught.value)
+    rows = open_source(config, 0, to_train=False).rows
+    assert {split: len(part) for split, part in rows.items()} == {SPLIT_OF[split]: 20 for split in splits}
+    asked = open_source(attrs.evolve(config, split_column="random"), 0).rows
+    assert sum(map(len, asked.values())) == 20 * len(splits) and len(asked["train"]) == 18 * len(splits)
+
+
+def test_a_stream_of_nothing_but_test_is_judged_and_not_trained_on(tmp_path):
+    config = CaptionDataConfig(**only_parquet(tmp_path, ["test"]), streaming=True)
+    with pytest.raises(UserError, match="has no rows for train, val; its splits are test$"):
+        open_source(config, 0)
+    assert list(map(len, open_source(config, 0, to_train=False).rows.values())) == [20]
+    with pytest.raises(UserError, match="a stream cannot be split at random"):
+        open_source(attrs.evolve(config, split_column="random"), 0)
 
 
 def test_rows_of_one_picture_are_one_row_with_all_its_captions_on_one_side(tmp_path, capsys):
@@ -227,6 +278,16 @@ def test_rows_of_one_picture_are_one_row_with_all_its_captions_on_one_side(tmp_p
     some = opened(path, where=("score>=0.03",)).rows["train"]  # of the first picture, two captions
     assert sum(len(some.without_image(i)["captions"]) for i in range(len(some))) == 90 - 3
     assert rows["train"].table["label"][0] == "0"
+
+
+def test_a_picture_under_several_names_is_on_one_side(tmp_path, capsys):
+    cells = [{"bytes": png(i), "path": f"{i}-{name}.png"} for i in range(40) for name in "abc"]
+    table = datasets.Dataset.from_dict({"image": cells, "caption": ["a thing"] * len(cells)})
+    table.cast_column("image", datasets.Image(decode=False)).to_parquet(tmp_path / "rows.parquet")
+    rows = opened(tmp_path / "rows.parquet").rows
+    own = [{rows[split].name(i).split("-")[0] for i in range(len(rows[split]))} for split in rows]
+    assert list(map(len, own)) == [36, 2, 2] and len(set.union(*own)) == 40
+    assert "in train too" not in capsys.readouterr().out
 
 
 def test_rows_of_one_file_are_one_row_by_a_split_column_too(tmp_path):
@@ -278,6 +339,10 @@ def test_a_caption_of_nothing_that_is_seen_is_none_and_a_list_in_a_text_is_read(
     path = with_columns(tmp_path / "2.parquet", caption=["\u200b\u200d"] + [f"a thing {i}" for i in range(1, NUM)])
     with pytest.raises(UserError, match="1 of 20 rows have no caption"):
         opened(path)
+    for written in ("['a cat', \"it's\"]", "['a cat' \"it's\"]", "['a cat'\n \"it's\"]"):  # as pandas writes them
+        assert texts_in(written) == ["a cat", "it's"]
+    for plain in ("['a' on a mat", "['a', 1]", "['a' + 'b']", "[b'a']", "['" * 3_000):
+        assert texts_in(plain) == [plain]
     assert texts_in("\x00 ") == [] and texts_in('["not closed') == ['["not closed'] and texts_in("[1]") == ["[1]"]
 
 
@@ -396,3 +461,13 @@ def test_a_stream_reads_no_file_outside_its_source(tmp_path):
     datasets.Dataset.from_dict(values).to_parquet(folder / "rows.parquet")
     with pytest.raises(UserError, match=r"secret\.png', which is not in"):
         opened(folder / "rows.parquet", streaming=True, split_column="split")
+
+
+def test_a_clip_is_judged_on_a_source_with_nothing_but_test(tmp_path):
+    small_clip().save_pretrained(tmp_path / "clip")
+    data = CaptionDataConfig(**only_parquet(tmp_path / "data", ["test"]))
+    config = evaluate_clip.Config(module=str(tmp_path / "clip"), data=data, run_dir=tmp_path / "run")
+    evaluate_clip.main(config)
+    assert "retrieval/text_to_image/recall_at_1" in json.loads((tmp_path / "run" / "summary.json").read_text())
+    with pytest.raises(UserError, match="--probe is fitted on train and val: .* has no train"):
+        evaluate_clip.main(attrs.evolve(config, run_dir=tmp_path / "probe", labels=True, probe=True))

@@ -1,5 +1,8 @@
 """Lineage: what a run was trained on is in its checkpoints, and a run is resumed on the same data only."""
 
+import re
+
+import attrs
 import datasets
 import mlx.core as mx
 import numpy as np
@@ -9,7 +12,7 @@ from small_clip import small_clip
 from small_sources import png, sha256, three_splits, write_source
 
 from callbacks import ModelCheckpoint, SyntheticRefresh
-from mlxmm import Trainer
+from mlxmm import Trainer, TrainerConfig
 from mlxmm.compute.deterministic import repeats_to_the_bit
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionDataConfig, CaptionSource, open_source
@@ -20,6 +23,7 @@ from mlxmm.export.dataset_card import CardFacts
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.storage import checkpoint
 from mlxmm.storage.lineage import Lineage, filters_in_card
+from recipes import train_captioner
 
 QWEN, OWN = "Qwen/Qwen2.5-VL-3B-Instruct", "mine"
 
@@ -198,12 +202,18 @@ def test_a_run_is_not_resumed_on_other_data_and_nothing_of_it_changes(tmp_path, 
     fit(data(), tmp_path / "run", ckpt_path=start, max_steps=5)
 
 
-def test_more_validation_data_and_a_checkpoint_without_a_lineage_are_no_reason_to_refuse(tmp_path, pictures):
+def test_more_validation_data_are_said_and_like_a_checkpoint_without_a_lineage_not_refused(tmp_path, pictures, capsys):
     fit(data_of(pictures), tmp_path / "run", max_steps=4)
     start = tmp_path / "run" / "checkpoints" / "step=4"
     write_source(tmp_path / "pictures.parquet", range(32), "a red circle", split=three_splits(20, 6))
     more = data_of(pictures)
-    fit(more, tmp_path / "run", ckpt_path=start, max_steps=5)
+    fit(data_of(pictures), tmp_path / "run", ckpt_path=start, max_steps=5)
+    assert re.search(
+        r"metrics before and after do not compare: .* gave 4 val rows and 4 test rows .*, and gives 6 val rows",
+        capsys.readouterr().out,
+    )
+    more.load_state_dict(more.state_dict())
+    assert not capsys.readouterr().out
     more.load_state_dict({})  # of a checkpoint of an earlier version
     more.load_state_dict({"lineage": []})  # of a source of one's own, which says nothing
 
@@ -220,3 +230,24 @@ def test_a_file_of_that_name_that_is_not_ours_says_nothing(tmp_path):
     for text in ('{"a": 1}', "[1, 2]", "[]"):
         (tmp_path / "data.json").write_text(text)
         assert Lineage.read(tmp_path) == Lineage()
+
+
+def test_a_captioner_is_not_resumed_on_other_data_nor_its_tower_found_for_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXMM_CACHE", str(tmp_path / "cache"))
+    path = write_source(tmp_path / "pictures.parquet", range(60), "a red circle")  # without a column of splits
+    few = TrainerConfig(max_steps=1)
+    config = attrs.evolve(
+        train_captioner.TINY,
+        data=CaptionDataConfig(source=path, batch_size=8),
+        trainer=attrs.evolve(train_captioner.TINY.trainer, max_steps=1),
+        tower=attrs.evolve(train_captioner.TINY.tower, trainer=few),
+        run_dir=tmp_path / "one",
+    )
+    train_captioner.main(config)
+    write_source(tmp_path / "pictures.parquet", [200, *range(60)], "a red circle")
+    towers = lambda: len(list((tmp_path / "cache").glob("tower-*")))
+    with pytest.raises(UserError, match=r"the training data changed: .* gave 54 training rows, and gives 55\."):
+        train_captioner.main(attrs.evolve(config, resume="last"))
+    assert towers() == 1
+    train_captioner.main(attrs.evolve(config, run_dir=tmp_path / "two"))
+    assert towers() == 2

@@ -33,7 +33,9 @@ def two(tmp_path):
 
 
 def opened(two, weights=(), **settings) -> CaptionData:
-    config = CaptionDataConfig(source=two, weights=weights, split_column="split", batch_size=5, **settings)
+    config = CaptionDataConfig(
+        **{"source": two, "weights": weights, "split_column": "split", "batch_size": 5} | settings
+    )
     return CaptionData(open_source(config, 0), transform=transform)
 
 
@@ -102,7 +104,7 @@ def test_no_picture_of_the_firsts_val_or_test_is_trained_on_whatever_its_source(
     assert len(open_source(drawn, 0).rows["train"]) == 60
 
 
-def test_val_and_test_rows_of_another_source_are_not_read_unless_it_has_one_split(two, tmp_path):
+def test_val_and_test_rows_of_another_source_are_not_trained_on_unasked(two, tmp_path):
     folder = tmp_path / "split"
     folder.mkdir()
     write_source(folder / "train-0.parquet", range(200, 206), "b")
@@ -111,7 +113,10 @@ def test_val_and_test_rows_of_another_source_are_not_read_unless_it_has_one_spli
     labelled = write_source(tmp_path / "labelled.parquet", range(400, 410), "b", split=three_splits(6))
     assert {row for source, row in seen(opened((two[0], labelled))) if source} <= set(range(400, 406))
     (folder / "train-0.parquet").unlink()
-    assert len(opened((two[0], str(folder))).rows["train"]) == 46
+    with pytest.raises(UserError, match="has no rows for train; its splits are test, which are not trained on unasked"):
+        opened((two[0], str(folder)))
+    assert len(opened((two[0], f"{folder}/*.parquet")).rows["train"]) == 46
+    assert len(opened((two[0], str(folder)), split_column="random").rows["train"]) == 46
     write_source(folder / "validation-0.parquet", range(500, 506), "b")
     with pytest.raises(UserError, match="has no rows for train; its splits are val, test"):
         opened((two[0], str(folder)))

@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import re
 import threading
 import zipfile
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 from small_clip import small_clip
+from small_sources import write_source
 
 from callbacks import CachedFeatures
 from mlxmm import Trainer
@@ -136,6 +138,22 @@ def test_a_picture_that_cannot_be_decoded_is_left_out_and_named(make_folder, cap
     data = opened(make_folder(broken=(7,)), batch_size=1)
     assert sorted(seen(data)) == [i for i in range(NUM_TRAIN) if i != 7]
     assert "skipped, cannot be decoded: 7.png: not a picture" in capsys.readouterr().out
+
+
+def test_a_picture_of_a_stream_that_is_held_out_too_is_named_once(tmp_path, capsys):
+    write_source(tmp_path / "train-0.parquet", [*range(12), 3, 3, 100], "a thing")
+    write_source(tmp_path / "val-0.parquet", [20, 21, 3, 3], "a thing")
+    write_source(tmp_path / "test-0.parquet", [22, 100], "a thing")
+    source = open_source(CaptionDataConfig(source=str(tmp_path), streaming=True, batch_size=3), 0)
+    assert [len(source.rows[split]) for split in ("val", "test")] == [3, 2]  # rows of one picture are one
+    data = CaptionData(source, transform=lambda row, caption: {"n": np.zeros(1)})
+    for epoch in (0, 1):
+        assert len(list(data.train_dataloader().epoch(epoch))) == 5  # rows of train stay as they are
+    told = capsys.readouterr().out
+    assert sorted(re.findall(r"^(\d+).png of .* is in train and in (\w+): ", told, re.MULTILINE)) == [
+        ("100", "test"),
+        ("3", "val"),
+    ]
 
 
 def test_a_row_without_a_picture_is_left_out_and_named_by_its_captions(tmp_path, capsys):

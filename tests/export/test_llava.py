@@ -24,11 +24,11 @@ from small_modules import tokenizer
 
 from mlxmm import Qwen3Aligner, seed_everything
 from mlxmm.errors import UserError
-from mlxmm.export import llava
+from mlxmm.export import llava, model_card
 from mlxmm.modules.qwen3_aligner import Qwen3AlignerConfig
 from mlxmm.networks.language_model import build_language_model, head, hidden_states
 from mlxmm.networks.pretrained_vision import build_vision_tower
-from mlxmm.preprocessing.images import ImageProcessor
+from mlxmm.preprocessing.images import ImageProcessor, decode_image
 from mlxmm.storage import hub
 from mlxmm.storage.lineage import Lineage
 
@@ -274,6 +274,19 @@ def test_the_card_says_how_to_run_it_and_names_no_folder_of_this_machine(tmp_pat
     assert "| test/bleu | 0.2500 |" in card and "skipped" not in card
     compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
     assert not [path for path in (tmp_path / "to").iterdir() if str(tmp_path).encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_cards_lines_open_a_picture_as_training_does_whatever_its_exif_says(orientation, tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.arange(480).reshape(16, 10, 3).astype(np.uint8)).save("picture.jpg", exif=exif)
+    code = model_card.captioner(Qwen3AlignerConfig(), "<image>", {}, Lineage()).split("```python\n")[1].split("```")[0]
+    own = [line for line in code.splitlines() if "PIL" in line or line.startswith("picture =")]
+    names: dict = {}
+    exec("\n".join(own), names)
+    assert np.array_equal(names["picture"].convert("RGB"), decode_image(Path("picture.jpg").read_bytes()))
 
 
 def test_the_card_names_the_data_their_versions_and_who_wrote_the_captions(tmp_path):

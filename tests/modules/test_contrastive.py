@@ -14,7 +14,7 @@ from mlxmm.compute.dropout import PatchDropout
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.data.sources.shapes import ShapesConfig
-from mlxmm.losses import clip_loss
+from mlxmm.losses import clip_loss, duplicates, siglip_loss
 from mlxmm.preprocessing.images import random_square
 
 
@@ -37,6 +37,41 @@ def test_the_loss_and_its_gradient_are_those_of_the_paper(size):
 
 def test_the_loss_of_a_large_batch_that_knows_nothing_is_the_logarithm_of_its_size():
     assert clip_loss(mx.zeros((64, 64))).item() == pytest.approx(math.log(64), rel=1e-6)
+
+
+def written_out(kind, logits, texts):
+    """The loss over all pairs of a batch but those of different places with one text."""
+    places = range(len(texts))
+    kept = [[i == j or texts[i] != texts[j] for j in places] for i in places]
+    if kind == "siglip":
+        return sum(
+            math.log1p(math.exp((1 - 2 * (i == j)) * logits[i][j])) for i in places for j in places if kept[i][j]
+        ) / len(texts)
+    row = lambda i: math.log(sum(math.exp(logits[i][j]) for j in places if kept[i][j])) - logits[i][i]
+    column = lambda j: math.log(sum(math.exp(logits[i][j]) for i in places if kept[i][j])) - logits[j][j]
+    return sum(row(i) + column(i) for i in places) / 2 / len(texts)
+
+
+@pytest.mark.parametrize(("kind", "loss"), [("clip", clip_loss), ("siglip", siglip_loss)])
+@pytest.mark.parametrize("texts", ["abcdef", "abacad", "aabbcc", "aaaaaa"])
+def test_duplicates_that_are_masked_are_no_negatives(kind, loss, texts):
+    logits = np.random.default_rng(len(set(texts))).normal(size=(6, 6)).astype(np.float32) * 4
+    tokens = mx.array([[ord(text), 0] for text in texts])
+    expected = written_out(kind, logits.astype(float), texts)
+    for step in (mx.value_and_grad(loss), mx.compile(mx.value_and_grad(loss))):
+        value, grad = step(mx.array(logits), duplicates(tokens))
+        assert value.item() == pytest.approx(expected, rel=1e-5)
+        assert np.abs(np.array(grad)[np.array(duplicates(tokens))]).max(initial=0) < 1e-8
+    if len(set(texts)) == len(texts):
+        assert value.item() == pytest.approx(loss(mx.array(logits)).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, SIGLIP], ids=["clip", "siglip"])
+def test_duplicates_are_masked_by_choice_and_right_either_way(settings):
+    batch = {name: mx.array(np.concatenate([array, array])) for name, array in pairs(4).items()}
+    plain, masked = (small_clip(**settings, mask_duplicates=masks).training_step(batch) for masks in (False, True))
+    assert masked["loss"].item() < plain["loss"].item()
+    assert masked["accuracy"].item() == plain["accuracy"].item()
 
 
 @pytest.mark.parametrize(("before", "after"), [(5.0, math.log(100)), (3.0, 3.0)])

@@ -119,7 +119,7 @@ def test_a_preset_is_what_the_paper_says(name):
 
 
 def test_a_run_can_go_on_from_a_clip_at_another_image_size():
-    how_trained = {"chunk_size": 4, "patch_dropout": 0.5, "locked": "vision"}
+    how_trained = {"chunk_size": 4, "patch_dropout": 0.5, "mask_duplicates": True, "locked": "vision"}
     config = TowerConfig(
         pretrained=str(FIXTURES / "clip-gelu-patch8"), module=CLIPConfig(vision=VisionConfig(), **how_trained)
     )

@@ -24,17 +24,23 @@ def trained():
     return train_tokenizer(CAPTIONS, 300)
 
 
-def with_start(tokenizer):
+def with_start(tokenizer, template=f"{START} $A"):
     """As Llama's: a start token before texts, and nothing behind."""
     tokenizer = copy.deepcopy(tokenizer)
-    start = (START, tokenizer.bos_token_id)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(f"{START} $A", special_tokens=[start])
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (START, END)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=special)
     return tokenizer
 
 
 def test_the_start_token_is_the_one_that_the_tokenizer_puts_before_texts():
     assert start_tokens(trained()) == ()
-    assert start_tokens(with_start(trained())) == (trained().bos_token_id,)
+    start, end = trained().bos_token_id, trained().eos_token_id
+    assert start_tokens(with_start(trained())) == start_tokens(with_start(trained(), f"{START} $A {END}")) == (start,)
+    assert start_tokens(with_start(trained(), f"{END} {START} $A")) == (end, start)  # as GLM's
+    assert start_tokens(with_start(trained(), f"$A {END}")) == ()
+    nameless = with_start(trained())
+    nameless.bos_token = None
+    assert start_tokens(nameless) == (start,)
 
 
 @pytest.mark.parametrize("name", [END, START, "<image>"])

@@ -1,6 +1,7 @@
 """Loaders that are not mlxmm's: what they draw, how they begin an epoch, what their batches hold."""
 
 import random
+import warnings
 from collections import UserDict, namedtuple
 
 import mlx.core as mx
@@ -111,6 +112,33 @@ def test_what_a_loader_draws_is_the_same_after_a_resume_whatever_draws_beside_it
     assert sorted(numbers[:10]) == sorted(numbers[10:]) == list(range(10)) and numbers[:10] != numbers[10:]
     if make is OfGlobals:
         assert run(20, val=OfGlobals(), callbacks=[Disturb()])[1] == whole
+
+
+class InPlace(OfGlobals):
+    """Shuffles what it holds, at the beginning of an epoch or at its end, which a loader without length comes to."""
+
+    __len__ = None
+
+    def __init__(self, items, at_end=False, copies=False):
+        self.items, self.at_end, self.copies = items, at_end, copies
+
+    def __iter__(self):
+        items = self.items = self.items.copy() if self.copies else self.items
+        random.shuffle(items) if not self.at_end else None
+        yield from (batch(int(i)) for i in items)
+        random.shuffle(items) if self.at_end else None
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("items", [list(range(10)), np.arange(10)], ids=["list", "array"])
+def test_a_loader_that_shuffles_in_place_is_told_that_a_resume_has_another_order(items, at_end):
+    with pytest.warns(UserWarning, match="InPlace.items is changed in place while it is read: a resumed run begins"):
+        assert len(list(batches.epoch(InPlace(items.copy(), at_end), 0))) == 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what is made anew in each epoch is a function of it
+        assert len(list(batches.epoch(InPlace(items.copy(), at_end, copies=True), 0))) == 10
+        for make in (OfGlobals, OfItsOwn, Told):
+            assert len(list(batches.epoch(make(), 0))) == 10
 
 
 def test_the_seed_decides_what_a_loader_draws(make_trainer):

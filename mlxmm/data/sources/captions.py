@@ -3,8 +3,12 @@
 caption    caption_0 caption_1    caption_*    sentences.raw
 """
 
+import ast
+import contextlib
 import fnmatch
+import io
 import json
+import tokenize
 import unicodedata
 from collections.abc import Mapping, Sequence
 
@@ -50,7 +54,7 @@ def captions_at(row: Mapping, wanted: str) -> list[str]:
 
 
 def texts_in(value) -> list[str]:
-    """The texts in a cell: a string, which may be a list written as JSON, a struct with a text, or a list of these."""
+    """The texts in a cell: a string, which may be a written-out list, a struct with a text, or a list of these."""
     if isinstance(value, Mapping):
         value = next((value[name] for name in TEXTS if value.get(name)), None)
     if isinstance(value, list | tuple):
@@ -67,11 +71,16 @@ def _says_something(text: str) -> bool:
 
 
 def _list_in(text: str) -> list[str]:
-    """The captions of a list that is written as JSON in a text; none in another text."""
-    if not text.lstrip().startswith('["'):
+    """The captions of a list that is written in a text, as JSON or as pandas writes Python's lists and NumPy's arrays,
+    which have no commas; none in another text."""
+    if not text.lstrip().startswith(('["', "['")):
         return []
-    try:
+    with contextlib.suppress(ValueError):
         values = json.loads(text)
-    except ValueError:
-        return []
-    return values if isinstance(values, list) and all(isinstance(one, str) for one in values) else []
+        return values if all(isinstance(one, str) for one in values) else []
+    with contextlib.suppress(tokenize.TokenError, SyntaxError, ValueError):
+        tokens = [one for one in tokenize.generate_tokens(io.StringIO(text.strip()).readline) if one.string.strip()]
+        values = [ast.literal_eval(one.string) for one in tokens if one.type == tokenize.STRING]
+        between = {one.string for one in tokens if one.type != tokenize.STRING}
+        return values if between <= set("[,]") and all(isinstance(one, str) for one in values) else []
+    return []

@@ -25,6 +25,7 @@ SPLITS = {
     "val": ("val", "validation", "valid", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+RANDOM = "random"  # in place of a split column: all rows are divided at random, whatever splits the source has
 SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}
 WORD = re.compile(rf"(?:^|[-_. ])({'|'.join(SPLIT_OF)})(?=[-_. 0-9])")  # of a file's name that says its split
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")

@@ -14,7 +14,7 @@ import attrs
 import numpy as np
 
 from mlxmm.data.sources.decodable import undecodable_places
-from mlxmm.data.sources.formats import SPLIT_OF, SPLITS, split_of_label
+from mlxmm.data.sources.formats import RANDOM, SPLIT_OF, SPLITS, split_of_label
 from mlxmm.data.sources.joined import Join
 from mlxmm.data.sources.tables import (
     Columns,
@@ -34,6 +34,7 @@ from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import SUFFIXES, UndecodableImage, decode_image
 
 HELD_OUT = 0.05  # fraction of the rows for each of val and test, if a source has no splits
+NOT_UNASKED = f", which are not trained on unasked: --data.split-column {RANDOM} divides all rows anew"
 MAX_UNUSABLE = 0.01  # fraction of a source's rows: with more, something is wrong with it
 
 
@@ -233,8 +234,9 @@ def open_rows(
     config_name: str | None = None,
     image_folder: str | None = None,
     join: Join | None = None,
+    to_train: bool = True,
 ) -> dict[str, CaptionRows]:
-    """The rows of `source`, by split: "train", "val", "test".
+    """The rows of `source`, by split: "train", "val", "test"; unless it is `to_train`, of those that it has.
 
     `source` is a path that `formats.py` reads, or a data set on the Hub. With `join` its captions are from elsewhere.
     Raises `UserError` if it, a column or a split does not exist.
@@ -244,7 +246,9 @@ def open_rows(
     )
     parts = split_tables(tables, columns.split, seed)
     rows = {split: CaptionRows(table, indices, columns) for split, (table, indices) in parts.items()}
-    check_splits(source, [split for split in rows if len(rows[split])], tables)
+    rows = {split: part for split, part in rows.items() if len(part)}
+    names = tables if columns.split is None else rows
+    check_splits(source, rows, names, to_train=to_train, hint=NOT_UNASKED)
     return grouped(source, rows)
 
 
@@ -258,22 +262,22 @@ def open_training_rows(
     image_folder: str | None = None,
     join: Join | None = None,
 ) -> CaptionRows:
-    """The training rows of `source`; all of its rows, if it has one split. It need not have the split column.
+    """The training rows of `source`; all of its rows, if it has no splits. It need not have the split column.
 
     Raises `UserError` as `open_rows` does, and if there are none.
     """
     which = {"revision": revision, "config_name": config_name, "image_folder": image_folder}
     tables = _joined_tables(source, attrs.evolve(columns, split=None), join, **which)
-    if columns.split not in column_names(tables):
+    if columns.split not in [RANDOM, *column_names(tables)]:
         columns = attrs.evolve(columns, split=None)
-    if columns.split is None and len(tables) == 1:
-        table = next(iter(tables.values()))
+    if columns.split == RANDOM or columns.split is None and not _has_splits(tables):
+        table = concatenated(list(tables.values()))
         parts = {"train": (table, np.arange(len(table)))}
     else:
         parts = split_tables(tables, columns.split, seed)
     table, indices = parts.get("train", (None, ()))
     if not len(indices):
-        raise UserError(f"{source} has no rows for train; its splits are {', '.join(tables)}")
+        raise UserError(f"{source} has no rows for train; its splits are {', '.join(tables)}{NOT_UNASKED}")
     return grouped(source, {"train": CaptionRows(table, indices, columns)})["train"]
 
 
@@ -296,15 +300,17 @@ def unlisted_pictures(folder: Path, rows: dict[str, CaptionRows]) -> list[Path]:
 
 def split_tables(tables: dict, split_column: str | None, seed: int) -> dict[str, tuple]:
     """(table, indices) of each of our splits: by a column, by the source's own splits, or at random."""
-    if split_column is not None:
-        table = concatenated(list(tables.values()))
-        return {split: (table, rows) for split, rows in _rows_by_label(table, split_column).items()}
-    if len(tables) > 1:
+    if split_column is None and _has_splits(tables):
         return {split: (table, np.arange(len(table))) for split, table in named_splits(tables).items()}
-    [(name, table)] = tables.items()
-    if SPLIT_OF.get(name) in ("val", "test"):
-        tell(f"{name} is the only split there is: its pictures are divided into train, val and test at random")
-    return {split: (table, rows) for split, rows in _random_split(table, seed).items()}
+    table = concatenated(list(tables.values()))
+    by_column = split_column not in (None, RANDOM)
+    parts = _rows_by_label(table, split_column) if by_column else _random_split(table, seed)
+    return {split: (table, rows) for split, rows in parts.items()}
+
+
+def _has_splits(tables: dict) -> bool:
+    """Whether a source says which rows are for what: one table says so if it is for evaluation."""
+    return len(tables) > 1 or SPLIT_OF.get(next(iter(tables))) in ("val", "test")
 
 
 def _rows_by_label(table, column: str) -> dict[str, np.ndarray]:

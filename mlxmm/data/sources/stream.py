@@ -3,14 +3,15 @@
 A stream has no length and no random access. Rows are shuffled within a buffer of consecutive rows of the files.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import attrs
 import numpy as np
 
-from mlxmm.data.sources.formats import SPLITS, split_of_label
+from mlxmm.data.sources.formats import RANDOM, SPLIT_OF, SPLITS, split_of_label
 from mlxmm.data.sources.rows import CaptionRows, report_labels
 from mlxmm.data.sources.tables import (
     Columns,
@@ -24,25 +25,28 @@ from mlxmm.data.sources.tables import (
     reading_errors,
     with_bytes,
 )
-from mlxmm.data.sources.twins import grouped
+from mlxmm.data.sources.twins import MAX_SHOWN, grouped, picture_key
 from mlxmm.data.sources.where import Condition
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import UndecodableImage, decode_image
+from mlxmm.terminal import say
 
 MIN_UNUSABLE = 10  # unusable rows that are always tolerated, however few rows were read
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen
 class StreamRows:
     """The rows of a `datasets.IterableDataset` of `source`, which can be iterated repeatedly.
 
-    Iterating raises `UserError` if its files cannot be read.
+    Iterating raises `UserError` if its files cannot be read. `held_out` says of pictures in other splits in which.
     """
 
     source: str
     table: Any  # a `datasets.IterableDataset`
     columns: Columns
+    held_out: Mapping[Any, str] = MappingProxyType({})
+    _named: set = attrs.field(factory=set, init=False, eq=False)  # pictures of `held_out` that were met and named
 
     def captions(self) -> Iterator[str]:
         """Every caption, in the order of the files."""
@@ -65,10 +69,18 @@ class StreamRows:
             raise UnusableRow(f"has no caption: {name}")
         with reading_errors(self.source):
             image = with_bytes(image, self.source)
+        self._report_held_out(image, name)
         try:
             return {"image": decode_image(image), "captions": captions, "id": name}
         except UndecodableImage as error:
             raise UnusableRow(f"cannot be decoded: {name}: {error}") from None
+
+    def _report_held_out(self, image: dict | None, name: str) -> None:
+        """Name a picture that is in another split too, the first time that it is met; the first few of them."""
+        split = self.held_out.get(key := picture_key(image))
+        if split and key not in self._named and len(self._named) < MAX_SHOWN:
+            self._named.add(key)
+            say(f"{name} of {self.source} is in train and in {split}: what is measured on it is remembered")
 
     def _captions(self, values: dict) -> list[str]:
         return captions_in_row(values, self.columns, self.table.features)
@@ -87,8 +99,10 @@ def open_stream(
     config_name: str | None = None,
     image_folder: str | None = None,
     conditions: Sequence[Condition] = (),
+    to_train: bool = True,
 ) -> dict:
-    """`StreamRows` of `source` for "train"; for "val" and "test" their first `num_held_out` rows, in memory.
+    """`StreamRows` of `source` for "train"; for "val" and "test" their first `num_held_out` rows, in memory. Unless it
+    is `to_train`, the splits that it has.
 
     Rows that do not meet the `conditions` on columns of this source are passed over while it is read.
 
@@ -98,7 +112,8 @@ def open_stream(
     with reading_errors(source):
         tables = open_tables(source, columns, streaming=True, **which)
         columns, tables = _where(conditions, columns, tables)
-        if columns.split is None and len(tables) == 1:
+        is_one = len(tables) == 1 and SPLIT_OF.get(next(iter(tables))) not in ("val", "test")
+        if columns.split == RANDOM or columns.split is None and is_one:
             raise UserError(f"a stream cannot be split at random: {source} needs --data.split-column, or own splits")
         most = {"train": 1, "val": num_held_out, "test": num_held_out}
         if columns.split is None:
@@ -110,9 +125,14 @@ def open_stream(
             first = _first_rows(table, columns.split, most)
             train = table.filter(lambda label: split_of_label(label, kind) == "train", input_columns=[columns.split])
             named = dict.fromkeys(SPLITS, table) | {"train": train}
-        check_splits(source, [split for split in first if first[split]], tables)
-        rows = {split: _held_out(source, first[split], named[split], columns) for split in ("val", "test")}
-        return {"train": StreamRows(source=source, table=named["train"], columns=columns)} | grouped(source, rows)
+        found = [split for split in first if first[split]]
+        check_splits(source, found, tables if columns.split is None else found, to_train=to_train)
+        rows = {split: _held_out(source, first[split], named[split], columns) for split in found if split != "train"}
+        opened: dict = grouped(source, rows)
+        if "train" in found:
+            keys = {picture_key(cell): split for split, part in rows.items() for cell in part.cells() if cell}
+            opened = {"train": StreamRows(source, named["train"], columns, keys)} | opened
+        return opened
 
 
 def _where(conditions: Sequence[Condition], columns: Columns, tables: dict) -> tuple[Columns, dict]:

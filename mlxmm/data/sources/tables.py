@@ -13,6 +13,7 @@ from mlxmm.data.sources.caption_tables import TEXT_FILES, Entry, entries_of, is_
 from mlxmm.data.sources.captions import captions_at, matching, texts_in
 from mlxmm.data.sources.formats import (
     BUILDERS,
+    RANDOM,
     SPLITS,
     Files,
     Listed,
@@ -73,7 +74,7 @@ def open_tables(source: str, columns: Columns, *, streaming: bool = False, **opt
     if columns.caption is not None:
         tables = _with_caption_column(source, tables, columns.caption)
     names, features = column_names(tables), next(iter(tables.values())).features
-    for column in (columns.image, columns.caption, columns.split):
+    for column in (columns.image, columns.caption, None if columns.split == RANDOM else columns.split):
         if column is not None and column not in names:
             local = has_no_captions(source) if Path(source).is_dir() and column == columns.caption else ""
             hint = WITHOUT_PICTURES if "image_sha256" in names else local
@@ -314,10 +315,17 @@ def reading_errors(source: str) -> Iterator[None]:
         raise UserError(f"{source} {where}: {type(error).__name__}: {line}") from error
 
 
-def check_splits(source: str, found: Collection[str], tables: dict) -> None:
-    """Raise `UserError` if one of train, val and test has no rows."""
-    if empty := [split for split in SPLITS if split not in found]:
-        raise UserError(f"{source} has no rows for {', '.join(empty)}; its splits are {', '.join(tables)}")
+def check_splits(
+    source: str, found: Collection[str], names: Iterable[str], *, to_train: bool = True, hint: str = ""
+) -> None:
+    """Raise `UserError` if one of train, val and test has no rows, or, unless it is `to_train`, if all have none.
+
+    `names` are the source's own for its splits. The `hint` is what to do if nothing is there to train on.
+    """
+    empty = [split for split in SPLITS if split not in found]
+    if empty and (to_train or not found):
+        line = f"{source} has no rows for {', '.join(empty)}; its splits are {', '.join(names)}"
+        raise UserError(line + (hint if "train" in empty else ""))
 
 
 def tell(line: str) -> None:

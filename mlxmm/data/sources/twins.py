@@ -16,8 +16,8 @@ MAX_SHOWN = 5
 
 
 def picture_numbers(cells: Iterable) -> np.ndarray:
-    """For each cell {"bytes", "path"} the number of its picture, by first appearance."""
-    return _numbers([_picture(cell) for cell in cells])
+    """For each cell {"bytes", "path"} the number of its picture, whatever its name, by first appearance."""
+    return _numbers([(picture_key(cell),) for cell in cells])
 
 
 def content(cell: Mapping) -> bytes | None:
@@ -28,6 +28,12 @@ def content(cell: Mapping) -> bytes | None:
 def _picture(cell) -> tuple[str | None, bytes | None]:
     """What rows of one picture have in common: the name of a file, and its bytes where the table has them."""
     return (cell["path"], content(cell)) if isinstance(cell, dict) else (None, None)
+
+
+def picture_key(cell) -> bytes | str | None:
+    """What a picture is known by in all splits: its bytes, or its file; None if there is none."""
+    path, digest = _picture(cell)
+    return digest or path
 
 
 def _numbers(pictures: Sequence[tuple]) -> np.ndarray:
