@@ -16,7 +16,7 @@ from mlxmm.captioners.journal import Journal
 from mlxmm.captioners.prompts import find_prompts
 from mlxmm.cli import run_recipe
 from mlxmm.config import Preset, checked, option
-from mlxmm.data.pictures import open_split
+from mlxmm.data.pictures import ALL, open_split
 from mlxmm.errors import UserError
 from mlxmm.progress_bar import progress_bar
 from mlxmm.storage.runs import Run, TrainingRunConfig, model_of, open_run
@@ -85,7 +85,8 @@ def write(config: Config, run: Run, pictures, prompts: dict, shard: Shard, write
     try:
         hashes = hashes_of(pictures, shard)
         wanted = requests(hashes, prompts, journal.written())
-        kind = f"{counted(len(hashes), 'picture')} of {config.split}{' without a caption' * config.only_missing}"
+        of_split = f" of {config.split}" if config.split != ALL else ""
+        kind = f"{counted(len(hashes), 'picture')}{of_split}{' without a caption' * config.only_missing}"
         counts = f"{kind}, {counted(len(hashes) * len(prompts), 'caption')}"
         run.print(f"{counts}, {len(wanted)} of them to be written")
         with progress_bar("captions", len(wanted), "caption") as bar:
