@@ -208,6 +208,12 @@ def test_labels_that_name_no_split_are_counted_and_if_all_do_they_are_shown(tmp_
         opened(path, split_column="fold")
 
 
+def test_splits_that_a_column_does_not_name_come_with_what_it_says(tmp_path):
+    path = write_source(tmp_path / "rows.parquet", range(NUM), "a thing", fold=["training"] * NUM)
+    with pytest.raises(UserError, match="has no rows for val, test; column 'fold' says training$"):
+        opened(path, split_column="fold")
+
+
 def test_a_source_with_nothing_but_test_says_that_it_is_divided(tmp_path, capsys):
     write_source(tmp_path / "test-0.parquet", range(NUM), "a thing")
     assert sum(sizes(opened(tmp_path))) == NUM

@@ -250,7 +250,7 @@ def open_rows(
     )
     parts = split_tables(tables, columns.split, seed)
     rows = {split: CaptionRows(table, indices, columns) for split, (table, indices) in parts.items()}
-    check_splits(source, [split for split in rows if len(rows[split])], tables)
+    check_splits(source, [split for split in rows if len(rows[split])], tables, columns.split)
     return grouped(source, rows)
 
 

@@ -317,10 +317,13 @@ def reading_errors(source: str) -> Iterator[None]:
         raise UserError(f"{source} {where}: {type(error).__name__}: {line}") from error
 
 
-def check_splits(source: str, found: Collection[str], tables: dict) -> None:
+def check_splits(source: str, found: Collection[str], tables: dict, split_column: str | None = None) -> None:
     """Raise `UserError` if one of train, val and test has no rows."""
     if empty := [split for split in SPLITS if split not in found]:
-        raise UserError(f"{source} has no rows for {', '.join(empty)}; its splits are {', '.join(tables)}")
+        labels = [] if split_column is None else concatenated(list(tables.values())).unique(split_column)
+        which = f"column {split_column!r} says" if split_column else "its splits are"
+        names = ", ".join(map(str, labels or tables))
+        raise UserError(f"{source} has no rows for {', '.join(empty)}; {which} {names}")
 
 
 def tell(line: str) -> None:
