@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from attrs.validators import ge, gt, le, lt
 
+from mlxmm.compute import functional as F
 from mlxmm.config import checked, option
 
 
@@ -52,8 +53,11 @@ class AdamW(optim.AdamW):
         count = (self.step - state["start"]).astype(mx.float32)
         state["m"] = m = b1 * state["m"] + (1 - b1) * gradient
         state["v"] = v = b2 * state["v"] + (1 - b2) * mx.square(gradient)
-        # Stacked, so that they are computed once: MLX would fuse the powers into the kernel, for every element.
-        c1, c2 = mx.stack([rate / (1 - b1**count), mx.rsqrt(1 - b2**count)]).astype(gradient.dtype)
+        c1, c2 = (rate / (1 - b1**count)).astype(gradient.dtype), mx.rsqrt(1 - b2**count).astype(gradient.dtype)
+        if F.is_linux_cpu():
+            # Stacked, so that they are computed once: MLX fuses the powers into the kernel, for every element. A GPU
+            # computes these while it waits for memory, and each kernel more would cost it as much as the update.
+            c1, c2 = mx.stack([c1, c2])
         kept = parameter if parameter.ndim < 2 else parameter * (1 - rate * self.weight_decay)
         return kept - c1 * m / (mx.sqrt(v) * c2 + self.eps)
 

@@ -23,15 +23,16 @@ from mlxmm.compute.precision import HALF
 
 def uses_fast_forms(x: mx.array) -> bool:
     """Whether the functions below take their faster forms for `x`."""
-    return x.dtype == mx.float32 and _is_linux_cpu()
+    return x.dtype == mx.float32 and is_linux_cpu()
 
 
 def widens_products(x: mx.array) -> bool:
     """Whether products with `x`, of half precision, are computed in float32: there is no BLAS for halves."""
-    return x.dtype in HALF and _is_linux_cpu()
+    return x.dtype in HALF and is_linux_cpu()
 
 
-def _is_linux_cpu() -> bool:
+def is_linux_cpu() -> bool:
+    """Whether functions are to take the forms that are fast on Linux CPUs."""
     is_cpu = mx.default_device().type == mx.DeviceType.cpu
     return is_cpu and sys.platform.startswith("linux") and environment.uses_linux_functions()
 

@@ -25,6 +25,7 @@ from mlxmm.config import checked, option
 from mlxmm.errors import UserError
 from mlxmm.networks.fast_layers import use_fast_layers
 from mlxmm.networks.language_model_config import arguments, complete, require_compared
+from mlxmm.networks.narrow_rope import use_rope_of_narrow_heads
 from mlxmm.networks.rope import inverse_frequencies
 from mlxmm.storage.atomic import write_json
 from mlxmm.storage.pretrained import read_config, require_weights, weight_files, write_arrays
@@ -70,6 +71,7 @@ def build_language_model(config: dict) -> nn.Module:
         model = network(settings)
     use_unpacking(model)
     use_fast_layers(model)
+    use_rope_of_narrow_heads(model)
     for name, part in model.named_modules():
         if name.endswith((".o_proj", ".down_proj")):
             # GPT-2's scaling: the sum of 2 * layers branches keeps its variance.
@@ -134,6 +136,7 @@ def load_language_model(folder: Path, bits: int = 0) -> tuple[nn.Module, dict]:
         mx.eval(model.parameters())  # frees the full-precision weights, which the lazy quantized ones refer to
     use_unpacking(model)
     use_fast_layers(model)
+    use_rope_of_narrow_heads(model)
     _check_embeddings(model, folder)
     require_compared(model.model_type, folder)
     _check_rope(model, config, folder)

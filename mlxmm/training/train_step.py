@@ -74,6 +74,8 @@ class TrainStep:
     def _whole(self, batch):
         """The usual case, an update from one micro-batch, in one compiled function."""
         (_, (measured, weight)), grads = self._loss_and_grad(batch)
+        if collectives.world_size() == 1:
+            return self._update(measured, grads, weight)
         return self._update(*self._averaged(measured, counted(grads, weight)))
 
     def _gradients(self, batch):
@@ -87,12 +89,14 @@ class TrainStep:
     def _average(self, total):
         return average_sums(total["sums"], total["grads"], all_sum=self.strategy.all_sum)
 
-    def _update(self, metrics, grads):
-        """Clip, update, and add the gradients' norm to the metrics."""
-        metrics["grad_norm"] = norm = global_norm(grads, self.strategy)
+    def _update(self, metrics, grads, weight: mx.array | None = None):
+        """Clip, update, and add the gradients' norm to the metrics. With the `weight` of their batch, the gradients are
+        `counted` after they were clipped: the update's kernel does it, which spares a pass over them all."""
+        norm = global_norm(grads, self.strategy)
+        metrics["grad_norm"] = norm = norm if weight is None else counted(norm, weight)
         if self.config.gradient_clip_val:
             grads = clip(grads, norm, self.config.gradient_clip_val, self.config.gradient_clip_algorithm)
-        self.optimizer.update(self.module, grads)
+        self.optimizer.update(self.module, grads if weight is None else counted(grads, weight))
         self.module.after_update()
         return metrics
 

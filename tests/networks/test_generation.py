@@ -32,7 +32,6 @@ D, STOP = 16, 0
 def tiny_lm(vocab_size):
     mx.random.seed(3)
     small = Qwen3Config(hidden_size=D, num_hidden_layers=2, intermediate_size=32, num_attention_heads=2)
-    # Of heads narrower than 32, MLX's RoPE on CUDA takes no more than 64 at once.
     values = attrs.asdict(attrs.evolve(small, num_key_value_heads=1, head_dim=32))
     hub = {"model_type": "qwen3", "vocab_size": vocab_size, "tie_word_embeddings": True, **values}
     model = build_language_model(hub)
