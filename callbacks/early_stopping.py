@@ -22,6 +22,7 @@ class EarlyStopping(Callback):
     """
 
     reads_metrics = True
+    logs = ()
 
     monitor: str
     min_delta: float = attrs.field(default=0.0, validator=ge(0), kw_only=True)

@@ -1,6 +1,5 @@
 """OnExceptionCheckpoint: saves a checkpoint when a run fails."""
 
-import warnings
 from pathlib import Path
 
 import attrs
@@ -8,6 +7,7 @@ import mlx.core as mx
 from attrs.validators import min_len
 
 from mlxmm.config import checked
+from mlxmm.errors import warn
 from mlxmm.training.callback import Callback
 
 
@@ -48,12 +48,12 @@ class OnExceptionCheckpoint(Callback):
         if not self._fitting:
             return
         if self._begun_at == trainer.global_step and _counter(trainer.optimizer) is not self._counter:
-            warnings.warn(f"{self.ckpt_path} is not saved: an update was incomplete", stacklevel=2)
+            warn(f"{self.ckpt_path} is not saved: an update was incomplete")
             return
         try:
             trainer.save_checkpoint(self.ckpt_path)
         except Exception as error:  # noqa: BLE001 the exception that ended the run must not be hidden by this one
-            warnings.warn(f"{self.ckpt_path} could not be saved: {error}", stacklevel=2)
+            warn(f"{self.ckpt_path} could not be saved: {error}")
 
 
 def _counter(optimizer) -> mx.array:

@@ -23,6 +23,8 @@ class Timer(Callback):
     counts as training and as validation.
     """
 
+    logs = ()
+
     duration: str | None = attrs.field(
         default=None,
         converter=attrs.converters.optional(trainer_config.duration_text),

@@ -1,5 +1,7 @@
 """mlxmm: multimodal training on MLX."""
 
+import importlib
+
 from mlxmm import commands, terminal
 
 if commands.is_recipe():
@@ -47,8 +49,10 @@ if environment.uses_linux_functions():
     linux_malloc.enable()
 
 
-def __getattr__(name: str) -> str:
-    """`__version__`, read when it is asked for; for other names, what to import instead."""
+def __getattr__(name: str):
+    """`__version__` and rooms of names, read when they are asked for; for other names, what to import instead."""
     if name == "__version__":
         return version.installed_version()
+    if name in ("callbacks", "loggers"):
+        return importlib.import_module(f"mlxmm.{name}")
     raise lightning_words.missing("mlxmm", name, lightning_words.PACKAGE, __all__)

@@ -18,7 +18,7 @@ LAYERS = [
     ("recipes", "mlxmm/__main__"),
     ("recipes/parts",),
     ("callbacks", "mlxmm/captioners", "mlxmm/serving"),
-    ("mlxmm",),  # __init__.py alone: the public names
+    ("mlxmm", "mlxmm/loggers"),  # the public names
     ("mlxmm/evaluation",),
     ("mlxmm/modules",),
     ("mlxmm/export",),

@@ -2,7 +2,6 @@
 
 import functools
 import shutil
-import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxmm.compute.reads import Reads
+from mlxmm.errors import warn
 
 
 class Compiled:
@@ -63,7 +63,7 @@ class Compiled:
         self._reads = Reads()
         if not changed.partition(".")[2].startswith("_"):
             told = "one that changes often is better an array, frozen by freeze(keys=[...], recurse=False)"
-            warnings.warn(f"{changed} has changed, and the step is compiled again with it: {told}", stacklevel=4)
+            warn(f"{changed} has changed, and the step is compiled again with it: {told}")
 
     def _keep(self, shapes: tuple, variant: Callable) -> None:
         """Keep a new variant, in place of the one that was not used for the longest time."""
@@ -74,10 +74,9 @@ class Compiled:
         self.num_traces += 1
         if is_full and not self._has_dropped:
             self._has_dropped = True
-            warnings.warn(
+            warn(
                 f"more than {self._most} batch shapes: those used least are compiled again when they return. "
                 "Pad to fewer lengths, or raise max_compiled_variants",
-                stacklevel=4,
             )
 
 
@@ -112,9 +111,8 @@ def can_compile() -> bool:
 
 @functools.cache
 def _warn_of_plain_python() -> None:
-    warnings.warn(
+    warn(
         "MLX compiles kernels for the CPU with g++, which was not found: training runs uncompiled",
-        stacklevel=3,
     )
 
 

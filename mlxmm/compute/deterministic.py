@@ -9,7 +9,6 @@ this: of one logit for each position, or of positions drawn without repetition.
 """
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 
 import mlx.core as mx
@@ -17,6 +16,7 @@ import mlx.nn as nn
 
 from mlxmm import environment
 from mlxmm.compute.layer_calls import replaced_calls
+from mlxmm.errors import warn
 
 TABLES = ("weight", "lora_a", "m")  # of nn.Embedding, and of mlx-lm's LoRAEmbedding and DoRAEmbedding
 
@@ -31,7 +31,7 @@ def deterministic_lookups(module: nn.Module) -> Iterator[None]:
     """Within the block, the gradients of all embeddings in `module` are computed as above. Those of quantized
     embeddings do not exist. Warns where something else is not deterministic."""
     if mx.cuda.is_available() and environment.uses_cudnn_attention():
-        warnings.warn("deterministic: cuDNN's attention may not be; set MLX_CUDA_USE_CUDNN_SDPA=0", stacklevel=3)
+        warn("deterministic: cuDNN's attention may not be; set MLX_CUDA_USE_CUDNN_SDPA=0")
     with replaced_calls({name: part for name, part in module.named_modules() if _looks_up(part)}, _by_lookup):
         yield
 

@@ -7,10 +7,11 @@ whose arrays have other shapes than those of training.
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator
 
 import mlx.core as mx
+
+from mlxmm.errors import warn
 
 GIB = 2**30
 KEPT_SHARE, WIRED_SHARE = 1 / 8, 1 / 2  # of the working set; a machine that wired three quarters crashed (mlx-lm#883)
@@ -62,10 +63,9 @@ class PeakWarning:
         """Compare the peak with the limit; costs a microsecond."""
         if self._limit is None or (peak := mx.get_peak_memory()) <= WARN_SHARE * self._limit:
             return
-        warnings.warn(
+        warn(
             f"the peak of memory, {peak / GIB:.1f} GiB, is near the {self._limit / GIB:.1f} GiB that this device works "
             "with at full speed. To use less: a smaller --batch-size with --trainer.accumulate-grad-batches, and "
             "--trainer.gradient-checkpointing",
-            stacklevel=3,
         )
         self._limit = None

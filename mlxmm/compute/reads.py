@@ -1,7 +1,6 @@
 """Which attributes of a module a traced function read: a compiled function has their values in it."""
 
 import contextlib
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -9,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxmm.compute.layer_calls import replaced_classes
+from mlxmm.errors import warn
 
 PLAIN = (int, float, complex, bool, str, bytes, type(None))
 # The Trainer, which changes all the time; what is frozen, which the Trainer looks after; the arrays of an optimizer.
@@ -37,7 +37,7 @@ class Reads:
             yield
         if any(name == "trainer" for _, name in read):
             told = "a compiled step keeps what it read there first. What changes belongs into an array of the module"
-            warnings.warn(f"a step reads self.trainer: {told}", stacklevel=4)
+            warn(f"a step reads self.trainer: {told}")
         read |= {(id(other), name): other for other in others for name in vars(other)}
         # Their values at the end: what the function itself changes, such as a counter, is no change from outside.
         self._values |= {key: Value(owner, key[1]) for key, owner in read.items() if _is_held(owner, key[1])}

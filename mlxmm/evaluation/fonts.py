@@ -2,10 +2,11 @@
 
 import functools
 import importlib.util
-import warnings
 from pathlib import Path
 
 from PIL import ImageFont
+
+from mlxmm.errors import warn
 
 # By what they have: Latin, Greek and Cyrillic first, then Chinese, Japanese and Korean, then nearly everything.
 NAMES = (
@@ -39,9 +40,7 @@ def font_for(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFo
 
 @functools.cache
 def _warn() -> None:
-    warnings.warn(
-        "no font here has all letters of the captions, some show as boxes: pip install mplfonts", stacklevel=3
-    )
+    warn("no font here has all letters of the captions, some show as boxes: pip install mplfonts")
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 
 import mlx.core as mx
@@ -10,6 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxmm.compute.layer_calls import replaced_calls
+from mlxmm.errors import warn
 
 LOSSES = ("train/loss", "val/loss")
 GROWTH = 10  # times the first loss, or 1 if that is less
@@ -46,19 +46,17 @@ class DivergenceWarning:
     """Warns, once a run, of a loss that is not finite, or that has grown to ten times the first one logged."""
 
     def __init__(self) -> None:
-        self._limits: dict[str, float] = {}
+        self._first: dict[str, tuple[float, int]] = {}  # the loss logged first, and after how many updates
         self._told = False
 
     def check(self, metrics: Mapping[str, float], step: int) -> None:
         """Look at the losses among what is logged after `step` updates."""
         for name in [] if self._told else [name for name in LOSSES if name in metrics]:
             loss = metrics[name]
-            limit = self._limits.setdefault(name, loss + GROWTH * max(1.0, abs(loss)))
-            if not math.isfinite(loss) or loss > limit:
-                told = (
-                    f"{name} is {loss:.3g} after {step} updates: training diverges. Lower the learning rate, or look "
-                )
-                told += "for labels out of range; detect_anomaly=True finds the first part that is not finite"
-                warnings.warn(told, stacklevel=4)
+            first, began = self._first.setdefault(name, (loss, step))
+            if not math.isfinite(loss) or loss > first + GROWTH * max(1.0, abs(first)):
+                before = f" (it was {first:.3g} after {began})" if began < step else ""
+                told = f"{name} is {loss:.3g} after {step} updates: training diverges{before}. Lower the learning rate"
+                warn(f"{told}, or look for labels out of range; detect_anomaly=True finds the first part with a NaN")
                 self._told = True
                 return

@@ -1,13 +1,12 @@
 """The batches of a stage: from any loader, limited, from any batch of an epoch on, as trees of MLX arrays."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from numbers import Number
 
 import mlx.core as mx
 
-from mlxmm.errors import UserError
+from mlxmm.errors import UserError, warn
 from mlxmm.training.loader_randomness import begin_epoch, epoch_seed, isolated
 
 
@@ -41,7 +40,7 @@ def epoch(loader, number: int, start: int = 0, limit: int | float = 1.0, seed: i
         skipped = 0 if has_epochs(loader) else start
         if skipped:
             told = f"{type(loader).__name__} cannot start at batch {start}: skipping the batches before it"
-            warnings.warn(told, stacklevel=2)
+            warn(told)
         every = isolated(lambda: _begun(loader, number, start, seed), epoch_seed(seed, number))
         batches = islice(every, skipped, None)  # one by one, as they were taken the first time
     most = count(loader, limit)

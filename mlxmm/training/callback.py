@@ -1,15 +1,14 @@
 """Callback: code that runs at named moments of a run. One sentence a moment; docs/hooks.md compares with Lightning."""
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from mlxmm.errors import UserError
+from mlxmm.errors import UserError, warn
 from mlxmm.training import lightning_words
 
 
-class Callback:
+class Callback(metaclass=lightning_words.AnswersArguments):
     """Override the hooks you need. `trainer` knows the state of the run; `module` is what it fits.
 
     Callbacks are called in the trainer's order, then the module's own method of the same name, which gets neither
@@ -17,16 +16,19 @@ class Callback:
     waits for the device, so call it rarely.
     """
 
+    logs: tuple[str, ...] | None = None  # how the names of the metrics that it logs begin; None: in any way
     reads_rows = False  # such callbacks come after those that replace rows
     reads_metrics = False  # such callbacks come after those that log metrics of their own
     saves_checkpoints = False  # such callbacks come last: what they save includes what the others did
 
-    def __new__(cls, *args, **settings):
-        lightning_words.refuse_arguments(cls.__name__, cls.__init__, settings, lightning_words.CONSTRUCTORS)
-        return super().__new__(cls)
-
     def __init__(self) -> None:
-        """Takes nothing: `object` would take anything, because of `__new__`."""
+        """Takes nothing: the arguments of `object` are anything."""
+
+    def __getattr__(self, name: str):
+        """For names of Lightning's, what to write instead."""
+        if name in lightning_words.CALLBACK:
+            raise lightning_words.missing(type(self).__name__, name, lightning_words.CALLBACK)
+        return super().__getattribute__(name)
 
     def setup(self, trainer, module, stage) -> None:
         """Called first in `fit`, `validate`, `test` or `predict` (the `stage`), before the optimizer exists."""
@@ -198,7 +200,7 @@ def give_each_its_turn(methods: Iterable[Callable], *args) -> None:
             method(*args)
         except (Exception, SystemExit) as error:  # noqa: BLE001
             name = getattr(getattr(method, "func", method), "__qualname__", method)
-            warnings.warn(f"{name} failed: {type(error).__name__}: {error}", stacklevel=2)
+            warn(f"{name} failed: {type(error).__name__}: {error}")
 
 
 def overrides(callback: Callback, name: str) -> bool:

@@ -1,28 +1,38 @@
 """Checks of what a Trainer is given: each raises `UserError`, one line that says what to write."""
 
-import contextlib
 import inspect
-import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from numbers import Number
 from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
-from mlxmm.errors import UserError
-from mlxmm.training import lightning_words
+from mlxmm.errors import Faults, UserError, warn
+from mlxmm.training import lightning_words, module_source
 from mlxmm.training.callback import HOOKS, Callback, overrides
-from mlxmm.training.datamodule import DataModule
+from mlxmm.training.datamodule import DataModule, Loaders
 from mlxmm.training.module import Module
+from mlxmm.training.monitors import without_validation
 from mlxmm.training.optimizer_groups import split_by_group
+from mlxmm.training.trainer_config import TrainerConfig
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 NEEDED_BY_FIT = ("training_step", "configure_optimizers")
-ONE_OPTIMIZER = "return one of mlx.optimizers, such as AdamW(learning_rate=1e-3)"
+INDEX = {"on_train_batch_end": "; trainer.batch_idx counts the batches of the epoch that are done, this one included"}
+AN_OPTIMIZER = "return one of mlx.optimizers, such as AdamW(learning_rate=1e-3)"
+
+
+def checked_arguments(config: TrainerConfig, settings: dict, callbacks) -> tuple[TrainerConfig, list[Callback]]:
+    """What a Trainer is made of, if it can be. Raises one `UserError` of all faults."""
+    faults = Faults()
+    with faults.noted():
+        config = lightning_words.configured(config, settings)
+    with faults.noted():
+        callbacks = as_callbacks(callbacks)
+    faults.refuse()
+    return config, callbacks
 
 
 def check_stage(trainer, stage: str, module, datamodule) -> None:
@@ -32,12 +42,26 @@ def check_stage(trainer, stage: str, module, datamodule) -> None:
         raise UserError(f"{stage} within another stage of the same Trainer: give it one of its own, {own}")
     if module is None:
         raise UserError(f"{stage} has no module: give it one, or fit one before")
-    check_module(module, stage)
-    check_datamodule(datamodule)
+    check_is_module(module)
+    faults = Faults()
+    with faults.noted():
+        check_module(module, stage)
+    with faults.noted():
+        check_datamodule(datamodule)
+    faults.refuse(also=[*module_source.words_of_lightning(module), *_monitors_in_vain(trainer, stage, datamodule)])
 
 
-def check_module(module, stage: str) -> None:
-    """That `module` is a Module, made by its own `__init__`, whose methods are called as they expect."""
+def _monitors_in_vain(trainer, stage: str, datamodule) -> list[str]:
+    """What callbacks will say of a monitor, as far as it is known before the data are opened."""
+    validates = stage != "fit" or not isinstance(datamodule, Loaders) or datamodule.val is not None
+    validates |= bool(trainer.config.overfit_batches or trainer.config.fast_dev_run)
+    pairs = [(type(callback).__name__, getattr(callback, "monitor", None)) for callback in trainer.callbacks]
+    told = [without_validation(name, monitor, validates) for name, monitor in pairs if isinstance(monitor, str)]
+    return [line for line in told if line]
+
+
+def check_is_module(module) -> None:
+    """That `module` is a Module, made by its own `__init__`."""
     kind = type(module).__name__
     if isinstance(module, type):
         raise UserError(f"{module.__name__} is a class: give a module, {module.__name__}(...)")
@@ -45,30 +69,46 @@ def check_module(module, stage: str) -> None:
         raise UserError(f"{kind} is no mlxmm.Module: write `class My{kind}(mlxmm.Module)` with training_step")
     if "_no_grad" not in vars(module):
         raise UserError(f"{kind}.__init__ must begin with super().__init__()")
+
+
+def check_module(module, stage: str) -> None:
+    """That the methods of `module` are those that a stage needs, and are called as they expect."""
+    kind, faults = type(module).__name__, Faults()
     if vars(module).get("automatic_optimization") is False:
-        raise lightning_words.missing(kind, "automatic_optimization", lightning_words.MODULE)
+        faults.append(str(lightning_words.missing(kind, "automatic_optimization", lightning_words.MODULE)))
     expected = {hook: _parameters(Callback, hook)[2:] for hook in HOOKS} | {step: ["batch"] for step in STEPS}
-    _check_methods(module, Module, expected, lightning_words.HOOKS_OF_MODULES)
+    with faults.noted():
+        _check_methods(module, Module, expected, lightning_words.HOOKS_OF_MODULES)
     for name in NEEDED_BY_FIT if stage == "fit" else ():
         if getattr(type(module), name) is getattr(Module, name):
-            raise UserError(f"{kind} has no {name}, which fit needs: docs/write-a-module.md shows one")
+            faults.append(f"{kind} has no {name}, which fit needs: docs/write-a-module.md shows one")
+    faults.refuse()
 
 
 def as_callbacks(callbacks: Callback | Sequence[Callback] | None) -> list[Callback]:
     """One callback or several, whose hooks exist and are called as they expect, as a list."""
     callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [] if callbacks is None else [callbacks]
-    expected = {hook: _parameters(Callback, hook) for hook in HOOKS}
+    faults = Faults()
     for callback in callbacks:
-        name = callback.__name__ if isinstance(callback, type) else type(callback).__name__
-        if isinstance(callback, type):
-            raise UserError(f"{name} is a class: give a callback, {name}(...)")
-        if not isinstance(callback, Callback):
-            raise UserError(f"{name} is no callback: write `class {name}(mlxmm.Callback)`")
-        _check_methods(callback, Callback, {}, lightning_words.HOOKS)
-        for hook in HOOKS:
-            if overrides(callback, hook):
-                _check_signature(callback, hook, expected[hook])
+        with faults.noted():
+            _check_callback(callback)
+    faults.refuse()
     return callbacks
+
+
+def _check_callback(callback) -> None:
+    name = callback.__name__ if isinstance(callback, type) else type(callback).__name__
+    if isinstance(callback, type):
+        raise UserError(f"{name} is a class: give a callback, {name}(...)")
+    if not isinstance(callback, Callback):
+        raise UserError(f"{name} is no callback: write `class {name}(mlxmm.Callback)`")
+    faults = Faults()
+    with faults.noted():
+        _check_methods(callback, Callback, {}, lightning_words.HOOKS)
+    for hook in filter(partial(overrides, callback), HOOKS):
+        with faults.noted():
+            _check_signature(callback, hook, _parameters(Callback, hook))
+    faults.refuse()
 
 
 def check_datamodule(datamodule) -> None:
@@ -88,11 +128,8 @@ def check_optimizer(module, compiles: bool = False) -> optim.Optimizer:
     try:
         optimizer = module.configure_optimizers()
     except (TypeError, ValueError) as error:
-        if "argument 'lr'" in str(error) or "Invalid type dict" in str(
-            error
-        ):  # torch's Adam(self.parameters(), lr=1e-3)
-            told = "an optimizer of MLX takes no parameters, and learning_rate, not lr: AdamW(learning_rate=1e-3)"
-            raise UserError(f"{call}: {told}") from error
+        if "argument 'lr'" in str(error) or "Invalid type dict" in str(error):  # torch's Adam(parameters, lr=1e-3)
+            raise UserError(f"{call}: {lightning_words.NO_PARAMETERS}") from error
         raise
     if isinstance(optimizer, optim.MultiOptimizer):
         vars(optimizer)["_split_dictionary"] = partial(split_by_group, optimizer)
@@ -100,10 +137,9 @@ def check_optimizer(module, compiles: bool = False) -> optim.Optimizer:
         _check_schedules(call, optimizer, compiles)
         return optimizer
     if isinstance(optimizer, Mapping | list | tuple):
-        schedule = "a schedule is its learning_rate: AdamW(learning_rate=schedule), which gets the update's number"
-        raise UserError(f"{call} returned a {type(optimizer).__name__}: return the optimizer alone; {schedule}")
+        raise UserError(f"{call} returned a {type(optimizer).__name__}: {lightning_words.ONE_OPTIMIZER}")
     kind = "None" if optimizer is None else f"{type(optimizer).__module__}.{type(optimizer).__name__}"
-    raise UserError(f"{call} returned {kind}: {ONE_OPTIMIZER}")
+    raise UserError(f"{call} returned {kind}: {AN_OPTIMIZER}")
 
 
 def warn_of_zero_rate(optimizer: optim.Optimizer, num_updates: int) -> None:
@@ -112,7 +148,7 @@ def warn_of_zero_rate(optimizer: optim.Optimizer, num_updates: int) -> None:
         schedule = one._schedulers.get("learning_rate")
         if schedule is not None and num_updates > 3 and float(schedule(mx.array(num_updates // 2))) == 0:
             told = f"the learning rate is 0 from update {num_updates // 2} of {num_updates} on, or before"
-            warnings.warn(f"{told}: a schedule counts updates (trainer.estimated_stepping_batches)", stacklevel=4)
+            warn(f"{told}: a schedule counts updates (trainer.estimated_stepping_batches)")
 
 
 def _check_schedules(call: str, optimizer: optim.Optimizer, compiles: bool) -> None:
@@ -158,81 +194,21 @@ def check_trainable(module) -> None:
         raise UserError(f"nothing in {type(module).__name__} is trainable: unfreeze() a part of it")
 
 
-@contextlib.contextmanager
-def explained(step: Callable, batch) -> Iterator[None]:
-    """Within the block, errors of a step that its author can put right are `UserError`."""
-    try:
-        yield
-    except KeyError as error:
-        if isinstance(batch, Mapping):
-            error.add_note(f"The batch holds {', '.join(map(repr, batch))}.")
-        raise
-    except AttributeError as error:
-        name = re.search(r"'array' object has no attribute '(\w+)'", str(error))
-        if name is None or name[1] not in lightning_words.TENSORS:
-            raise
-        raise lightning_words.missing("an array of MLX", name[1], lightning_words.TENSORS) from error
-    except TypeError as error:
-        if isinstance(batch, list) and "list indices must be integers" in str(error):
-            data = getattr(step, "__name__", "").removesuffix("_step").replace("idation", "").replace("ing", "")
-            told = "a stage has one loader, not a list of them"
-            raise UserError(f"{_name_of(step)} got a list as its batch of the {data} data: {told}") from error
-        raise
-    except ValueError as error:
-        if "during function transformations" not in str(error):
-            raise
-        told = "a step is compiled, so return the array as a metric, or run plain Python by Trainer(compile=False)"
-        raise UserError(f"{_name_of(step)} reads a number out of an array (.item(), float, if): {told}") from error
-
-
-def check_outputs(step: Callable, outputs, *, needs_loss: bool) -> dict:
-    """What a step returned, if it is a dict of numbers."""
-    name = _name_of(step)
-    if not isinstance(outputs, Mapping):
-        what = 'return {"loss": loss}' if isinstance(outputs, mx.array) else 'it returns a dict, {"loss": loss}'
-        raise UserError(f"{name} returned {_described(outputs)}: {what}")
-    if needs_loss and "loss" not in outputs:
-        raise UserError(f'{name} returned no "loss", only {", ".join(map(str, outputs))}: add "loss": loss')
-    for key, value in outputs.items():
-        if not isinstance(value, Number) and not (isinstance(value, mx.array) and value.ndim == 0):
-            raise UserError(f"{name} returned {_described(value)} as {key!r}: a metric is one number, such as x.mean()")
-    return dict(outputs)
-
-
-def check_same_names(total: Mapping, sums: Mapping) -> None:
-    """That a step returned the same metrics for this batch as for those before: all are divided by one weight."""
-    if some := sorted(total.keys() ^ sums.keys()):
-        raise UserError(f"a step returned {some[0]!r} for one batch and not for another: return it for every batch")
-
-
-def _name_of(step: Callable) -> str:
-    """The name of the step that its author wrote: a module validates by its training_step if it has no other."""
-    name, module = getattr(step, "__name__", "the step"), getattr(step, "__self__", None)
-    for other, base in (("test_step", "validation_step"), ("validation_step", "training_step")):
-        if name == other and getattr(type(module), name, None) is getattr(Module, name):
-            name = base
-    return name
-
-
-def _described(value) -> str:
-    if isinstance(value, mx.array):
-        return f"an array of shape {value.shape}" if value.ndim else "a bare array"
-    return "nothing" if value is None else f"a {type(value).__name__}"
-
-
 def _check_methods(part, base: type, expected: Mapping[str, list[str]], gone: Mapping[str, str]) -> None:
     """That no method of a subclass of `base` is one of Lightning's that is not here, or a misspelt one."""
-    known = {*expected, *_methods(base, base.__base__)}
+    known, faults = {*expected, *_methods(base, base.__base__)}, Faults()
     for name in _methods(type(part), base):
         owner = f"{type(part).__name__}.{name}"
         if name in expected:
-            _check_signature(part, name, expected[name])
+            with faults.noted():
+                _check_signature(part, name, expected[name])
         elif hasattr(base, name):
             continue
         elif name in gone:
-            raise UserError(f"{owner} is not called here: {gone[name]}")
+            faults.append(f"{owner} is not called here: {gone[name]}")
         elif near := lightning_words.closest(name, known, 0.85):
-            raise UserError(f"{owner} is not called here: did you mean {near}? Rename it if it is a method of your own")
+            faults.append(f"{owner} is not called here: did you mean {near}? Rename it if it is a method of your own")
+    faults.refuse()
 
 
 def _check_signature(part, name: str, expected: list[str]) -> None:
@@ -245,7 +221,8 @@ def _check_signature(part, name: str, expected: list[str]) -> None:
         wrong = True
     if wrong:
         compiled = "; a step is compiled, and a batch_idx would compile it again each time" if name in STEPS else ""
-        index = "; trainer.batch_idx has the index" if "batch_idx" in {*own} - {*expected} and not compiled else ""
+        needs_index = "batch_idx" in {*own} - {*expected} and not compiled
+        index = INDEX.get(name, "; trainer.batch_idx has the index") if needs_index else ""
         owner, call = f"{type(part).__name__}.{name}", f"{name}({', '.join(expected)})"
         raise UserError(f"{owner}({', '.join(own)}) is called as {call}: write that{compiled}{index}")
 

@@ -6,27 +6,14 @@ import mlx.core as mx
 
 from mlxmm.distributed import collectives
 from mlxmm.distributed.signals import check_end
-from mlxmm.errors import UserError
 from mlxmm.progress_bar import passing_bar
 from mlxmm.training import batches
 from mlxmm.training.module import evaluating
+from mlxmm.training.monitors import Metrics, check_before_training
 from mlxmm.training.randomness import isolated_random_state
 from mlxmm.training.train_step import add_sums, average_sums, build_eval_step, fill_empty_sums
 
 PREFIXES = {"validation": "val", "test": "test"}  # of the metrics of a stage
-
-
-class UnknownMetric(UserError, KeyError):
-    """A metric that a stage did not measure."""
-
-    __str__ = ValueError.__str__  # that of KeyError shows quotes
-
-
-class Metrics(dict):
-    """The metrics of a stage by name. Lightning returns a list of such dicts, one for each loader."""
-
-    def __missing__(self, name):
-        raise UnknownMetric(f"metrics[{name!r}]: this is a dict of {', '.join(self) or 'nothing, for want of data'}")
 
 
 class Evaluator:
@@ -83,9 +70,12 @@ class Evaluator:
             step = self._step("validation")
             pairs = self.trainer.strategy.lockstep(batches.epoch(loader, 0, limit=limit))
             name = "sanity check" + ", compiling kernels" * self.trainer.compiler.enabled
+            measured: set[str] = set()
             for batch, _ in self._bar(name, limit, pairs):
                 check_end()
-                mx.eval(step(batch))
+                mx.eval(sums := step(batch))
+                measured |= {f"val/{name}" for name in sums if name != "weight"}
+            check_before_training(self.trainer, measured)
             self.call("on_sanity_check_end")
 
     def _bar(self, name: str, total: int | None, items: Iterable) -> Iterator:

@@ -3,10 +3,10 @@
 The tables map a name of Lightning's to that answer. docs/from-lightning.md shows them side by side.
 """
 
+import abc
 import difflib
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -15,10 +15,16 @@ import mlx.core as mx
 
 from mlxmm.config import exactly, plain
 from mlxmm.distributed import collectives
-from mlxmm.errors import UserError
+from mlxmm.errors import Faults, UserError, warn
 from mlxmm.training.trainer_config import TrainerConfig, duration_text
 
 LOG = 'return {"loss": loss, "name": value} from the step; a callback calls trainer.log({"name": value})'
+ONE_OPTIMIZER = (
+    "return the optimizer alone; a schedule is its learning_rate: AdamW(learning_rate=schedule), "
+    "which gets the update's number"
+)
+NO_PARAMETERS = "an optimizer of MLX takes no parameters, and learning_rate, not lr: AdamW(learning_rate=1e-3)"
+READS_A_NUMBER = "a step is compiled, so return the array as a metric, or run plain Python by Trainer(compile=False)"
 MEMORY = "leave it out, arrays are where the device is; mx.set_default_device(mx.cpu) chooses another"
 UPDATE = "write on_before_optimizer_step(self, grads), or in a module after_update(self), after the optimizer"
 MEANS = "write on_validation_end, which gets the means of what the steps returned"
@@ -35,8 +41,8 @@ MODULE = {  # attributes and methods of a LightningModule
     "log": LOG,
     "log_dict": LOG,
     "save_hyperparameters": "write self.lr = lr; or self.config = config, an attrs class, which loggers write",
-    "state_dict": "write dict(mlx.utils.tree_flatten(self.parameters()))",
-    "load_state_dict": "write self.load_weights(list(arrays.items()))",
+    "state_dict": "write dict(mlx.utils.tree_flatten(part.parameters()))",
+    "load_state_dict": "write part.load_weights(list(arrays.items()))",
     "device": MEMORY,
     "to": f"{MEMORY}; module.set_dtype(mx.bfloat16) changes dtypes",
     "cuda": MEMORY,
@@ -130,6 +136,9 @@ TENSORS = {  # methods of torch's tensors that arrays do not have
     "clamp": "write mx.clip(x, low, high)",
     "numpy": "write np.array(x), outside of steps",
 }
+LAYERS = {name: MODULE[name] for name in ("state_dict", "load_state_dict", "to", "cuda", "cpu", "half", "device")} | {
+    name: MODULE[name] for name in ("register_buffer", "named_parameters", "named_children", "requires_grad_")
+}
 CALLS = {  # of fit, validate, test and predict
     "verbose": "leave it out, the metrics are returned: print them",
     "weights_only": "leave it out, a checkpoint holds arrays and JSON, and is never unpickled",
@@ -139,6 +148,31 @@ CALLS = {  # of fit, validate, test and predict
     "test_dataloaders": "write dataloaders=...",
     "module": "write model=..., or the first argument",
 }
+CALLBACK = {  # methods of a LightningModule that Lightning lends to callbacks
+    "log": 'write trainer.log("name", value)',
+    "log_dict": 'write trainer.log({"name": value})',
+}
+LOGGER = {  # attributes of Lightning's loggers
+    "experiment": "the writer of TensorBoard's is that of TensorBoardLogger, one of trainer.loggers; "
+    "log_images, log_text and log_histogram write to all loggers",
+    "log_dir": "write trainer.log_dir",
+    "save_dir": "write trainer.log_dir",
+    "log_image": "write log_images(name, images, step)",
+    "watch": "write callbacks=[GradientHistograms(), WeightHistograms()]",
+}
+SETTINGS = "the settings that loggers write are the fields of self.config: write self.config = config, an attrs class"
+SAME_HERE: dict[str, tuple] = {  # arguments of Lightning's callbacks and loggers whose value means what is done here
+    "verbose": (True, False),
+    "save_last": (True, "link"),
+    "save_weights_only": (False,),
+    "save_on_train_epoch_end": (False,),
+    "auto_insert_metric_name": (True, False),
+    "strict": (True,),
+    "check_on_train_epoch_end": (False,),
+    "log_rank_zero_only": (True, False),
+    "logging_interval": ("step",),
+    "log_momentum": (False,),
+}
 CONSTRUCTORS = {  # arguments of Lightning's callbacks and loggers
     "verbose": "leave it out",
     "filename": "leave it out, checkpoints are named step=N, and the links best and last point to them",
@@ -147,7 +181,7 @@ CONSTRUCTORS = {  # arguments of Lightning's callbacks and loggers
     "save_on_train_epoch_end": "write every_n_epochs=1",
     "auto_insert_metric_name": "leave it out, checkpoints are named step=N",
     "period": "write every_n_epochs=...",
-    "strict": "leave it out, a metric that nobody logs is an error",
+    "strict": "write strict=True, or leave it out: a metric that nobody logs is an error",
     "check_on_train_epoch_end": "leave it out, metrics are looked at after each validation",
     "log_rank_zero_only": "leave it out",
     "logging_interval": "leave it out, the rate is logged every log_every_n_steps updates",
@@ -210,10 +244,8 @@ CALLBACKS = {  # Lightning's, that have another name here
 PACKAGE = {  # names that people look for in `mlxmm`, or in `lightning`
     "LightningModule": "write mlxmm.Module",
     "LightningDataModule": "write mlxmm.DataModule",
-    "loggers": "write mlxmm.TensorBoardLogger, or WandbLogger, TrackioLogger or JSONLLogger",
     "CSVLogger": "write mlxmm.JSONLLogger",
     "Tuner": "write the callbacks LearningRateFinder and BatchSizeFinder",
-    "callbacks": "write import mlxmm.callbacks",
     "Fabric": "write mlxmm.Trainer, or a loop of your own with mlx.nn.value_and_grad",
     "CaptionData": "write from mlxmm.data.caption_data import CaptionData",
 } | {
@@ -239,13 +271,37 @@ def missing(owner: str, name: str, answers: Mapping[str, str], known: Iterable[s
 
 
 def refuse_arguments(call: str, function: Callable, arguments: Iterable[str], answers: Mapping[str, str]) -> None:
-    """Raise `UserError` for the first of the named `arguments` that `function` does not take."""
+    """Raise `UserError` for all of the named `arguments` that `function` does not take."""
     parameters = inspect.signature(function).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
-    for name in arguments:
-        if name not in parameters:
-            raise UserError(f"{call} has no argument {name}{_answer(name, answers, parameters)}")
+    unknown = [name for name in arguments if name not in parameters]
+    Faults(f"{call} has no argument {name}{_answer(name, answers, parameters)}" for name in unknown).refuse()
+
+
+class AnswersArguments(abc.ABCMeta):
+    """The class of classes that are made with arguments of Lightning's: those that change nothing here are dropped,
+    others that are not there are answered with a `UserError`."""
+
+    def __call__(cls, *args, **settings):
+        if cls.__module__.split(".")[0] in ("mlxmm", "callbacks"):
+            own = inspect.signature(cls.__init__).parameters
+            settings = {name: value for name, value in settings.items() if name in own or not _is_same(name, value)}
+        refuse_arguments(cls.__name__, cls.__init__, settings, CONSTRUCTORS)
+        return super().__call__(*args, **settings)
+
+
+def _is_same(name: str, value) -> bool:
+    return name in CONSTRUCTORS and (value is None or value in SAME_HERE.get(name, ()))
+
+
+class Settings(dict):
+    """Settings by name, or as attributes."""
+
+    def __getattr__(self, name: str):
+        if name in self:
+            return self[name]
+        raise UnknownName(f"hparams has no {name}: {SETTINGS}")
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.8) -> str | None:
@@ -277,23 +333,30 @@ def answers_calls(method: Callable) -> Callable:
 
 
 def configured(config: TrainerConfig, arguments: dict) -> TrainerConfig:
-    """`config` with the settings that the arguments of a Trainer name. Raises `UserError`."""
-    return attrs.evolve(config, **_settings(arguments)).resolved()
-
-
-def _settings(arguments: dict) -> dict:
-    """The settings that these arguments mean. None stands for one that was not given, unless the setting can be None,
-    as in Lightning."""
-    fields, settings = attrs.fields_dict(TrainerConfig), {}
+    """`config` with the settings that the arguments of a Trainer name. Raises one `UserError` of all faults."""
+    faults = Faults()
     for name, value in arguments.items():
-        if name in PLACES:
-            PLACES[name](value)
-        elif name not in fields:
-            raise UserError(f"Trainer has no argument {name}{_answer(name, ARGUMENTS, fields)}")
-        elif value is not None or isinstance(None, fields[name].type):
-            value = TRANSLATED[name](value) if name in TRANSLATED and value is not None else value
-            settings[name] = _typed(name, value, fields[name].type)
-    return settings
+        with faults.noted():
+            config = attrs.evolve(config, **_setting(name, value))
+    faults.refuse()
+    return config.resolved()
+
+
+def _setting(name: str, value) -> dict:
+    """The setting that an argument means, if any. None stands for one that was not given, unless the setting can be
+    None, as in Lightning."""
+    fields = attrs.fields_dict(TrainerConfig)
+    if name in PLACES:
+        PLACES[name](value)
+        return {}
+    if value is None and name in ARGUMENTS:
+        return {}
+    if name not in fields:
+        raise UserError(f"Trainer has no argument {name}{_answer(name, ARGUMENTS, fields)}")
+    if value is None and not isinstance(None, fields[name].type):
+        return {}
+    value = TRANSLATED[name](value) if name in TRANSLATED and value is not None else value
+    return {name: _typed(name, value, fields[name].type)}
 
 
 def _typed(name: str, value, kind):
@@ -309,7 +372,7 @@ def _precision(value) -> str:
         raise UserError(f"precision={value!r}: MLX trains in float32 at most, which is precision='32'")
     if str(value).startswith("16"):
         told = f"precision={value!r} trains in bfloat16 here ({name}): it has float32's range and needs no loss scaling"
-        warnings.warn(told, stacklevel=5)
+        warn(told)
     return name
 
 

@@ -17,7 +17,7 @@ WRITERS |= {"flush", "finalize"}
 MEASURED = ("throughput/", "memory/")  # prefixes of what the machine did, which no other run repeats
 
 
-class Logger:
+class Logger(metaclass=lightning_words.AnswersArguments):
     """What a `Trainer` writes to. `metrics` maps names to Python floats.
 
     A disk that is full costs what was to be written, and not the run: the first time a line says so.
@@ -30,12 +30,14 @@ class Logger:
         for name in WRITERS & vars(cls).keys():
             setattr(cls, name, _going_on(vars(cls)[name]))
 
-    def __new__(cls, *args, **settings):
-        lightning_words.refuse_arguments(cls.__name__, cls.__init__, settings, lightning_words.CONSTRUCTORS)
-        return super().__new__(cls)
-
     def __init__(self) -> None:
-        """Takes nothing: `object` would take anything, because of `__new__`."""
+        """Takes nothing: the arguments of `object` are anything."""
+
+    def __getattr__(self, name: str):
+        """For names of Lightning's, what to write instead."""
+        if name in lightning_words.LOGGER:
+            raise lightning_words.missing(type(self).__name__, name, lightning_words.LOGGER)
+        return super().__getattribute__(name)
 
     def log_metrics(self, metrics: dict[str, float], step: int, epoch: int) -> None:
         """Write scalars; `step` counts updates."""

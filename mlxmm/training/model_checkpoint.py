@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import warnings
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from mlxmm.commands import is_recipe
 from mlxmm.config import checked
 from mlxmm.distributed import collectives
 from mlxmm.distributed.signals import Interrupted
-from mlxmm.errors import UserError
+from mlxmm.errors import UserError, warn
 from mlxmm.storage import checkpoint
 from mlxmm.storage.atomic import remove_leftovers
 from mlxmm.storage.checkpoint import by_step
@@ -42,6 +41,7 @@ class ModelCheckpoint(Callback):
     """
 
     saves_checkpoints = True
+    logs = ()
 
     every_n_train_steps: int | None = attrs.field(default=500, validator=optional(ge(1)), kw_only=True)
     every_n_epochs: int | None = attrs.field(default=None, validator=optional(ge(1)), kw_only=True)
@@ -111,7 +111,7 @@ class ModelCheckpoint(Callback):
             self._checks_epochs = fault is None
             self._has_warned = fault is not None
             if fault:  # a run that has no best checkpoint still has its last
-                warnings.warn(fault, stacklevel=2)
+                warn(fault)
         if self._enabled and trainer.is_global_zero:
             self.dirpath.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.dirpath)
@@ -164,7 +164,7 @@ class ModelCheckpoint(Callback):
         self._save(trainer)
         self._finish(trainer)
         if self._enabled and self.monitor and self.save_top_k and not (self.scores or self._has_warned):
-            warnings.warn(f"no checkpoint is best: none had a finite {self.monitor!r} of its own step", stacklevel=2)
+            warn(f"no checkpoint is best: none had a finite {self.monitor!r} of its own step")
 
     def on_exception(self, trainer, module, exception):
         # Any other exception may have been raised in the middle of an update.

@@ -12,6 +12,8 @@ from mlxmm.training.callback import Callback
 class ModelSummary(Callback):
     """Prints a table when training starts; with strategy fsdp, of the parameters that this process holds."""
 
+    logs = ()
+
     def on_train_start(self, trainer, module):
         if trainer.config.enable_model_summary and trainer.is_global_zero:
             say(*summary(module).split("\n"))

@@ -87,7 +87,15 @@ class Module(nn.Module):
     def hparams(self) -> dict:
         """The settings that loggers write: those of `config`, if the module has one."""
         config = vars(self).get("config")
-        return to_json(config) if attrs.has(type(config)) else {}
+        return lightning_words.Settings(to_json(config) if attrs.has(type(config)) else {})
+
+    @hparams.setter
+    def hparams(self, value) -> None:
+        raise UserError(f"{type(self).__name__}.hparams: {lightning_words.SETTINGS}")
+
+    @hparams.deleter
+    def hparams(self) -> None:  # MLX's way to set a dict
+        raise UserError(f"{type(self).__name__}.hparams: {lightning_words.SETTINGS}")
 
     def training_step(self, batch) -> dict[str, mx.array]:
         """The loss of one batch, and other metrics to log."""

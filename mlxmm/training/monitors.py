@@ -1,7 +1,46 @@
 """Monitors: metrics that callbacks watch, and what to say of one that does not come."""
 
+import itertools
+from collections.abc import Collection, Iterable
+
 from mlxmm.errors import UserError
+from mlxmm.training.callback import HOOKS
 from mlxmm.training.lightning_words import closest
+
+
+class UnknownMetric(UserError, KeyError):
+    """A metric that nothing measured."""
+
+    __str__ = ValueError.__str__  # that of KeyError shows quotes
+
+
+class Metrics(dict):
+    """Metrics by name. Of a stage, Lightning returns a list of such dicts, one for each loader."""
+
+    def __missing__(self, name):
+        near = meant(str(name), self)
+        known = ", ".join(self) or "nothing, for want of data"
+        told = f"did you mean {near}?" if near else f"this is a dict of {known}"
+        raise UnknownMetric(f"metrics[{name!r}]: {told}")
+
+
+def meant(name: str, known: Iterable[str]) -> str | None:
+    """The metric that `name` most likely means: "val_loss" is "val/loss", and so is "loss"."""
+    return closest(name.replace("_", "/", 1), known) or closest(f"val/{name}", known, 0.9)
+
+
+def check_before_training(trainer, measured: Collection[str]) -> None:
+    """Raise `UserError` for a monitor that is none of the metrics that validation has `measured`, where nothing else
+    can log it: neither a callback nor a hook of the module."""
+    logged = [callback.logs for callback in trainer.callbacks]
+    if None in logged or any(hasattr(type(trainer.module), hook) for hook in HOOKS):
+        return
+    for callback in trainer.callbacks:
+        monitor = getattr(callback, "monitor", None) or "train/"
+        if monitor not in measured and not monitor.startswith(("train/", *itertools.chain(*logged))):
+            near = meant(monitor, measured)
+            told = f"did you mean {near}?" if near else f"validation gives {', '.join(sorted(measured))}"
+            raise UserError(f"{type(callback).__name__}: nothing logs {monitor!r}; {told}")
 
 
 def without_validation(owner: str, monitor: str, validates: bool) -> str | None:
@@ -16,6 +55,6 @@ def check_monitor(trainer, owner: str, monitor: str) -> None:
     known = trainer.callback_metrics
     is_early = monitor.startswith("train/") and not any(name.startswith("train/") for name in known)
     if monitor not in known and not is_early:
-        near = closest(monitor.replace("_", "/", 1), known)
-        meant = f"did you mean {near}?" if near else f"there are {', '.join(sorted(known)) or 'no metrics'}"
-        raise UserError(f"{owner}: nothing logs {monitor!r}; {meant}")
+        near = meant(monitor, known)
+        told = f"did you mean {near}?" if near else f"there are {', '.join(sorted(known)) or 'no metrics'}"
+        raise UserError(f"{owner}: nothing logs {monitor!r}; {told}")

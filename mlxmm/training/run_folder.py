@@ -11,6 +11,7 @@ from mlxmm.storage.atomic import follow_link, remove_leftovers
 from mlxmm.storage.checkpoint_folder import holds_checkpoints, named
 from mlxmm.storage.lock import locked
 from mlxmm.storage.runs import RUNS, make_first
+from mlxmm.terminal import say
 from mlxmm.training.model_checkpoint import ModelCheckpoint
 
 
@@ -31,6 +32,8 @@ def open_run(trainer, ckpt_path: Path | str | None) -> list[Path | None]:
         found = find_checkpoint(trainer, ckpt_path)
         if found is None:
             _check_free(trainer)
+        elif folder is not None:
+            say(f"resuming from {found}")
         if folder is None and config.default_root_dir is None and _writes(trainer):
             folder = make_version(type(trainer.module).__name__)
         _lock(trainer, config.default_root_dir or folder, make=True)
@@ -113,7 +116,7 @@ def find_checkpoint(trainer, ckpt_path: Path | str | None) -> Path | None:
     else:
         found = next(filter(None, (named(folder, "best") for folder in folders)), None)
     if found is None:
-        told = ": 'best' needs ModelCheckpoint(monitor='val/loss')" if ckpt_path == "best" else ""
+        told = ": 'best' needs ModelCheckpoint(monitor='val/loss')" if ckpt_path == "best" else _earlier(trainer)
         raise UserError(f"ckpt_path={ckpt_path!r}: there is no such checkpoint in {folder or RUNS}{told}")
     return found
 
@@ -126,8 +129,18 @@ def remove_if_empty(folder: Path | None) -> None:
 
 def _folder(trainer) -> Path | None:
     """The folder of the run; where it has none yet, that of the newest run of this module with checkpoints."""
-    versions = [path.parent for path in (RUNS / type(trainer.module).__name__).glob("version_*/checkpoints")]
-    return trainer.log_dir or max(versions, key=_version, default=None)
+    return trainer.log_dir or max(_versions(trainer), key=_version, default=None)
+
+
+def _versions(trainer) -> list[Path]:
+    return [path.parent for path in (RUNS / type(trainer.module).__name__).glob("version_*/checkpoints")]
+
+
+def _earlier(trainer) -> str:
+    """Where the newest run of this module that has one keeps its last checkpoint."""
+    folders = [folder / "checkpoints" for folder in sorted(_versions(trainer), key=_version, reverse=True)]
+    found = next((folder for folder in folders if named(folder, "last")), None)
+    return f"; an earlier run has {found / 'last'}" if found and trainer.config.default_root_dir is None else ""
 
 
 def make_version(name: str) -> Path:

@@ -6,6 +6,7 @@ from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
 from mlxmm.storage.json_values import encode
+from mlxmm.training.monitors import Metrics
 from mlxmm.training.trainable import set_trainable, trainable_names
 
 
@@ -45,7 +46,7 @@ def restore(trainer, saved: dict[str, dict], on_load: Callable[[], None]) -> Non
     _check_world_size(trainer.ckpt_path, state)
     trainer.datamodule.load_state_dict(state.get("datamodule", {}))  # refuses other data before anything is changed
     trainer.progress.load_state_dict(state)
-    trainer.callback_metrics, trainer.logged_at = state["callback_metrics"], state.get("logged_at", {})
+    trainer.callback_metrics, trainer.logged_at = Metrics(state["callback_metrics"]), state.get("logged_at", {})
     for callback in trainer.callbacks:
         if callback.state_key in state["callbacks"]:
             callback.load_state_dict(state["callbacks"][callback.state_key])

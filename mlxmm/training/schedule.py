@@ -1,12 +1,11 @@
 """Schedule: when a run validates, when it may stop and when it ends."""
 
-import warnings
 from collections.abc import Mapping
 
 import attrs
 
 from mlxmm.distributed import collectives
-from mlxmm.errors import UserError
+from mlxmm.errors import UserError, warn
 from mlxmm.training import batches
 from mlxmm.training.progress import Progress
 from mlxmm.training.trainer_config import TrainerConfig, duration
@@ -61,7 +60,7 @@ class Schedule:
             return True
         if not self._warned_of_minimum:
             minimum = f"min_steps={config.min_steps}, min_epochs={config.min_epochs}"
-            warnings.warn(f"a stop was requested; training continues until {minimum}", stacklevel=2)
+            warn(f"a stop was requested; training continues until {minimum}")
         self._warned_of_minimum = True
         return False
 

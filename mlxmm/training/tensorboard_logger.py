@@ -28,6 +28,7 @@ class TensorBoardLogger(Logger):
         self._purge_step = None
         self._own: set[Path] = set()  # files that this logger began
         self._has_run = False
+        self._start = None  # the settings, which are written with the first of the rest
         self._end = None  # what says that the run whose settings were written is over
         self._is_broken = False  # the file that is open did not take all
 
@@ -44,7 +45,15 @@ class TensorBoardLogger(Logger):
             self._purge_step = None  # a later file, of a test, must not hide what this one gets
             self._own |= {_put_last(path, earlier) for path in self._files() - earlier}
             self._protect(self._writer.file_writer.event_writer._ev_writer._py_recordio_writer)
+            if self._start is not None:
+                self._writer.file_writer.add_summary(self._start)
+                self._start = None
         return self._writer
+
+    @property
+    def experiment(self):
+        """Lightning's name of `writer`."""
+        return self.writer
 
     def _protect(self, records) -> None:
         """Let the thread that writes drop what the disk does not take: else it dies, and the run waits for it.
@@ -81,8 +90,7 @@ class TensorBoardLogger(Logger):
 
         # `add_hparams` would open a second run beside this one. The first summary names the columns of the table:
         # without it, TensorBoard takes the settings and metrics of all runs that it shows.
-        _, start, self._end = hparams(dict(flat_params(params)), {})
-        self.writer.file_writer.add_summary(start)
+        _, self._start, self._end = hparams(dict(flat_params(params)), {})
 
     def log_images(self, name, images, step):
         self.writer.add_images(_tag(name), images, step, dataformats="NHWC")

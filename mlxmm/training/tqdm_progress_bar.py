@@ -9,6 +9,8 @@ from mlxmm.training.callback import Callback
 class TQDMProgressBar(Callback):
     """A bar over the updates of a run, with the newest logged losses; without a terminal, a line now and then."""
 
+    logs = ()
+
     def __init__(self, name: str = "fit", refresh_seconds: float = 0.2):
         self.name, self.refresh_seconds = name, refresh_seconds
         self._bar: Any = None

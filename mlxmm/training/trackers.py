@@ -26,7 +26,9 @@ class _Tracker(Logger):
     def _init(self, library: ModuleType, **settings):
         return library.init(**settings)
 
-    def _log(self, values: dict, step: int) -> None:
+    @property
+    def experiment(self):
+        """The run of the library, begun at the first use."""
         if self._run is None:
             settings = {
                 "project": self.project,
@@ -35,7 +37,10 @@ class _Tracker(Logger):
             }
             self._run = self._init(self._import(), **settings, **self.settings)
             self._has_run = True
-        self._run.log(values, step=step)
+        return self._run
+
+    def _log(self, values: dict, step: int) -> None:
+        self.experiment.log(values, step=step)
 
     def log_metrics(self, metrics, step, epoch):
         self._log({**metrics, "epoch": epoch}, step)

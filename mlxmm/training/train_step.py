@@ -4,7 +4,6 @@ A micro-batch counts in proportion to its `weight`, so the update is the one a s
 however the examples were split (over micro-batches, over processes). Sums are added up; means are made once.
 """
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -15,8 +14,10 @@ from mlx.utils import tree_flatten, tree_map
 from mlxmm.compute.compiled import Compiler, snapshot
 from mlxmm.compute.precision import autocast
 from mlxmm.distributed import collectives
-from mlxmm.training.checks import check_outputs, check_same_names, explained
+from mlxmm.errors import warn
+from mlxmm.training.index_check import IndexCheck
 from mlxmm.training.randomness import isolated_random_state
+from mlxmm.training.step_errors import check_outputs, check_same_names, explained
 from mlxmm.training.strategy import REPLICATED, Replicated
 from mlxmm.training.trainable import frozen_parts_unchanged
 
@@ -40,6 +41,7 @@ class TrainStep:
     ):
         self.module, self.optimizer, self.config = module, optimizer, config
         self.strategy, self.on_gradients = strategy, on_gradients
+        self._check_indices = IndexCheck(module, module.training_step)
         self._loss_and_grad = nn.value_and_grad(module, self._loss)
         self._sums_and_grad = nn.value_and_grad(module, self._weighted_loss)
         optimizers = getattr(optimizer, "optimizers", [optimizer])
@@ -50,6 +52,8 @@ class TrainStep:
         self._compiled_update = compiled(self._update)
 
     def __call__(self, batches: tuple) -> dict[str, mx.array]:
+        for batch in batches:
+            self._check_indices(batch)
         if self.on_gradients is None:
             if len(batches) == 1:
                 return self._compiled_whole(batches[0])
@@ -129,7 +133,13 @@ def build_eval_step(module, step: Callable, config, compiler: Compiler) -> Calla
         with autocast(module, config.precision), explained(step, batch):
             return weighted_sums(check_outputs(step, step(batch), needs_loss=False))
 
-    return compiler(eval_step, state=[module.state, mx.random.state])
+    compiled, check_indices = compiler(eval_step, state=[module.state, mx.random.state]), IndexCheck(module, step)
+
+    def checked_step(batch):
+        check_indices(batch)
+        return compiled(batch)
+
+    return checked_step
 
 
 def checked_twice(train_step: Callable, module, optimizer) -> Callable:
@@ -185,7 +195,7 @@ def fill_empty_sums(total: dict | None) -> dict | None:
     ranks = collectives.all_gather_object((list(total or ()), float(total["weight"]) if total else 0.0))
     names = next((names for names, _ in ranks if names), ())
     if names and not any(weight for _, weight in ranks):
-        warnings.warn("all batches of this evaluation have weight 0: nothing was measured", stacklevel=2)
+        warn("all batches of this evaluation have weight 0: nothing was measured")
         return None
     return total or ({name: mx.array(0.0) for name in names} or None)
 

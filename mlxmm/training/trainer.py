@@ -6,27 +6,23 @@ update from (seed, rank, global_step). So a resumed run is the run that was neve
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import attrs
 import mlx.core as mx
 
 from mlxmm.compute import memory
 from mlxmm.compute.compiled import Compiler, can_compile
-from mlxmm.compute.deterministic import deterministic_lookups
-from mlxmm.compute.gradient_checkpointing import recomputed_layers
 from mlxmm.compute.half_products import half_products
 from mlxmm.compute.precision import set_dtypes
-from mlxmm.config import to_json
 from mlxmm.distributed import collectives
 from mlxmm.distributed.signals import Interrupted, Request, end_requests
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
 from mlxmm.terminal import say
-from mlxmm.training import batches, lightning_words, run_folder, run_state
-from mlxmm.training.anomaly import DivergenceWarning, assert_finite, watched_outputs
+from mlxmm.training import batches, lightning_words, mlx_errors, run_folder, run_state
+from mlxmm.training.anomaly import DivergenceWarning, assert_finite
 from mlxmm.training.callback import (
     Callback,
     arrange_callbacks,
@@ -35,7 +31,14 @@ from mlxmm.training.callback import (
     note_first_state,
     restart_callbacks,
 )
-from mlxmm.training.checks import as_callbacks, check_optimizer, check_stage, check_trainable, warn_of_zero_rate
+from mlxmm.training.checks import (
+    as_callbacks,
+    check_optimizer,
+    check_stage,
+    check_trainable,
+    checked_arguments,
+    warn_of_zero_rate,
+)
 from mlxmm.training.datamodule import DataModule, as_datamodule, stage_loader, train_loader, why_empty
 from mlxmm.training.default_callbacks import with_defaults
 from mlxmm.training.eval_loop import Evaluator
@@ -43,6 +46,8 @@ from mlxmm.training.loader_randomness import epoch_seed
 from mlxmm.training.logger import Logger
 from mlxmm.training.loggers import make_loggers
 from mlxmm.training.module import Module
+from mlxmm.training.monitors import Metrics
+from mlxmm.training.preparation import hparams, prepared_layers
 from mlxmm.training.profiler import NoProfiler, Profiler, make_profiler
 from mlxmm.training.progress import Progress
 from mlxmm.training.randomness import seed_everything, step_seed
@@ -74,9 +79,9 @@ class Trainer(TrainerProperties):
         logger: Logger | Sequence[Logger] | str | bool | None = True,
         **settings,
     ):
-        self.config = lightning_words.configured(config or TrainerConfig(), settings)
+        self.config, callbacks = checked_arguments(config or TrainerConfig(), settings, callbacks)
         self.strategy = make_strategy(self.config.strategy)
-        self._own_callbacks = with_defaults(as_callbacks(callbacks), self.config)
+        self._own_callbacks = with_defaults(callbacks, self.config)
         self.callbacks = arrange_callbacks(self._own_callbacks)
         note_first_state(self.callbacks)
         self.log_dir = self.config.default_root_dir  # the folder of the run; without this setting, `fit` makes one
@@ -121,7 +126,7 @@ class Trainer(TrainerProperties):
         """
         data = as_datamodule(datamodule, train=train_dataloaders, val=val_dataloaders)
         alone = collectives.world_size() == 1
-        with self._stage("fit", model, data, ckpt_path), self._layers_prepared(), end_requests(alone) as self._request:
+        with self._stage("fit", model, data, ckpt_path), prepared_layers(self), end_requests(alone) as self._request:
             self._prepare_fit()
             self._call("on_fit_start")
             self._sanity_check()
@@ -177,13 +182,14 @@ class Trainer(TrainerProperties):
         mx.eval(contents)  # another thread may write them, and a lazy array belongs to the thread that made it
         return contents
 
-    def log(self, metrics: dict) -> None:
-        """Write scalars under the current step. `float` waits for the device: do not log every update.
+    def log(self, metrics: Mapping[str, float] | str, value: float | None = None) -> None:
+        """Write scalars, or one by its name, under the current step. `float` waits for the device: not every update.
 
         What is logged after a run, as results of a test, is on disk when this returns.
         """
         with self.profiler.phase("logging"):
-            values = {name: float(value) for name, value in metrics.items()}
+            named = {metrics: value} if isinstance(metrics, str) else metrics
+            values = {name: float(value) for name, value in named.items()}
             self.callback_metrics |= values
             self.logged_at |= dict.fromkeys(values, self.global_step)
             self._divergence.check(values, self.global_step)
@@ -232,6 +238,8 @@ class Trainer(TrainerProperties):
             self._call("on_train_epoch_start")
             for group, is_last in self._updates_of_epoch():
                 is_last = self._agree(not self._update(group) or is_last)
+                if is_last or self.schedule.is_done(self.should_stop):
+                    self._log_epoch()
                 if self.schedule.validation_due(is_last, self.should_stop):
                     self._validate_in_fit()
                 ends = is_last or self.schedule.is_done(self.should_stop)
@@ -269,12 +277,20 @@ class Trainer(TrainerProperties):
             self.strategy.check_micro_batches(len(group))
             metrics = self._train_step(group)
             mx.eval(metrics, self.module.state, self.optimizer.state)
-        self.progress.finish_update(len(group))
+        self.progress.finish_update(len(group), metrics)
         if self.global_step % self.config.log_every_n_steps == 0:
             self._peak_warning.check()
             self.log({f"train/{name}": value for name, value in metrics.items()})
         self._call("on_train_batch_end", metrics, group)
         return True
+
+    def _log_epoch(self) -> None:
+        """Log the means of the epoch. For callbacks that watch "train/loss", they are its newest value."""
+        means = {f"train/{name}": mean for name, mean in self.progress.means.means().items() if name != "grad_norm"}
+        if means:  # a hook may have skipped the epoch
+            self.log({f"{name}_epoch": mean for name, mean in means.items()})
+        self.callback_metrics |= means
+        self.logged_at |= dict.fromkeys(means, self.global_step)
 
     def _updates_of_epoch(self) -> Iterator[tuple[tuple, bool]]:
         """The micro-batches of each update left in this epoch, and whether it is the epoch's last."""
@@ -332,7 +348,8 @@ class Trainer(TrainerProperties):
         self.compiler = Compiler(self._compiles(), self.config.max_compiled_variants)
         self._evaluator = Evaluator(self, self._call)
         try:
-            with collectives.watched(), memory.limited(self.config.cache_limit_gib, self.config.wired_limit_gib):
+            memory_limits = memory.limited(self.config.cache_limit_gib, self.config.wired_limit_gib)
+            with collectives.watched(), memory_limits, mlx_errors.noted():
                 self._hooks = hook_table(self.callbacks, self, module)
                 collectives.broadcast_object(data.prepare_data)
                 data.setup(stage)
@@ -363,7 +380,7 @@ class Trainer(TrainerProperties):
         """Set what a run counts and measures to its beginning."""
         self.progress = Progress()
         self.schedule = Schedule(self.config, self.progress, self.config.accumulate_grad_batches)
-        self.callback_metrics: dict[str, float] = {}  # the newest value of everything that was logged
+        self.callback_metrics = Metrics()  # the newest value of everything that was logged
         self.logged_at: dict[str, int] = {}  # the step of each
         self._divergence = DivergenceWarning()
 
@@ -375,19 +392,6 @@ class Trainer(TrainerProperties):
         if self.config.default_root_dir is None:
             self.log_dir, self.loggers = folder, make_loggers(self._logger, folder)
 
-    @contextlib.contextmanager
-    def _layers_prepared(self) -> Iterator[None]:
-        self.module.update(collectives.broadcast(self.module.parameters()))
-        with contextlib.ExitStack() as stack:
-            if self.config.deterministic:
-                stack.enter_context(deterministic_lookups(self.module))
-            stack.enter_context(self.strategy.sharded(self))
-            if self.config.gradient_checkpointing:
-                stack.enter_context(recomputed_layers(self.module))
-            if self.config.detect_anomaly:
-                stack.enter_context(watched_outputs(self.module))
-            yield
-
     def _prepare_fit(self) -> None:
         saved = None if self.ckpt_path is None else self.strategy.own(checkpoint.load(self.ckpt_path))
         if saved is not None:
@@ -396,12 +400,7 @@ class Trainer(TrainerProperties):
         self.schedule.check(stage_loader(self.datamodule, "val"))
         run_folder.begin(self, saved and saved["state"])  # before this nothing is changed that is on disk
         for logger in self.loggers:
-            logger.log_hyperparams(self._hparams())
-
-    def _hparams(self) -> dict:
-        config = attrs.evolve(self.config, default_root_dir=None)  # loggers know their folder
-        data = getattr(self.datamodule, "hparams", {})
-        return {"data": data, "module": self.module.hparams, "trainer": to_json(config)}
+            logger.log_hyperparams(hparams(self))
 
     def _build_train_step(self) -> None:
         """Compile for what is trainable now. Moments already there stay; new parameters get their own."""

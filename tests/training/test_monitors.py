@@ -6,7 +6,7 @@ import pytest
 from conftest import DistinctBatches, TinyRegression
 
 from mlxmm import Callback
-from mlxmm.callbacks import EarlyStopping, ModelCheckpoint
+from mlxmm.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from mlxmm.errors import UserError
 
 
@@ -62,9 +62,25 @@ def test_a_best_checkpoint_by_validation_without_validation_is_a_warning_at_once
 def test_a_metric_that_nobody_logs_is_said_at_the_end_of_the_first_epoch(fit, kind, val):
     steps = []
     note = type("Note", (Callback,), {"on_exception": lambda self, trainer, *args: steps.append(trainer.global_step)})()
-    with pytest.raises(UserError, match=f"^{kind}: nothing logs 'los'; there are train/grad_norm, train/loss"):
-        fit(note, WATCHERS[kind]("los"), max_epochs=3, val=val)
+    with pytest.raises(
+        UserError, match=f"^{kind}: nothing logs 'xyz'; there are train/grad_norm, train/loss, train/loss_epoch"
+    ):
+        fit(note, WATCHERS[kind]("xyz"), max_epochs=3, val=val)
     assert steps == [4]
+
+
+@pytest.mark.parametrize("kind", WATCHERS)
+@pytest.mark.parametrize(
+    ("monitor", "told"), [("val_loss", "did you mean val/loss"), ("val/xyz", "validation gives val/loss")]
+)
+def test_a_misspelt_monitor_of_validation_is_said_before_the_first_update(fit, kind, monitor, told, monkeypatch):
+    monkeypatch.setattr("mlxmm.training.trainer.Trainer._train", None)
+    with pytest.raises(UserError, match=f"^{kind}: nothing logs '{monitor}'; {told}"):
+        fit(LearningRateMonitor(), WATCHERS[kind](monitor), max_epochs=3)
+
+
+def test_a_monitor_that_a_callback_logs_is_waited_for(fit):
+    fit(LogAt(_4=1.0), LearningRateMonitor(), EarlyStopping("score"), EarlyStopping("lr"), max_steps=8)
 
 
 @pytest.mark.parametrize("kind", WATCHERS)
@@ -107,13 +123,32 @@ def test_a_metric_that_another_callback_logs_after_validation_is_read_whatever_t
 
 
 def test_a_run_in_which_no_checkpoint_can_be_best_says_so(fit, tmp_path):
-    keep = ModelCheckpoint(monitor="train/loss", every_n_train_steps=3)
-    with pytest.warns(UserWarning, match="no checkpoint is best: none had a finite 'train/loss' of its own step"):
-        fit(keep, max_steps=7, log_every_n_steps=4, val=False)
+    keep = ModelCheckpoint(monitor="score", every_n_train_steps=3)
+    log = lambda self, trainer, *args: trainer.global_step == 4 and trainer.log("score", 1.0)
+    with pytest.warns(UserWarning, match="no checkpoint is best: none had a finite 'score' of its own step"):
+        fit(type("Log", (Callback,), {"on_train_batch_end": log})(), keep, max_steps=7, val=False)
     assert keep.best_model_path is None and not (tmp_path / "checkpoints/best").exists()
+
+
+@pytest.mark.parametrize("val", [True, False])
+def test_the_mean_of_an_epoch_shorter_than_the_interval_of_logs_is_what_callbacks_watch(fit, val):
+    losses, keep = [], ModelCheckpoint(monitor="train/loss")
+    stop = EarlyStopping("train/loss", patience=1, min_delta=100.0)
+    note = lambda self, trainer, module, metrics, batches: losses.append(metrics["loss"].item())
+    note = type("Note", (Callback,), {"on_train_batch_end": note})()
+    trainer = fit(note, stop, keep, max_epochs=9, log_every_n_steps=50, val=val)
+    means = [sum(losses[start : start + 4]) / 4 for start in range(0, len(losses), 4)]
+    assert len(means) == 2 and "train/loss did not improve in 1 " in stop.stopping_reason
+    assert trainer.callback_metrics["train/loss_epoch"] == means[1] and keep.best_model_score == min(means)
+
+
+def test_the_mean_of_an_epoch_is_the_same_after_a_resume_in_its_middle(fit, tmp_path):
+    fit(ModelCheckpoint(), max_steps=3)
+    again = fit(ModelCheckpoint(), max_steps=4, ckpt_path="last").callback_metrics
+    assert fit(max_steps=4, default_root_dir=tmp_path / "whole").callback_metrics == again
 
 
 def test_what_was_logged_since_the_newest_update_is_known_after_a_resume_too(fit, tmp_path):
     fit(ModelCheckpoint(), max_steps=4)
     trainer = fit(ModelCheckpoint(), max_steps=4, ckpt_path="last")
-    assert trainer.logged_metrics.keys() == {"train/loss", "train/grad_norm", "val/loss"}
+    assert trainer.logged_metrics.keys() == {"train/loss", "train/loss_epoch", "train/grad_norm", "val/loss"}

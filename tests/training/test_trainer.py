@@ -339,7 +339,8 @@ def test_metrics_leave_the_device_once_in_log_every_n_steps(make_trainer, tmp_pa
     trainer.fit(TinyRegression(), train_dataloaders=DistinctBatches())
     rows = [json.loads(line) for line in (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "train/loss" in row] == [50, 100]
-    assert [row["step"] for row in rows if "lr" in row] == [50, 100] and len(rows) == 4
+    assert [row["step"] for row in rows if "lr" in row] == [50, 100]
+    assert [row["step"] for row in rows if "train/loss_epoch" in row] == [*range(6, 121, 6)] and len(rows) == 4 + 20
 
 
 BEFORE_FIT = {

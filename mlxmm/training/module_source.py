@@ -1,0 +1,50 @@
+"""What the source of a Module says in Lightning's words: told beside an error, so that one does not follow another.
+
+The source alone proves nothing, as a line may never run: nothing is refused for it.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+
+from mlxmm.training import lightning_words
+from mlxmm.training.module import Module
+
+STEPS = ("training_step", "validation_step", "test_step")
+
+
+def words_of_lightning(module) -> list[str]:
+    """A line for each word of Lightning's in the methods of `module`, with what to write instead."""
+    kinds = type(module).__mro__[: type(module).__mro__.index(Module)]
+    own = {name: value for kind in reversed(kinds) for name, value in vars(kind).items()}
+    methods = filter(inspect.isfunction, own.values())
+    return list(dict.fromkeys(line for method in methods for line in _lines(module, method)))
+
+
+def _lines(module, method) -> Iterator[str]:
+    name, owner = method.__name__, type(module).__name__
+    for node in _nodes(method):
+        match node:
+            case ast.Attribute(ast.Name("self"), word) if word in lightning_words.MODULE and not hasattr(module, word):
+                yield str(lightning_words.missing(owner, word, lightning_words.MODULE))
+            case ast.Return(ast.Name("loss")) if name in STEPS:
+                yield f'{name} returned a bare array: return {{"loss": loss}}'
+            case ast.Call(ast.Attribute(_, "item"), []) if name in STEPS:
+                yield f"{name} reads a number out of an array (.item(), float, if): {lightning_words.READS_A_NUMBER}"
+            case ast.Call(ast.Attribute(_, word)) if name in STEPS and word in lightning_words.TENSORS:
+                yield str(lightning_words.missing("an array of MLX", word, lightning_words.TENSORS))
+            case ast.Return(ast.Dict() | ast.List() | ast.Tuple() as value) if name == "configure_optimizers":
+                kind = type(value).__name__.lower()
+                yield f"{owner}.{name} returned a {kind}: {lightning_words.ONE_OPTIMIZER}"
+            case ast.Call(_, _, [*_, ast.keyword("lr")]) if name == "configure_optimizers":
+                yield f"{owner}.{name}: {lightning_words.NO_PARAMETERS}"
+
+
+def _nodes(method) -> list[ast.AST]:
+    """The nodes of its source, line by line."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    except (OSError, TypeError, SyntaxError):  # typed at a prompt, or made by a program
+        return []
+    return sorted(ast.walk(tree), key=lambda node: getattr(node, "lineno", 0))
