@@ -10,7 +10,10 @@ endif
 endif
 # "yes" if $(PYTHON) is new enough: macOS's own python3 is 3.9.
 PYTHON_FITS = $(shell $(PYTHON) -c 'import sys; print("yes" * (sys.version_info >= (3, 11)))' 2>/dev/null)
+# What one needs to use it: what the demo and the commands that it names run on. The tests need more.
 READY := .venv/ready$(BACKEND:%=-%)
+DEV := $(READY)-dev
+INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt
 # Threads of a BLAS that wait for each other on a busy machine cost more than they give in small tests.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
@@ -19,11 +22,12 @@ TEST_ENV := OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 demo: $(READY)
 	$(BIN)/python -m recipes.align_qwen3
+	@echo "to go on in this shell: source .venv/bin/activate"
 
-test: $(READY)
+test: $(DEV)
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal
 
-test-slow: $(READY)
+test-slow: $(DEV)
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow
 
 # The tests with the oldest direct dependencies that setup.cfg allows, and with the newest, each in an environment of its
@@ -43,7 +47,7 @@ constraints: $(READY)
 	    --no-annotate --custom-compile-command "make constraints" --output-file constraints.txt
 
 # Needs Chromium: `apt install chromium`, or name one by CHROMIUM=/path/to/it.
-test-browser: $(READY)
+test-browser: $(DEV)
 	$(BIN)/python -m pip install --quiet "playwright>=1.50"
 	$(TEST_ENV) $(BIN)/python -m pytest -m browser
 
@@ -58,7 +62,7 @@ chaos: $(READY)
 	$(BIN)/python tools/chaos.py --kills 50 --tiny
 
 # FLAGS="--only caption", for example.
-damage: $(READY)
+damage: $(DEV)
 	$(TEST_ENV) $(BIN)/python -m tools.damage $(FLAGS)
 
 # docs/speed.md. FLAGS='--rows "CLIP step" --threads 1', for example.
@@ -80,14 +84,14 @@ real: $(READY)
 	$(BIN)/python -m tools.run_real $(FLAGS)
 
 # FLAGS=--quick, for example.
-prove: $(READY)
+prove: $(DEV)
 	$(BIN)/python -m tools.prove $(FLAGS)
 
 resolve: $(READY)
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/python tools/resolve_dependencies.py
 
-lint: $(READY)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -97,8 +101,14 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(if $(filter-out cpu cuda12 cuda13,$(BACKEND)),$(error BACKEND=$(BACKEND): choose cpu, cuda12 or cuda13))
 	$(if $(PYTHON_FITS),,$(error $(PYTHON) is not Python 3.11 or newer. Name one that is: make PYTHON=python3.12 $(or $(MAKECMDGOALS),demo)))
 	$(PYTHON) -m venv --clear .venv
-	@echo "installing into .venv, once: about 1 GB, a few minutes without a further line"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev$(BACKEND:%=,%)]"
+	@echo "installing what a user needs into .venv, once: about 0.8 GB, a minute or more without a further line"
+	$(INSTALL) -e ".[board,serve$(BACKEND:%=,%)]"
+	touch $@
+
+# Beside what is there already.
+$(DEV): $(READY)
+	@echo "installing what the tests need into .venv, once: about 0.4 GB more"
+	$(INSTALL) -e ".[dev$(BACKEND:%=,%)]"
 	touch $@
 
 clean:

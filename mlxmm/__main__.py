@@ -1,6 +1,7 @@
 """The command `mlxmm`: lists the recipes, or runs one: `mlxmm align-qwen3 --help`."""
 
 import ast
+import difflib
 import runpy
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ RECIPES = Path(__file__).parent / "recipes"
 def main() -> None:
     """Run the recipe that the first argument names; without one, list them all. An unknown name exits with 2."""
     name, *flags = sys.argv[1:] or ["--help"]
+    name = name.replace("_", "-")
     recipes = {path.stem.replace("_", "-"): path for path in sorted(RECIPES.glob("[!_]*.py"))}
     if name in ("-h", "--help"):
         print(usage(recipes))
@@ -18,7 +20,9 @@ def main() -> None:
         sys.argv[1:] = flags
         runpy.run_module(f"mlxmm.recipes.{recipes[name].stem}", run_name="__main__", alter_sys=True)
     else:
-        print(f"error: mlxmm {name}: choose one of {', '.join(recipes)}", file=sys.stderr)
+        meant = difflib.get_close_matches(name, recipes, 1)
+        advice = f"did you mean {meant[0]}?" if meant else f"choose one of {', '.join(recipes)}"
+        print(f"error: mlxmm {name}: {advice}", file=sys.stderr)
         raise SystemExit(2)
 
 

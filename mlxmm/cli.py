@@ -124,15 +124,14 @@ def _suggestion(default, words: Sequence[str]) -> str:
 
 
 def _nearest(word: str, known: "Sequence[Flag]") -> list[str]:
-    """At most two flags whose names, or the last parts of them, are like `word`; of equals those used most."""
+    """At most two flags whose names, or their last parts, are like `word`: of equals those used most, or short."""
     word = word.removeprefix("--")
-    likeness = lambda name: 0.9 if word in name.split("-") else difflib.SequenceMatcher(None, word, name).ratio()
-    rated = [
-        (max(map(likeness, (*flag.names, flag.path[-1].replace("_", "-")))), flag.is_first, not flag.rare, flag)
-        for flag in known
-    ]
-    best = sorted((one for one in rated if one[0] > 0.7), key=lambda one: one[:3], reverse=True)[:2]
-    return [f"--{flag.names[-1]}" for *rank, flag in best if rank == list(best[0][:3])]
+    words = lambda name: {part.rstrip("s") for part in name.split("-")}
+    likeness = lambda name: 0.9 if words(word) <= words(name) else difflib.SequenceMatcher(None, word, name).ratio()
+    used = lambda flag: (flag.is_first, not flag.rare, -flag.name.count("-"))
+    like = lambda flag: max(map(likeness, (*flag.names, flag.path[-1].replace("_", "-"))))
+    rated = sorted(((like(flag), *used(flag), flag) for flag in known), key=lambda one: one[:-1], reverse=True)
+    return [f"--{flag.names[-1]}" for *rank, flag in rated[:2] if rank[0] > 0.7 and rank == list(rated[0][:-1])]
 
 
 def take_flag(flag: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -31,6 +31,11 @@ def say(*lines: str) -> None:
             print(f"warning: standard output cannot be written, the run goes on: {error}", file=Forgiving(sys.stderr))
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, as "1 picture" or "2,000 pictures"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def _encodable(text: str, stream) -> str:
     """`text` as `stream` can write it: in ASCII, as after LANG=C, other letters become escapes."""
     encoding = getattr(stream, "encoding", None) or "utf-8"

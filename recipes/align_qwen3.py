@@ -31,10 +31,11 @@ from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.runs import Run, TrainingRunConfig, open_run
 
 from .parts.alignment import FLICKR30K_PRESETS, AlignmentConfig, check_unfrozen, plan_alignment, unfrozen_part
-from .parts.captioning import evaluate, fit, longest_caption, report_truncation
+from .parts.captioning import CAPTIONER_PARTS, evaluate, fit, longest_caption, report_truncation
 from .parts.language_model import LanguageModelConfig, language_model_or_train
 from .parts.named_parts import check_parts
 from .parts.next_steps import suggest_captioner, suggest_push
+from .parts.plan import Plan
 from .parts.refresh_config import RefreshConfig, check_refresh, check_refresh_parts, refresh_section
 from .parts.tower import TowerConfig, tower_or_train
 
@@ -80,16 +81,17 @@ def main(config: Config) -> None:
     with open_run(config, "align_qwen3") as run:
         check_parts(tower=config.module.vision, language_model=config.module.lm, clip=config.tower.pretrained)
         check_refresh_parts(config.refresh)
+        plan = Plan(run, parts(config))
         source = open_source(config.data, config.seed)
         run.save_lineage(source.lineage)
-        aligner = build(config, source, run)
+        aligner = build(config, source, run, plan)
         if config.push_to:
             llava.check(aligner)
         stages = {0: "projector", config.unfreeze_step: ("projector", unfrozen_part(config, aligner))}
         report_memory(config, aligner, source, run)
-        fit(config, aligner, source, run, "align", FreezeSchedule(stages, unit="step"))
+        fit(config, aligner, source, run, plan, "align", FreezeSchedule(stages, unit="step"))
         if run.is_global_zero:
-            evaluate(config, aligner, source, run)
+            evaluate(config, aligner, source, run, plan)
             suggest_captioner(run, config.data, config.seed)
             if not config.push_to and _can_be_exported(aligner):
                 suggest_push(run, "align_qwen3", run.folder)
@@ -97,12 +99,18 @@ def main(config: Config) -> None:
         push(config, aligner, run)
 
 
-def build(config: Config, source: CaptionSource, run: Run) -> Qwen3Aligner:
+def parts(config: Config) -> list[str]:
+    """What the run does, in this order."""
+    trained = {"tower": config.module.vision, "language model": config.module.lm}
+    return [name for name, given in trained.items() if given is None] + CAPTIONER_PARTS
+
+
+def build(config: Config, source: CaptionSource, run: Run, plan: Plan) -> Qwen3Aligner:
     """The aligner of the parts that `config.module` names; those it does not name are trained on `source`."""
-    vision, metrics = tower_or_train(config, source, run)
+    vision, metrics = tower_or_train(config, source, run, plan)
     run.report(metrics)
     prompt = config.module.prompt or (START if config.module.lm is None else "")
-    lm = language_model_or_train(config, source, run)
+    lm = language_model_or_train(config, source, run, plan)
     module = attrs.evolve(config.module, vision=vision, lm=lm, prompt=prompt)
     if module.max_new_tokens == 0:
         module = attrs.evolve(module, max_new_tokens=longest_caption(load_tokenizer(local_folder(lm)), source))

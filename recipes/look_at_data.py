@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import attrs
+import numpy as np
 from attrs.validators import ge
+from PIL import Image
 
 from mlxmm.cli import run_recipe
 from mlxmm.config import Preset, checked, option, positional, section
@@ -23,6 +25,7 @@ from mlxmm.preprocessing.tokenizers import load_tokenizer
 from mlxmm.storage.atomic import atomic_file, write_text
 from mlxmm.storage.hub import settings_folder
 from mlxmm.storage.runs import RunConfig, open_run
+from mlxmm.terminal import counted
 
 MAX_NAMED = 3  # rows named of each fault
 LEGEND = "above: the first caption of each picture; below it: its second"
@@ -55,7 +58,7 @@ def main(config: Config) -> None:
         run.print("\n".join(lines))
         write_text(run.folder / "report.txt", "\n".join(lines) + "\n")
         with atomic_file(run.folder / "samples.png") as path:
-            contact_sheet(_samples(opened, looked, config.samples), legend=LEGEND).save(path)
+            contact_sheet(_samples(opened, looked, config), legend=LEGEND).save(path)
         run.report({f"{split}/pictures": len(one.names) for splits in looked.values() for split, one in splits.items()})
 
 
@@ -66,17 +69,18 @@ def _look(rows: Mapping, num_threads: int) -> dict[str, Overview]:
 def report(name: str, splits: Mapping[str, Overview], config: Config, batch_size: int) -> list[str]:
     """The lines about one source: each split, what splits share, and warnings."""
     tokenizer = None if config.tokenizer is None else load_tokenizer(settings_folder(config.tokenizer))
-    lines = [f"{name}: {sum(len(one.names) for one in splits.values())} rows"]
+    lines = [f"{name}: {counted(sum(len(one.names) for one in splits.values()), 'row')}"]
     for split, overview in splits.items():
-        lines += [f"  {split}:", *(f"    {line}" for line in _about(overview, tokenizer, config.samples))]
+        lines += [f"  {split}:", *(f"    {line}" for line in _about(overview, tokenizer, config))]
     num_rows = {split: len(set(one.hashes)) for split, one in splits.items()}
     warnings = meaningless(num_rows, batch_size) + shared({split: one.hashes for split, one in splits.items()})
     return [*lines, *(f"  warning: {line}" for line in warnings)]
 
 
-def _about(overview: Overview, tokenizer, most: int) -> Iterator[str]:
+def _about(overview: Overview, tokenizer, config: Config) -> Iterator[str]:
     texts = [text for captions in overview.captions for text in captions]
-    yield f"{len(overview.names)} rows, {len(set(overview.hashes))} different pictures, {len(texts)} captions"
+    num_pictures = counted(len(set(overview.hashes)), "different picture")
+    yield f"{counted(len(overview.names), 'row')}, {num_pictures}, {counted(len(texts), 'caption')}"
     if overview.names:
         yield f"captions of a row: {five_numbers(list(map(len, overview.captions)))}"
     if texts:
@@ -87,24 +91,35 @@ def _about(overview: Overview, tokenizer, most: int) -> Iterator[str]:
     if sizes := [size for size in overview.sizes if size is not None]:
         widths, heights = zip(*sizes)
         yield f"pixels: width {five_numbers(widths)}; height {five_numbers(heights)}"
-    yield from _fault("pictures cannot be decoded", overview.broken)
-    yield from _fault("rows have no caption", overview.captionless)
-    yield from _fault("pictures have several rows", [" = ".join(names[:MAX_NAMED]) for names in overview.copies])
-    yield from (f"- {text}" for text in texts[:most])
+    yield from _fault("picture", "that cannot be decoded", overview.broken)
+    yield from _fault("row", "without a caption", overview.captionless)
+    yield from _fault("picture", "with several rows", [" = ".join(names[:MAX_NAMED]) for names in overview.copies])
+    yield from (f"- {overview.captions[i][0]}" for i in sampled(overview, config))
 
 
-def _fault(fault: str, names: list[str]) -> Iterator[str]:
+def _fault(noun: str, fault: str, names: list[str]) -> Iterator[str]:
     if names:
-        yield f"{len(names)} {fault}: {', '.join(names[:MAX_NAMED])}{', …' if len(names) > MAX_NAMED else ''}"
+        more = ", …" if len(names) > MAX_NAMED else ""
+        yield f"{counted(len(names), noun)} {fault}: {', '.join(names[:MAX_NAMED])}{more}"
 
 
-def _samples(opened: Mapping, looked: Mapping, most: int) -> Iterator[Section]:
-    """The first rows of each split that have a picture and a caption."""
+def sampled(overview: Overview, config: Config) -> list[int]:
+    """Places of rows that have a picture and a caption, drawn from the whole split: the first ones are often alike."""
+    good = [i for i, size in enumerate(overview.sizes) if size is not None and overview.captions[i]]
+    order = np.random.default_rng(config.seed).permutation(len(good))[: config.samples]
+    return [good[i] for i in sorted(order)]
+
+
+def _samples(opened: Mapping, looked: Mapping, config: Config) -> Iterator[Section]:
+    """Rows of each split that are drawn from all of it, then those whose pictures are broken, by their names."""
     for name, splits in looked.items():
         for split, one in splits.items():
-            good = [i for i, size in enumerate(one.sizes) if size is not None and one.captions[i]][:most]
-            said = [(*one.captions[i][1:2], "")[0] for i in good]
-            yield Section(f"{name}: {split}", [opened[name][split][i] for i in good], said)
+            places = sampled(one, config)
+            said = [(*one.captions[i][1:2], "")[0] for i in places]
+            yield Section(f"{name}: {split}", [opened[name][split][i] for i in places], said)
+            blank = Image.new("RGB", (8, 8), "lightgray")
+            broken = [{"image": blank, "captions": [row]} for row in one.broken[: config.samples]]
+            yield Section(f"{name}: {split}, cannot be decoded", broken, [""] * len(broken))
 
 
 if __name__ == "__main__":

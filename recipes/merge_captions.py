@@ -13,7 +13,7 @@ from mlxmm.captioners.prompts import find_prompts
 from mlxmm.captioners.records import Provenance
 from mlxmm.cli import run_recipe
 from mlxmm.config import Preset, checked, from_json, positional
-from mlxmm.data.pictures import open_pictures
+from mlxmm.data.pictures import open_split
 from mlxmm.errors import UserError
 from mlxmm.storage.pretrained import read_json
 from mlxmm.storage.runs import RunConfig, open_run
@@ -42,7 +42,7 @@ def main(config: Config) -> None:
         try:
             for folder, shard in shards.items():
                 journal.take_in(folder / journal_name(shard))
-            pictures = open_pictures(job.data, seed, job.split)
+            pictures, split = open_split(job.data, seed, job.split, only_missing=job.only_missing)
             hashes = hashes_of(pictures, Shard())
             missing = requests(hashes, find_prompts(job.prompts, job.own_prompts), journal.written())
             entries = list(journal.entries())
@@ -52,7 +52,7 @@ def main(config: Config) -> None:
             raise UserError(f"{len(missing)} captions are missing: resume the shards that were not finished")
         run.report({"pictures": len(hashes), "captions": sum(not entry.reason for entry in entries)})
         by = Provenance(captioner=writer, captioner_revision=revision, sampling=sampling)
-        make_dataset(config, job, seed, Captions(entries, pictures, hashes, by), run)
+        make_dataset(config, attrs.evolve(job, split=split), seed, Captions(entries, pictures, hashes, by), run)
 
 
 def read_shards(folders: tuple[Path, ...]) -> tuple[dict[Path, Shard], JobConfig, int]:

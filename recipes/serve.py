@@ -10,7 +10,7 @@ so. Programs send pictures to http://127.0.0.1:PORT/v1 as data URLs. Nothing out
 from pathlib import Path
 
 import attrs
-from attrs.validators import ge, le
+from attrs.validators import ge, le, optional
 from PIL import Image
 
 from mlxmm.cli import run_recipe
@@ -25,6 +25,7 @@ from mlxmm.storage.runs import model_of
 from mlxmm.terminal import say
 
 NUM_EXAMPLES = 12
+PORT, NUM_PORTS = 8765, 20  # the first that is tried, and how many
 
 
 @attrs.frozen(kw_only=True, field_transformer=checked)
@@ -32,7 +33,9 @@ class Config:
     """What to serve, and where."""
 
     model: str | None = positional(None, "folder of a run, checkpoint, folder or Hub id of a captioner or a CLIP")
-    port: int = option(8765, "port on 127.0.0.1; 0: a free one", ge(0), le(65_535))
+    port: int | None = option(
+        None, f"port on 127.0.0.1; none: {PORT}, or the next that is free; 0: any", optional([ge(0), le(65_535)])
+    )
     api_key: str | None = option(None, "key that every request must have; none: this machine's users may all ask")
     use_text: bool = option(False, "the text of a request is the prompt, in place of the one of training")
 
@@ -40,13 +43,16 @@ class Config:
 def main(config: Config) -> None:
     if config.model is None:
         raise UserError("name what to serve: the folder of a run, a checkpoint or a Hub id")
+    folder = local_folder(model_of(config.model))
+    if not (folder / "config.json").is_file():  # said before a port is looked for
+        raise UserError(f"{folder} holds no model: name the folder of a run, a checkpoint or an exported model")
     try:
         from mlxmm.serving.app import HOST, Served, bind, serve
     except ModuleNotFoundError as error:
         raise UserError(f'pip install "mlxmm[serve]": {error.name} is missing') from None
-    bound = bind(config.port)
+    bound = bind(*range(PORT, PORT + NUM_PORTS) if config.port is None else [config.port])
     served = Served(
-        model=load(local_folder(model_of(config.model))),
+        model=load(folder),
         name="/".join(Path(config.model).parts[-2:]),
         examples=examples(Path(config.model)),
         api_key=config.api_key,

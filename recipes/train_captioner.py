@@ -23,9 +23,10 @@ from mlxmm.storage.hub import local_folder
 from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.runs import Run, TrainingRunConfig, open_run
 
-from .parts.captioning import evaluate, fit, longest_caption, report_truncation
+from .parts.captioning import CAPTIONER_PARTS, evaluate, fit, longest_caption, report_truncation
 from .parts.named_parts import check_parts
 from .parts.next_steps import suggest_captioner
+from .parts.plan import Plan
 from .parts.refresh_config import RefreshConfig, check_refresh, check_refresh_parts, refresh_section
 from .parts.tower import TowerConfig, tower_or_train
 
@@ -65,18 +66,19 @@ def main(config: Config) -> None:
     with open_run(config, "train_captioner") as run:
         check_parts(tower=config.module.vision, tokenizer=config.tokenizer, clip=config.tower.pretrained)
         check_refresh_parts(config.refresh)
+        plan = Plan(run, CAPTIONER_PARTS if config.module.vision else ["tower", *CAPTIONER_PARTS])
         source = open_source(config.data, config.seed)
         run.save_lineage(source.lineage)
-        captioner = build(config, source, run)
-        fit(config, captioner, source, run, "captioner")
+        captioner = build(config, source, run, plan)
+        fit(config, captioner, source, run, plan, "captioner")
         if run.is_global_zero:
-            evaluate(config, captioner, source, run)
+            evaluate(config, captioner, source, run, plan)
             suggest_captioner(run, config.data, config.seed)
 
 
-def build(config: Config, source: CaptionSource, run: Run) -> CaptionDecoder:
+def build(config: Config, source: CaptionSource, run: Run, plan: Plan) -> CaptionDecoder:
     """The tower that `config.module` names, or one trained on `source`, under a decoder with fresh weights."""
-    vision, metrics = tower_or_train(config, source, run)
+    vision, metrics = tower_or_train(config, source, run, plan)
     run.report(metrics)
     if config.tokenizer is None:
         tokenizer = train_tokenizer(source.sample_captions(), config.vocab_size)

@@ -1,7 +1,7 @@
 """Write captions of pictures, into a journal that survives whatever happens.
 
     python -m recipes.write_captions --captioner.model runs/align_qwen3/mine/checkpoints/best \\
-        --data.source FOLDER --split all
+        --data.source FOLDER
     python -m recipes.write_captions --run-dir runs/write_captions/mine --resume last
 
 Stop it at any moment: with `--resume last` it goes on, and asks for no caption twice beyond the batch in hand. `--shard
@@ -16,10 +16,11 @@ from mlxmm.captioners.journal import Journal
 from mlxmm.captioners.prompts import find_prompts
 from mlxmm.cli import run_recipe
 from mlxmm.config import Preset, checked, option
-from mlxmm.data.pictures import open_pictures
+from mlxmm.data.pictures import ALL, open_split
 from mlxmm.errors import UserError
 from mlxmm.progress_bar import progress_bar
-from mlxmm.storage.runs import Run, TrainingRunConfig, open_run
+from mlxmm.storage.runs import Run, TrainingRunConfig, model_of, open_run
+from mlxmm.terminal import counted
 
 from .parts.captioners import JobConfig, check_captioner, open_captioner, provenance, with_prompts
 from .parts.publishing import Captions, DatasetConfig, check_dataset, make_dataset
@@ -36,12 +37,13 @@ class Config(TrainingRunConfig, JobConfig, DatasetConfig):
 
 def main(config: Config) -> None:
     config.data.require_one_source()
-    config, shard = with_shard(with_prompts(config))
+    config, shard = with_shard(with_prompts(with_model(config)))
     prompts = find_prompts(config.prompts or ("describe",), config.own_prompts)
     with open_run(config, "write_captions") as run:
         check_captioner(config.captioner)
         check_dataset(config, config.split)
-        pictures = open_pictures(config.data, config.seed, config.split)
+        pictures, split = open_split(config.data, config.seed, config.split, only_missing=config.only_missing)
+        config = attrs.evolve(config, split=split)
         writer = open_captioner(config.captioner, config.data, config.seed, config.split)
         try:
             captions = write(config, run, pictures, prompts, shard, writer)
@@ -49,6 +51,16 @@ def main(config: Config) -> None:
             writer.close()
         if shard == Shard():  # shards become a data set when they are merged
             make_dataset(config, config, config.seed, captions, run)
+
+
+def with_model(config: Config) -> Config:
+    """The config with the checkpoint of the run that it names as the captioner. Without a split, a filter that compares
+    with val and test takes train."""
+    is_compared = config.split is None and config.filters.min_hash_distance is not None
+    config = attrs.evolve(config, split="train" if is_compared else config.split)
+    if config.captioner.model is None or config.captioner.url:
+        return config
+    return attrs.evolve(config, captioner=attrs.evolve(config.captioner, model=model_of(config.captioner.model)))
 
 
 def with_shard(config: Config) -> tuple[Config, Shard]:
@@ -73,7 +85,9 @@ def write(config: Config, run: Run, pictures, prompts: dict, shard: Shard, write
     try:
         hashes = hashes_of(pictures, shard)
         wanted = requests(hashes, prompts, journal.written())
-        counts = f"{len(hashes)} pictures of {config.split}, {len(hashes) * len(prompts)} captions"
+        of_split = f" of {config.split}" if config.split != ALL else ""
+        kind = f"{counted(len(hashes), 'picture')}{of_split}{' without a caption' * config.only_missing}"
+        counts = f"{kind}, {counted(len(hashes) * len(prompts), 'caption')}"
         run.print(f"{counts}, {len(wanted)} of them to be written")
         with progress_bar("captions", len(wanted), "caption") as bar:
             progress = write_captions(pictures, wanted, prompts, writer, journal, config.sampling, shown_on(bar))

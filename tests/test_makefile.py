@@ -43,6 +43,8 @@ def make(tmp_path):
     return run
 
 
+INSTALL = "-m pip install --quiet -c constraints.txt -e ."
+
 # A Python that is new enough, and whose venv holds a copy of itself.
 PLAYED = 'case "$1" in -c) echo yes; exit;; esac; mkdir -p .venv/bin; cp "$0" .venv/bin/python\n'
 
@@ -86,7 +88,7 @@ def test_another_backend_is_installed_into_a_new_venv(make, tmp_path):
     program(tmp_path, "python", f'{PLAYED}\necho "$@" >> log')
     for backend in ("cpu", "cpu", "cuda12"):
         assert make("demo", "PYTHON=python", f"BACKEND={backend}").returncode == 0
-    installs = [f"-m pip install --quiet -c constraints.txt -e .[dev,{backend}]" for backend in ("cpu", "cuda12")]
+    installs = [f"{INSTALL}[board,serve,{backend}]" for backend in ("cpu", "cuda12")]
     assert steps(tmp_path) == ["-m venv --clear .venv", installs[0], "-m venv --clear .venv", installs[1]]
 
 
@@ -120,9 +122,15 @@ def test_a_venv_that_failed_is_made_anew(make, tmp_path):
     for failure, code in ((pip_fails, 2), ("", 0)):
         program(tmp_path, "python", f'{PLAYED}{failure}\necho "$@" >> log')
         assert make("demo", "PYTHON=python").returncode == code
-    assert steps(tmp_path) == ["-m venv --clear .venv"] * 2 + [
-        "-m pip install --quiet -c constraints.txt -e .[dev,cpu]"
-    ]
+    assert steps(tmp_path) == ["-m venv --clear .venv"] * 2 + [f"{INSTALL}[board,serve,cpu]"]
+
+
+def test_the_demo_installs_what_a_user_needs_and_the_tests_add_the_rest_to_the_same_venv(make, tmp_path):
+    program(tmp_path, "python", f'{PLAYED}\necho "$@" >> log')
+    for goal in ("demo", "test", "test", "demo"):
+        assert make(goal, "PYTHON=python").returncode == 0
+    installs = [f"{INSTALL}[{extras},cpu]" for extras in ("board,serve", "dev")]
+    assert steps(tmp_path) == ["-m venv --clear .venv", *installs]
 
 
 def test_the_oldest_and_the_newest_dependencies_are_tested_in_environments_of_their_own(make):

@@ -133,7 +133,9 @@ def test_mlxmm_alone_lists_every_recipe_with_a_line_and_imports_none():
 def test_an_unknown_recipe_is_one_line_with_the_known_ones_and_exit_2():
     result = python("-m", "mlxmm", "align-qwen", cwd=ROOT, path=ROOT)
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr == f"error: mlxmm align-qwen: choose one of {', '.join(RECIPES)}\n"
+    assert result.stderr == "error: mlxmm align-qwen: did you mean align-qwen3?\n"
+    result = python("-m", "mlxmm", "nothing-like-it", cwd=ROOT, path=ROOT)
+    assert result.stderr == f"error: mlxmm nothing-like-it: choose one of {', '.join(RECIPES)}\n"
 
 
 def test_a_recipe_says_how_it_was_called():

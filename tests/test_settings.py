@@ -170,3 +170,17 @@ def test_the_data_of_a_suggested_command_are_those_of_the_run():
     argv = ["--module", "model", *data_flags(data, 3)]
     config = parse_config("evaluate_clip", presets("evaluate_clip"), argv)
     assert (config.data, config.seed) == (data, 3)
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--epochs", "--trainer.max-epochs"),
+        ("--learning-rate", "--lr"),
+        ("--max-step", "--max-steps"),
+        ("--batch", "--batch-size"),
+    ],
+)
+def test_a_flag_that_is_not_there_comes_with_the_one_that_was_meant(flag, meant):
+    with pytest.raises(UserError, match=f"{flag}, 2; did you mean {meant}\\?$"):
+        parse_config("align_qwen3", presets("align_qwen3"), [flag, "2"])

@@ -32,6 +32,7 @@ from mlxmm.modules.caption_decoder import CaptionDecoder, CaptionDecoderConfig
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.recipes import train_captioner
 from mlxmm.recipes.parts import captioning, tower
+from mlxmm.recipes.parts.plan import Plan
 from mlxmm.storage.atomic import write_json
 from mlxmm.storage.runs import Run
 
@@ -149,9 +150,10 @@ def trained_captioner(
     module = CaptionDecoderConfig(vision=str(vision))
     config = train_captioner.Config(module=module, trainer=_trainer(steps), seed=seed)
     source, run = _training_on(source, train), _run(folder)
-    captioner = train_captioner.build(config, source, run)
-    captioning.fit(config, captioner, source, run, "captioner")
-    captioning.evaluate(config, captioner, source, run)
+    plan = Plan(run, captioning.CAPTIONER_PARTS)
+    captioner = train_captioner.build(config, source, run, plan)
+    captioning.fit(config, captioner, source, run, plan, "captioner")
+    captioning.evaluate(config, captioner, source, run, plan)
     return captioner, {name: run.metrics[f"test/{name}"] for name in ("exact_match", "exact_match_shuffled")}
 
 

@@ -15,6 +15,7 @@ from attrs.validators import ge, gt, le, optional
 from PIL import Image
 
 from mlxmm.captioners import duplicates, text_filters
+from mlxmm.captioners.journal import FAILED
 from mlxmm.config import checked, option
 from mlxmm.errors import UserError
 from mlxmm.evaluation.caption_metrics import CLIP_SCORE_PROMPT, clip_score, words
@@ -198,6 +199,7 @@ class _Judged:
         num_dropped = Counter(name for flags in self.flags for name in flags)
         counts = {"captions": len(self.captions), "kept": sum(not flags for flags in self.flags)}
         counts |= {"stripped": sum(map(bool, self.stripped))} if config.strip_boilerplate else {}
+        counts |= {"failed": num_dropped["failed"]} if num_dropped["failed"] else {}
         return counts | {name: num_dropped[name] for name in filters_of(config)}
 
 
@@ -244,6 +246,8 @@ def _text_scores(text: str, config: FilterConfig) -> dict[str, float]:
 
 def _text_flags(caption: Candidate, text: str, scores: dict[str, float], config: FilterConfig) -> dict[str, str]:
     """Why the filters of one text drop it."""
+    if caption.finish_reason == FAILED:
+        return {"failed": "no caption was written"}
     num, languages = int(scores["num_words"]), " or ".join(config.languages)
     above = lambda score, most: most is not None and score > most
     below = lambda score, least: least is not None and score < least

@@ -22,7 +22,7 @@ class Provenance:
 
 
 def candidates(entries: Sequence[Entry]) -> list[Candidate]:
-    """What filters judge of each entry; captions that failed have no text and are dropped as empty."""
+    """What filters judge of each entry; captions that failed have no text, and count as failed."""
     return [Candidate(image=e.image, prompt=e.prompt, text=e.text, finish_reason=e.finish_reason) for e in entries]
 
 

@@ -23,7 +23,7 @@ from mlxmm.data.sources.rows import Rows
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.export.dataset import public_name
-from mlxmm.terminal import say
+from mlxmm.terminal import counted, say
 
 GRACE = 5.0  # seconds that a thread has to end, once its writer is closed
 
@@ -303,7 +303,7 @@ class CaptionRefresh:
                 held_out = {digest for pictures in self.held_out for digest in hashes_of(pictures, Shard())}
                 found = held_out & places.keys()
                 if found and collectives.rank() == 0:
-                    say(f"{len(found)} pictures get no new captions: they are in val or test too")
+                    say(f"without new captions, as val or test has them too: {counted(len(found), 'picture')}")
                 self._places = {digest: place for digest, place in places.items() if digest not in found}
         return self._places
 

@@ -17,7 +17,7 @@ from mlxmm.data.sources.rows import CaptionRows, Rows, is_stream
 from mlxmm.distributed import collectives
 from mlxmm.preprocessing.images import UndecodableImage, decode_image
 
-LEAK = "what is measured on {} is partly remembered: {} of its {} pictures are also in {}"
+LEAK = "what is measured on {} is partly remembered: {} of its {} pictures, as {} has them too"
 
 
 @attrs.frozen
@@ -54,7 +54,10 @@ def look_at(rows: Rows, num_threads: int) -> Overview:
     with ThreadPoolExecutor(num_threads) as pool:
         looked = list(pool.map(lambda place: _picture(pictures, place), places))
     captions = rows.caption_lists() if isinstance(rows, CaptionRows) else [_captions(rows, i) for i in places]
-    return Overview(captions, [one for one, _ in looked], [size for _, size in looked], list(map(rows.name, places)))
+    hashes, sizes = [one for one, _ in looked], [size for _, size in looked]
+    name_of_broken = getattr(rows, "name_of_broken", rows.name)
+    names = [rows.name(place) if sizes[place] else name_of_broken(place) for place in places]
+    return Overview(captions, hashes, sizes, names)
 
 
 def _captions(rows: Rows, place: int) -> list[str]:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
@@ -13,13 +14,23 @@ from PIL import Image
 from mlxmm.data.caption_config import SHAPES, CaptionDataConfig
 from mlxmm.data.sources.mixed import MixedRows
 from mlxmm.data.sources.picture_files import file_of
-from mlxmm.data.sources.rows import CaptionRows, Rows, split_tables
+from mlxmm.data.sources.rows import CaptionRows, Rows, split_tables, unlisted_pictures
 from mlxmm.data.sources.shapes import ShapesGrammar
-from mlxmm.data.sources.tables import Columns, named_splits, open_tables, reading_errors
+from mlxmm.data.sources.tables import (
+    Columns,
+    captions_in_cell,
+    named_splits,
+    open_tables,
+    reading_errors,
+    tell,
+    with_files,
+)
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import decode_image
+from mlxmm.terminal import counted
 
 ALL = "all"  # the name of all splits together
+IDENTITY = {"file_name": ("file_name", "filename", "filepath"), "id": ("id", "item_key", "__key__"), "url": ("url",)}
 
 
 class Pictures(Protocol):
@@ -39,6 +50,9 @@ class Pictures(Protocol):
     def name(self, place: int) -> str:
         """What a person finds the picture by."""
 
+    def identity(self, place: int) -> dict[str, str]:
+        """What its source calls the picture: "file_name", "id" and "url", those that are known."""
+
 
 @attrs.frozen
 class TablePictures(Sequence):
@@ -47,6 +61,7 @@ class TablePictures(Sequence):
     table: Any
     indices: np.ndarray
     column: str
+    folder: Path | None = None  # of the source, if it is one: files are named below it
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -64,6 +79,19 @@ class TablePictures(Sequence):
         index = int(self.indices[place])
         path = (self._cell(place) or {}).get("path")
         return f"{path} (row {index})" if path else f"row {index}"
+
+    def identity(self, place: int) -> dict[str, str]:
+        columns = [name for names in IDENTITY.values() for name in names if name in self.table.column_names]
+        row = self.table.select_columns(columns)[int(self.indices[place])] if columns else {}
+        found = {key: next((row[n] for n in names if row.get(n) is not None), None) for key, names in IDENTITY.items()}
+        if found["file_name"] is None:
+            found["file_name"] = self._below(Path((self._cell(place) or {}).get("path") or ""))
+        return {key: str(value) for key, value in found.items() if isinstance(value, str | int) and value != ""}
+
+    def _below(self, path: Path) -> str:
+        """A file's path in the folder of the source; of another file its name alone."""
+        is_below = self.folder is not None and path.is_relative_to(self.folder)
+        return path.relative_to(self.folder).as_posix() if is_below else path.name
 
     def _cell(self, place: int) -> dict | None:
         return self.table[int(self.indices[place])][self.column]
@@ -92,6 +120,9 @@ class RowPictures(Sequence):
     def name(self, place: int) -> str:
         return self.rows.name(place)
 
+    def identity(self, place: int) -> dict[str, str]:
+        return {}
+
 
 @attrs.frozen
 class MixedPictures(Sequence):
@@ -117,6 +148,10 @@ class MixedPictures(Sequence):
     def name(self, place: int) -> str:
         return self.rows.name(place)
 
+    def identity(self, place: int) -> dict[str, str]:
+        pictures, own = self._find(place)
+        return pictures.identity(own)
+
     def _find(self, place: int) -> tuple[Pictures, int]:
         rows, own = self.rows.find(place)
         return pictures_of(rows), own
@@ -136,21 +171,64 @@ def open_pictures(config: CaptionDataConfig, seed: int, split: str) -> Pictures:
 
     Raises `UserError` where the source, its picture column or the split is missing.
     """
+    return open_split(config, seed, split)[0]
+
+
+def open_split(
+    config: CaptionDataConfig, seed: int, split: str | None, *, only_missing: bool = False
+) -> tuple[Pictures, str]:
+    """The pictures of one split of a source with the split's name; of None, "all" where a source has no splits of its
+    own, else "train", and which are left is printed.
+
+    "all" has the files too that a folder's metadata do not name. With `only_missing` those that have a caption are
+    left out. Raises `UserError` where the source, its picture column or the split is missing, or nothing is left.
+    """
     source = config.only_source
     if source == SHAPES:
-        return RowPictures(_named(ShapesGrammar(config.shapes, seed).rows(seed), split, source))
+        rows = ShapesGrammar(config.shapes, seed).rows(seed)
+        return RowPictures(_named(rows, split or "train", source)), split or "train"
     if config.streaming:
         raise UserError("pictures of a stream have no places: leave out --data.streaming")
     columns = Columns(image=config.image_column, caption=None, split=config.split_column)
     with reading_errors(source):
         tables = open_tables(source, columns, **config.which)
-    if split == ALL:
-        table = _only(tables, source)
-        return TablePictures(table, np.arange(len(table)), columns.image)
-    table, indices = _named(split_tables(tables, columns.split, seed), split, source)
+    chosen = split or (ALL if len(tables) == 1 and columns.split is None else "train")
+    if chosen == ALL:
+        table = _with_unlisted(_only(tables, source), Path(source), columns.image)
+        indices = np.arange(len(table))
+    else:
+        splits = split_tables(tables, columns.split, seed)
+        table, indices = _named(splits, chosen, source)
+        if split is None:
+            _report_left({name: len(rows) for name, (_, rows) in splits.items() if name != chosen}, chosen)
+    if only_missing:
+        indices = _without_caption(table, indices, config.caption_column)
     if not len(indices):
-        raise UserError(f"{source} has no pictures in --split {split}")
-    return TablePictures(table, indices, columns.image)
+        raise UserError(f"{source} has no pictures{' without a caption' * only_missing} in --split {chosen}")
+    return TablePictures(table, indices, columns.image, Path(source) if Path(source).is_dir() else None), chosen
+
+
+def _with_unlisted(table, folder: Path, column: str):
+    """The table of a folder, with a row for each picture that its metadata do not name."""
+    if unlisted := unlisted_pictures(folder, [table], column):
+        tell(f"captioned too: {counted(len(unlisted), 'picture')} that the metadata do not name")
+    return with_files(table, unlisted, column) if unlisted else table
+
+
+def _report_left(left: dict[str, int], chosen: str) -> None:
+    if left := {name: number for name, number in left.items() if number}:
+        num_each = ", ".join(f"{counted(number, 'picture')} of {name}" for name, number in left.items())
+        tell(f"captions are written of {chosen}; left: {num_each} (--split {' or '.join(left)})")
+
+
+def _without_caption(table, indices: np.ndarray, caption_columns: Sequence[str]) -> np.ndarray:
+    """Those of `indices` whose rows have no caption in any of these columns."""
+    kinds = {name: table.features[name] for name in caption_columns if name in table.column_names}
+    if not kinds:
+        return indices
+    rows = table.select_columns(list(kinds)).select(indices)
+    missing = [not any(captions_in_cell(row[name], kind) for name, kind in kinds.items()) for row in rows]
+    return indices[np.array(missing, dtype=bool)]
 
 
 def unlabelled_pictures(source: str, image_column: str) -> Pictures:

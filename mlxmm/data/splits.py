@@ -14,7 +14,7 @@ from mlxmm.data.sources.stream import open_stream
 from mlxmm.data.sources.tables import Columns, read_captions
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
-from mlxmm.terminal import say
+from mlxmm.terminal import counted, say
 
 
 @attrs.frozen
@@ -82,7 +82,7 @@ def _usable(config: CaptionDataConfig, opened: dict[str, Any], checked: bool) ->
             left_out = not_met if split == "train" else left_out
     if not checked:
         return OpenedSource(usable, [], left_out)
-    captionless = _leave_out(usable, "rows have no caption", CaptionRows.without_captionless)
+    captionless = _leave_out(usable, "rows without a caption", CaptionRows.without_captionless)
     _report_skipped("has no caption", captionless)
     readable = lambda rows: rows.without_undecodable(config.num_decoding_threads)
     undecodable = _leave_out(usable, "pictures cannot be decoded", readable)
@@ -118,9 +118,10 @@ def _report_conditions(source: str, split: str, num_before: int, num_rows: int, 
 
 
 def _report_unlisted(source: str, rows: dict[str, CaptionRows]) -> None:
-    if unlisted := unlisted_pictures(Path(source), rows):
+    tables, columns = [part.table for part in rows.values()], next(iter(rows.values())).columns
+    if unlisted := unlisted_pictures(Path(source), tables, columns.image):
         first = ", ".join(map(str, unlisted[:5]))
-        _report_skipped(f"{len(unlisted)} pictures that the metadata do not name", [first])
+        _report_skipped(f"{counted(len(unlisted), 'picture')} that the metadata do not name", [first])
 
 
 def _report_skipped(why: str, names: Sequence[str]) -> None:

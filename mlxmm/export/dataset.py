@@ -10,13 +10,14 @@ Pictures go along only if asked: who may publish captions may not publish pictur
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from mlxmm.data.pictures import IDENTITY
 from mlxmm.data.sources.tables import write_parquet
 from mlxmm.errors import UserError
 from mlxmm.export.dataset_card import CardFacts, Tally, dataset_card
@@ -25,7 +26,7 @@ from mlxmm.storage.hub import is_hub_id
 
 MAX_SHARD_ROWS, MAX_SHARD_BYTES = 100_000, 400_000_000  # bytes of pictures
 PICTURE = {"image_sha256": "string", "width": "int32", "height": "int32"} | dict.fromkeys(
-    ("source", "source_split", "source_revision", "row_id"), "string"
+    ("source", "source_split", "source_revision", "row_id", *IDENTITY), "string"
 )
 CAPTION = {
     "caption": "string",
@@ -88,6 +89,7 @@ class PictureRecord:
     source_split: str
     source_revision: str | None = None
     row_id: str
+    identity: Mapping[str, str] = attrs.field(factory=dict)  # what its source calls it: names of `IDENTITY`
     captions: Sequence[CaptionRecord]
     image: bytes | None = None  # its file
 
@@ -101,12 +103,16 @@ class PictureRecord:
             "source_split": self.source_split,
             "source_revision": self.source_revision,
             "row_id": Path(self.row_id).name if self.row_id.startswith("/") else self.row_id,
+            **{name: self.identity.get(name) for name in IDENTITY},
         }
 
 
 def public_name(name: str) -> str:
-    """A Hub id as it is; of a local path its last part alone: a data set names no folders of the one who made it."""
-    return name if is_hub_id(name) else Path(name).name
+    """A Hub id as it is; of a local path its last part alone: a data set names no folders of the one who made it. Of a
+    run's checkpoint, the name of the run: each run has a `best`."""
+    path = Path(name)
+    run = path.parents[1].name if path.parent.name == "checkpoints" else ""
+    return run or (name if is_hub_id(name) else path.name)
 
 
 def dropped_config(config_name: str) -> str:

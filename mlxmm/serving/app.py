@@ -5,6 +5,7 @@ site can use it under a name of its own.
 """
 
 import asyncio
+import errno
 import hmac
 import io
 import json
@@ -30,6 +31,7 @@ from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.serving.answers import class_probabilities, heat_map
 from mlxmm.serving.chat import Answer, BadRequest, ChatRequest, read_chat, read_image, read_json
 from mlxmm.serving.engine import CaptionJob, Engine, Piece
+from mlxmm.terminal import say
 
 HOST = "127.0.0.1"
 MAX_BODY = 32 * 2**20  # bytes of a request
@@ -55,16 +57,24 @@ class Served:
         return self.model if isinstance(self.model, CaptioningModule) else None
 
 
-def bind(port: int) -> socket.socket:
-    """A socket on this machine alone; port 0 takes a free one. Raises `UserError`."""
-    bound = socket.socket()
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((HOST, port))
-        bound.listen()  # who comes before the server is up waits
-    except OSError as error:
-        raise UserError(f"--port {port}: {error.strerror.lower()}; 0 takes a free one") from None
-    return bound
+def bind(*ports: int) -> socket.socket:
+    """A socket on this machine alone, at the first of `ports` that is not taken; port 0 is a free one. Says which are
+    taken. Raises `UserError` where all are."""
+    for port in ports:
+        bound = socket.socket()
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind((HOST, port))
+            bound.listen()  # who comes before the server is up waits
+            return bound
+        except OSError as error:
+            bound.close()
+            failure = f"port {port}: {(error.strerror or str(error)).lower()}"
+            if len(ports) > 1 and error.errno == errno.EADDRINUSE:
+                say(f"{failure}; the next one is tried")
+                continue
+            break
+    raise UserError(f"{failure}; --port 0 takes a free one")
 
 
 def serve(served: Served, bound: socket.socket) -> None:

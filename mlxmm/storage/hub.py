@@ -1,13 +1,19 @@
 """The Hugging Face Hub: download and upload models. This is the only file that imports `huggingface_hub`."""
 
+import functools
 import re
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from mlxmm.errors import UserError
 from mlxmm.storage.atomic import follow_link
 from mlxmm.storage.retries import reading, writing
+from mlxmm.terminal import say
 
+NOT_CACHED = "it is not in the cache, and the Hub is not asked (no network, or offline by a setting)"
 WEIGHTS = ["model*.safetensors", "weights.safetensors"]  # of transformers and mlx-lm, and of a checkpoint
 SETTINGS = ["*.json", "*.txt", "*.model", "*.jinja"]
 NEEDED = [*WEIGHTS, *SETTINGS]  # no other frameworks' weights
@@ -41,10 +47,13 @@ def _found(path_or_id: str | Path, revision: str | None, fetch: Callable[[str, s
     if not is_hub_id(path_or_id):
         raise UserError(f"{path_or_id} is not there: neither a folder nor a Hub id (user/name, user/name@revision)")
     name, revision = split_revision(str(path_or_id), revision)
+    go_offline_without_network()
     try:
         return reading(lambda: fetch(name, revision))
     except Exception as error:  # the client and the network raise a dozen kinds
-        raise UserError(f"{path_or_id} is neither a folder nor to be had from the Hub: {one_line(error)}") from error
+        line = one_line(error)
+        why = NOT_CACHED if line.startswith("Cannot find an appropriate cached snapshot") else line
+        raise UserError(f"{path_or_id} is neither a folder nor to be had from the Hub: {why}") from error
 
 
 def _snapshot(name: str, revision: str | None) -> Path:
@@ -225,6 +234,23 @@ def downloads_folder() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
+
+
+@functools.cache
+def go_offline_without_network() -> None:
+    """Where the Hub's name is not known here, take everything from the cache: its clients try for minutes else.
+
+    Asked once, as downloads begin. A proxy looks names up itself, so with one nothing is asked.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or getproxies():
+        return
+    try:
+        socket.getaddrinfo(host := urlsplit(endpoint()).hostname, None)
+    except OSError as error:
+        say(f"no network: {host} is not found ({error.strerror}); only what was downloaded before is used")
+        constants.HF_HUB_OFFLINE = True
 
 
 def require_answer(timeout: float) -> None:

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from mlxmm.compute import functional
 from mlxmm.compute.compiled import snapshot
 from mlxmm.compute.layer_calls import replaced_calls
+from mlxmm.compute.precision import autocast
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError, warn
 from mlxmm.training.randomness import isolated_random_state
@@ -34,8 +35,8 @@ class IndexCheck:
     nothing waits for the device. Several processes are not checked, as their steps wait for each other.
     """
 
-    def __init__(self, module: nn.Module, step: Callable):
-        self._module, self._step = module, step
+    def __init__(self, module: nn.Module, step: Callable, precision: str):
+        self._module, self._step, self._precision = module, step, precision
         self._limits: dict[str, tuple[str, int]] | None = None  # what an array of the batch indexes: its name, and C
         self._has_warned = False
 
@@ -63,6 +64,7 @@ class IndexCheck:
         with contextlib.ExitStack() as stack:
             for context in (isolated_random_state(), _unchanged(self._module), _noted_indices(self._module, note)):
                 stack.enter_context(context)
+            stack.enter_context(autocast(self._module, self._precision))
             try:
                 self._step(batch)
             except OutOfRange:

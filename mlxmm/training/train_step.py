@@ -41,7 +41,7 @@ class TrainStep:
     ):
         self.module, self.optimizer, self.config = module, optimizer, config
         self.strategy, self.on_gradients = strategy, on_gradients
-        self._check_indices = IndexCheck(module, module.training_step)
+        self._check_indices = IndexCheck(module, module.training_step, config.precision)
         self._loss_and_grad = nn.value_and_grad(module, self._loss)
         self._sums_and_grad = nn.value_and_grad(module, self._weighted_loss)
         optimizers = getattr(optimizer, "optimizers", [optimizer])
@@ -133,7 +133,8 @@ def build_eval_step(module, step: Callable, config, compiler: Compiler) -> Calla
         with autocast(module, config.precision), explained(step, batch):
             return weighted_sums(check_outputs(step, step(batch), needs_loss=False))
 
-    compiled, check_indices = compiler(eval_step, state=[module.state, mx.random.state]), IndexCheck(module, step)
+    compiled = compiler(eval_step, state=[module.state, mx.random.state])
+    check_indices = IndexCheck(module, step, config.precision)
 
     def checked_step(batch):
         check_indices(batch)

@@ -49,11 +49,18 @@ class JobConfig:
     """What all shards of a job have in common."""
 
     data: CaptionDataConfig = section(
-        CaptionDataConfig(), without=("batch_size", "random_crop", "caption_column", "captions", "weights", "where")
+        CaptionDataConfig(), without=("batch_size", "random_crop", "captions", "weights", "where")
     )
     captioner: CaptionerConfig = section(CaptionerConfig())
     sampling: Sampling = section(Sampling())
-    split: str = option("train", "split whose pictures get captions: train, val, test, or all", first=True)
+    split: str | None = option(
+        None,
+        "split whose pictures get captions: train, val, test, or all; none: all, or train where the source has splits",
+        first=True,
+    )
+    only_missing: bool = option(
+        False, "only pictures without a caption: rows that have none, files that metadata do not name", first=True
+    )
     prompts: tuple[str, ...] = option(
         (), "ids of what is asked of each picture; none: describe, of a captioner of ours what it was trained with"
     )

@@ -19,9 +19,12 @@ from mlxmm.storage.runs import Run
 from mlxmm.training.logger import repeatable
 
 from .monitoring import checkpoints, log_results, monitors
+from .plan import Plan, chosen
 from .refresh import refreshing
 
+CAPTIONER_PARTS = ["captioner", "test"]  # after those that it is built of
 SHEET_ROWS = 12  # of each test split
+EXAMPLE, MAX_EXAMPLE = "example.png", 1_024  # pixels of its longer side at most
 MAX_NEW_TOKENS = 128  # where --module.max-new-tokens is 0: one caption of the data may fill a page
 
 
@@ -40,11 +43,21 @@ def report_truncation(captioner: CaptioningModule, source: CaptionSource, run: R
         run.print(f"cut: {num_cut} of {len(texts)} captions do not end within {length} tokens, see {flag}")
 
 
-def fit(config, captioner: CaptioningModule, source: CaptionSource, run: Run, name: str, *callbacks: Callback) -> None:
+def fit(
+    config,
+    captioner: CaptioningModule,
+    source: CaptionSource,
+    run: Run,
+    plan: Plan,
+    name: str,
+    *callbacks: Callback,
+) -> None:
     """Train a captioner with the callbacks that all have, and report the metrics of the run's end."""
     data = CaptionData(source, transform=captioner.transform, collate=captioner.collate)
     for line in training_warnings(source, contrastive=False):
         run.print(f"warning: {line}")
+    part = plan.next()
+    part.train(config.trainer, run.ckpt_path)
     features = [CachedFeatures()] if config.cached_features else []
     with refreshing(config.refresh, source, run, captioner) as refresh:
         trainer = Trainer(
@@ -59,12 +72,14 @@ def fit(config, captioner: CaptioningModule, source: CaptionSource, run: Run, na
             ],
         )
         trainer.fit(captioner, data, ckpt_path=run.ckpt_path)
-    run.report(repeatable(trainer.callback_metrics))
+    metrics = repeatable(trainer.callback_metrics)
+    part.end("trained", chosen(metrics, "val/loss"))
+    run.report(metrics)
     with going_on("summary.json"):
         run.save()  # captioning takes long, and may fail
 
 
-def evaluate(config, captioner: CaptioningModule, source: CaptionSource, run: Run) -> None:
+def evaluate(config, captioner: CaptioningModule, source: CaptionSource, run: Run, plan: Plan) -> None:
     """Caption every test split, report how right the captions are, and draw `samples.png`, failures first.
 
     The control ("_shuffled") holds each caption against another picture's references.
@@ -72,6 +87,8 @@ def evaluate(config, captioner: CaptioningModule, source: CaptionSource, run: Ru
     sheet, most = [], config.max_test
     if config.trainer.fast_dev_run:
         most = min(most, config.trainer.fast_dev_run * config.data.batch_size)
+    part = plan.next()
+    part.begin(f"captioning pictures of {', '.join(source.test_splits)}")
     for split in source.test_splits:
         rows = source.rows[split]
         images = Images(rows, most=most)
@@ -83,8 +100,19 @@ def evaluate(config, captioner: CaptioningModule, source: CaptionSource, run: Ru
             others = shuffled(captions)
             run.report({"test/exact_match_shuffled": exact_match(others, references)})
             run.report({"test/bleu": bleu(captions, references), "test/bleu_shuffled": bleu(others, references)})
+    part.end("captioned", chosen(run.metrics, "test/exact_match", "test/bleu"))
     samples = contact_sheet(sheet)
     with stage("drawing samples.png"), going_on("samples.png"), atomic_file(run.folder / "samples.png") as path:
         samples.save(path)
+    with going_on(EXAMPLE):
+        save_example(source, run)
     log_results(captioner.trainer, {k: v for k, v in run.metrics.items() if k.startswith("test/")}, samples)
     run.report({"data/skipped": len(source.skipped), "data/skipped_rows": list(source.skipped)})
+
+
+def save_example(source: CaptionSource, run: Run) -> None:
+    """Write the first test picture into the run's folder: something to caption, where pictures are in no files."""
+    picture = source.rows["test"][0]["image"].copy()
+    picture.thumbnail((MAX_EXAMPLE, MAX_EXAMPLE))
+    with atomic_file(run.folder / EXAMPLE) as path:
+        picture.save(path, format="PNG")

@@ -10,13 +10,16 @@ from mlxmm.data.caption_source import CaptionSource
 from mlxmm.data.text_data import TextData
 from mlxmm.modules.text_model import TextModel, TextModelConfig
 from mlxmm.preprocessing.tokenizers import token_length, train_tokenizer
+from mlxmm.storage.atomic import write_json
 from mlxmm.storage.cache import cached, made_in
 from mlxmm.storage.lineage import Lineage
+from mlxmm.storage.pretrained import read_json
 from mlxmm.storage.runs import Run
 from mlxmm.training.logger import repeatable
 
 from .limits import tried_too
 from .monitoring import checkpoints, monitors
+from .plan import Plan, chosen
 
 
 @attrs.frozen(kw_only=True, slots=False, field_transformer=checked)  # recipes derive their Config from two of these
@@ -29,7 +32,7 @@ class LanguageModelConfig:
     trainer: TrainerConfig = section(TrainerConfig(max_steps=250), without=("seed", "default_root_dir"))
 
 
-def language_model_or_train(config, source: CaptionSource, run: Run) -> str:
+def language_model_or_train(config, source: CaptionSource, run: Run, plan: Plan) -> str:
     """The language model that `config.module` names, or one trained on the text of `source`, now or earlier."""
     if config.module.lm is not None:
         return config.module.lm
@@ -38,14 +41,22 @@ def language_model_or_train(config, source: CaptionSource, run: Run) -> str:
         config.language_model, trainer=tried_too(config.language_model.trainer, config.trainer)
     )
 
-    def make(folder):
-        model, _ = train(language_model, source, run.subrun("language_model"), config.seed)
-        model.save_pretrained(folder)
+    part = plan.next()
 
-    if not run.keeps_files:
-        return str(made_in(run.folder / "language-model", make))
+    def make(folder):
+        subrun = run.subrun("language_model")
+        part.train(language_model.trainer, subrun.ckpt_path)
+        model, metrics = train(language_model, source, subrun, config.seed)
+        model.save_pretrained(folder)
+        write_json(folder / "metrics.json", metrics)
+
     key = [to_json(config.data), source.fingerprints, config.seed, to_json(language_model)]
-    return str(cached("language-model", key, make))
+    if run.keeps_files:
+        folder = cached("language-model", key, make)
+    else:
+        folder = made_in(run.folder / "language-model", make)
+    part.end("trained", chosen(read_json(folder / "metrics.json"), "train/loss", "val/loss"), folder)
+    return str(folder)
 
 
 def train(config: LanguageModelConfig, source: CaptionSource, run: Run, seed: int) -> tuple[TextModel, dict]:

@@ -8,6 +8,8 @@ from mlxmm.cli import flags_of
 from mlxmm.data.caption_source import BatchConfig, CaptionDataConfig
 from mlxmm.storage.runs import Run
 
+from .captioning import EXAMPLE
+
 # What says which pictures, and not how they become batches.
 OF_TRAINING = {field.name for field in attrs.fields(BatchConfig)} | {"streaming", "held_out", "weights"}
 
@@ -26,7 +28,7 @@ def data_flags(data: CaptionDataConfig, seed: int) -> list[str]:
 def suggest_captioner(run: Run, data: CaptionDataConfig, seed: int) -> None:
     """Commands for a run that has trained a captioner."""
     if (model := run.model) is not None:
-        run.suggest("caption", "caption", "--module", model, run.folder / "samples.png")
+        run.suggest("caption", "caption", "--module", model, run.folder / EXAMPLE)
         run.suggest("evaluate", "evaluate_captions", "--module", model, *data_flags(data, seed))
         run.suggest("try it", "serve", run.folder)
 

@@ -43,7 +43,7 @@ class DatasetConfig:
     public: bool = option(False, "make the data set that --push-to creates public")
 
 
-def check_dataset(config: DatasetConfig, split: str) -> None:
+def check_dataset(config: DatasetConfig, split: str | None) -> None:
     """Raise `UserError`, before anything is written, where the settings cannot be met."""
     if config.filters.min_hash_distance is not None and split == ALL:
         raise UserError("--filters.min-hash-distance compares with val and test: name another --split")
@@ -135,6 +135,7 @@ def _picture(config: DatasetConfig, origin: Origin, captions: Captions, sha256: 
         source_split=origin.split,
         source_revision=origin.revision,
         row_id=captions.pictures.name(place),
+        identity=captions.pictures.identity(place),
         captions=own,
         image=captions.pictures.file(place) if config.include_images else None,
     )

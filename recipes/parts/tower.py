@@ -25,6 +25,7 @@ from mlxmm.training.logger import repeatable
 
 from .limits import tried_too
 from .monitoring import checkpoints, log_results, monitors
+from .plan import Plan, chosen
 from .refresh import refreshing
 from .refresh_config import RefreshConfig
 
@@ -61,7 +62,7 @@ class TowerConfig:
     trainer: TrainerConfig = section(TrainerConfig(max_steps=700), without=("seed", "default_root_dir"))
 
 
-def tower_or_train(config, source: CaptionSource, run: Run) -> tuple[str, dict]:
+def tower_or_train(config, source: CaptionSource, run: Run, plan: Plan) -> tuple[str, dict]:
     """The tower that `config.module` names, or one trained on `source`, now or in an earlier run, with its metrics."""
     if config.module.vision is not None:
         return config.module.vision, {}
@@ -70,8 +71,12 @@ def tower_or_train(config, source: CaptionSource, run: Run) -> tuple[str, dict]:
         check_layer(config.module.layer, config.tower.module.vision.num_hidden_layers)
     tower = attrs.evolve(config.tower, trainer=tried_too(config.tower.trainer, config.trainer))
 
+    part = plan.next()
+
     def make(folder):
-        clip, metrics = train(tower, source, run.subrun("tower"), config.seed)
+        subrun = run.subrun("tower")
+        part.train(tower.trainer, subrun.ckpt_path)
+        clip, metrics = train(tower, source, subrun, config.seed)
         clip.save_pretrained(folder)
         write_json(folder / "metrics.json", metrics)
 
@@ -80,7 +85,8 @@ def tower_or_train(config, source: CaptionSource, run: Run) -> tuple[str, dict]:
     else:
         folder = made_in(run.folder / "tower-model", make)
     metrics = read_json(folder / "metrics.json")
-    return str(folder), {name: metrics[name] for name in ("zero_shot/accuracy",) if name in metrics}
+    part.end("trained", chosen(metrics, "val/accuracy", "zero_shot/accuracy"), folder)
+    return str(folder), chosen(metrics, "zero_shot/accuracy")
 
 
 def train(

@@ -15,7 +15,7 @@ def test_every_entry_of_a_journal_becomes_a_record_with_its_verdict(tmp_path):
     journal.add_failure("b", "short", "the picture cannot be decoded")
     entries = list(journal.entries())
     verdicts, counts = apply_filters(candidates(entries), FilterConfig(min_words=2, strip_boilerplate=True))
-    assert counts == {"captions": 4, "kept": 2, "stripped": 1, "empty": 1, "min_words": 2}
+    assert counts == {"captions": 4, "kept": 2, "stripped": 1, "failed": 1, "empty": 0, "min_words": 1}
     provenance = Provenance(captioner="alice/captioner", captioner_revision="abc", quantization="4", sampling=sampling)
     records = caption_records(entries, verdicts, provenance)
     found = {name: [(one.prompt, one.text, one.flags) for one in part] for name, part in records.items()}

@@ -120,7 +120,7 @@ def test_images_in_files_are_found_by_size_and_time_and_a_missing_one_is_skipped
     assert len({before, changed, part.fingerprint()}) == 3
     decoded.clear()
     rest, skipped = part.without_undecodable(2)
-    assert skipped == [part.name(5)] and len(decoded) == len(part)
+    assert skipped == [f"{part.name(5)}, no such file"] and len(decoded) == len(part)
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(write, decoded, tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def test_cocos_captions_are_read_with_the_folder_of_its_pictures(tmp_path):
     source = opened(path, image_folder=str(tmp_path / "train2014"))
     assert captions(source) == said() and sum(sizes(source)) == NUM
     assert len(source.rows["val"][0]["captions"]) == 2
-    with pytest.raises(UserError, match="there is no .*; --data.image-folder names the folder of its pictures"):
+    with pytest.raises(UserError, match="none of its pictures is there, as .*; --data.image-folder names"):
         opened(path)
     path.write_text(json.dumps({"images": images, "annotations": [{"image_id": 100, "bbox": [0, 0, 1, 1]}]}))
     with pytest.raises(UserError, match="neither COCO's captions nor Karpathy's splits: a source is a parquet file"):
@@ -115,7 +115,7 @@ def test_karpathys_splits_are_read_and_restval_is_trained_on(tmp_path, capsys):
     (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
     source = opened(tmp_path / "dataset_coco.json")
     assert sizes(source) == [12, 4, 4] and captions(source) == said()
-    assert "8 rows of restval are trained on" in capsys.readouterr().out
+    assert "trained on: 8 rows of restval" in capsys.readouterr().out
 
 
 def test_class_folders_have_their_names_as_captions_and_that_is_said(tmp_path, capsys):
@@ -212,6 +212,12 @@ def test_labels_that_name_no_split_are_counted_and_if_all_do_they_are_shown(tmp_
         opened(path, split_column="fold")
 
 
+def test_splits_that_a_column_does_not_name_come_with_what_it_says(tmp_path):
+    path = write_source(tmp_path / "rows.parquet", range(NUM), "a thing", fold=["training"] * NUM)
+    with pytest.raises(UserError, match="has no rows for val, test; its column 'fold' says training$"):
+        opened(path, split_column="fold")
+
+
 def only_parquet(folder, splits):
     folder.mkdir(exist_ok=True)
     for place, split in enumerate(splits):
@@ -249,7 +255,8 @@ def test_a_source_for_evaluation_is_not_trained_on_unasked(tmp_path, make, split
         UserError, match="not trained on unasked: --data.split-column random divides all rows"
     ) as caught:
         open_source(config, 0)
-    assert "\n" not in str(caught.value) and f"its splits are {SPLIT_OF[splits[0]]}" in str(caught.value)
+    said = f"column 'split' says {splits[0]}" if make is only_labels else f"its splits are {SPLIT_OF[splits[0]]}"
+    assert "\n" not in str(caught.value) and said in str(caught.value)
     rows = open_source(config, 0, to_train=False).rows
     assert {split: len(part) for split, part in rows.items()} == {SPLIT_OF[split]: 20 for split in splits}
     asked = open_source(attrs.evolve(config, split_column="random"), 0).rows
@@ -303,8 +310,8 @@ def test_pictures_that_are_held_out_and_in_train_too_are_named(tmp_path, capsys)
     write_source(tmp_path / "test-0.parquet", [12, 3, 4], "a thing")
     assert sizes(opened(tmp_path)) == [10, 3, 3]
     told = capsys.readouterr().out
-    assert "1 pictures of val of" in told and "2 pictures of test of" in told
-    assert "are in train too, as 3.png (row 1), 4.png (row 2)" in told
+    assert "1 picture of val of" in told and "2 pictures of test of" in told
+    assert "in train too: 3.png (row 1), 4.png (row 2)" in told
 
 
 def test_metadata_csv_keeps_captions_that_pandas_takes_for_none(tmp_path):
@@ -337,7 +344,7 @@ def test_a_caption_of_nothing_that_is_seen_is_none_and_a_list_in_a_text_is_read(
     texts = [json.dumps([f"a thing {i}", f"an object {i}"]) for i in range(NUM)]
     assert captions(opened(with_columns(tmp_path / "1.parquet", caption=texts))) == said() | said("an object")
     path = with_columns(tmp_path / "2.parquet", caption=["\u200b\u200d"] + [f"a thing {i}" for i in range(1, NUM)])
-    with pytest.raises(UserError, match="1 of 20 rows have no caption"):
+    with pytest.raises(UserError, match="1 of 20 rows without a caption"):
         opened(path)
     for written in ("['a cat', \"it's\"]", "['a cat' \"it's\"]", "['a cat'\n \"it's\"]"):  # as pandas writes them
         assert texts_in(written) == ["a cat", "it's"]
@@ -367,6 +374,33 @@ def test_labels_of_a_stream_that_name_no_split_are_counted_and_if_all_do_they_ar
 
 
 # What is not read
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "list.csv"])
+def test_a_file_that_is_not_there_is_named_wherever_the_list_names_it(tmp_path, name):
+    names = ["gone.png", *(f"{i}.png" for i in range(NUM))]
+    pictures(tmp_path, names[1:])
+    lines = [json.dumps({"file_name": one, "caption": "a thing"}) for one in names]
+    if name.endswith("csv"):
+        lines = ["file_name,caption", *(f"{one},a thing" for one in names)]
+    (tmp_path / name).write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"1 of \d+ pictures cannot be decoded.*gone.png \(row 0\), no such file"):
+        opened(tmp_path / name if name == "list.csv" else tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "list.csv"])
+def test_a_list_with_a_mark_of_utf8_is_read_and_one_in_utf16_is_one_line(tmp_path, name):
+    pictures(tmp_path, [f"{i}.png" for i in range(NUM)])
+    rows = [{"file_name": f"{i}.png", "caption": f"a thing {i}"} for i in range(NUM)]
+    text = "\n".join(map(json.dumps, rows))
+    if name.endswith("csv"):
+        text = "file_name,caption\n" + "".join(f"{row['file_name']},{row['caption']}\n" for row in rows)
+    source = tmp_path / name if name == "list.csv" else tmp_path
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert captions(opened(source)) == said()
+    (tmp_path / name).write_text(text, encoding="utf-16")
+    with pytest.raises(UserError, match=f"{name} is not a text in UTF-8: save it in that encoding"):
+        opened(source)
 
 
 def test_home_is_expanded_and_what_is_absent_is_named(tmp_path, monkeypatch):

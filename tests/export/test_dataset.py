@@ -179,7 +179,10 @@ def test_a_card_without_pictures_or_licence_says_so_and_its_code_joins_them(tmp_
 
 
 def test_no_path_of_this_machine_is_in_a_data_set(tmp_path):
-    captions = [caption("a cat", captioner=f"{tmp_path}/runs/best"), caption("x", flags={"min_words": "1"})]
+    captions = [
+        caption("a cat", captioner=f"{tmp_path}/runs/mine/checkpoints/best"),
+        caption("x", flags={"min_words": "1"}),
+    ]
     one = attrs.evolve(
         next(records(Pictures(1), source=f"{tmp_path}/holiday")),
         row_id=f"{tmp_path}/me/cat.jpg (row 1)",
@@ -187,7 +190,7 @@ def test_no_path_of_this_machine_is_in_a_data_set(tmp_path):
     )
     write_dataset(tmp_path / "set", [one], CardFacts())
     row = load(tmp_path / "set")[0]
-    assert (row["source"], row["row_id"], row["captioner"]) == ("holiday", "cat.jpg (row 1)", ["best"])
+    assert (row["source"], row["row_id"], row["captioner"]) == ("holiday", "cat.jpg (row 1)", ["mine"])
     assert load(tmp_path / "set", "dropped")[0]["row_id"] == "cat.jpg (row 1)"
     assert str(tmp_path) not in (tmp_path / "set/README.md").read_text()
 

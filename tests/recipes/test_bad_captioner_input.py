@@ -105,7 +105,7 @@ def trained(parts):
 @pytest.mark.parametrize("empty", ["  ", None], ids=repr)
 def test_an_empty_caption_is_named_before_the_run(train, recipe, empty, tmp_path):
     source = write_rows(tmp_path / "rows.parquet", [*CAPTIONS[:20], empty, *CAPTIONS[21:]])
-    refused(train(recipe, source=source), "have no caption, more than one in a hundred; fix them or leave them")
+    refused(train(recipe, source=source), "without a caption, more than one in a hundred; fix them or leave them")
     assert not (tmp_path / "run").exists()
 
 
@@ -334,7 +334,7 @@ def test_empty_captions_and_missing_pictures_are_named_when_a_captioner_is_judge
 ):
     module = trained(recipe, train)
     empty = write_rows(tmp_path / "empty.parquet", [*CAPTIONS[:20], "", *CAPTIONS[21:]])
-    refused(run("evaluate_captions", "--module", module, "--data.source", empty), "have no caption")
+    refused(run("evaluate_captions", "--module", module, "--data.source", empty), "without a caption")
     images = [Image.new("RGB", (20, 20))] * 23 + [None]
     bare = write_rows(tmp_path / "bare.parquet", CAPTIONS, images)
     refused(run("evaluate_captions", "--module", module, "--data.source", bare), "pictures cannot be decoded")

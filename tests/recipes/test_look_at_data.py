@@ -13,7 +13,7 @@ from test_readme import commands
 from mlxmm.cli import parse_config
 from mlxmm.config import Preset
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
-from mlxmm.data.overview import training_warnings
+from mlxmm.data.overview import Overview, training_warnings
 from mlxmm.errors import UserError
 from recipes import look_at_data
 
@@ -43,13 +43,24 @@ def test_the_report_says_what_is_there_what_is_broken_and_what_is_there_twice(tm
         "rows.parquet: 17 rows\n  train:\n    12 rows, 11 different pictures, 22 captions\n",
         "    captions of a row: 0 to 2, median 2\n    words of a caption: 3 to 5, median 4; 11 different\n",
         "    pixels: width 20 to 20, median 20; height 16 to 16, median 16\n",
-        "    1 pictures cannot be decoded: 4.png (row 4)\n",
-        "    1 rows have no caption: 5.png (row 5)\n",
-        "    1 pictures have several rows: 0.png (row 0) = 8.png (row 8)\n    - a thing 0\n",
-        "  warning: what is measured on test is partly remembered: 1 of its 1 pictures are also in train\n",
+        "    1 picture that cannot be decoded: 4.png (row 4)\n",
+        "    1 row without a caption: 5.png (row 5)\n",
+        "    1 picture with several rows: 0.png (row 0) = 8.png (row 8)\n",
+        "  warning: what is measured on test is partly remembered: 1 of its 1 pictures, as train has them too\n",
     ):
         assert line in report and line in capsys.readouterr().out + report
     assert json.loads((tmp_path / "report/summary.json").read_text())["train/pictures"] == 12
+
+
+def test_the_sheet_is_a_seeded_sample_of_each_split_and_broken_pictures_are_on_it_by_name():
+    sizes = [(2, 2)] * 99 + [None]
+    overview = Overview([["a thing"]] * 100, [str(i) for i in range(100)], sizes, [f"{i}.png" for i in range(100)])
+    first, second = (look_at_data.sampled(overview, look_at_data.Config(seed=seed)) for seed in (0, 1))
+    assert len(first) == 8 and first == sorted(first) != second and max(first) > 50 and 99 not in first
+    rows = [{"image": Image.new("RGB", (2, 2)), "captions": ["a thing"]}] * 99
+    parts = list(look_at_data._samples({"set": {"train": rows}}, {"set": {"train": overview}}, look_at_data.Config()))
+    assert [part.title for part in parts] == ["set: train", "set: train, cannot be decoded"]
+    assert [row["captions"] for row in parts[1].rows] == [["99.png"]]
 
 
 def test_a_source_may_be_drawn_mixed_or_given_captions_and_not_a_stream(tmp_path):
@@ -77,7 +88,7 @@ def test_what_makes_a_run_meaningless_is_a_line_each_when_it_begins(tmp_path):
     assert "with one pair in a batch it is 0" in line
     shared = write_source(tmp_path / "shared.parquet", [0, 1, 2, 3, 4, 0], split=three_splits(4, 1))
     one, leak = warnings(shared)
-    assert "val has one picture" in one and "1 of its 1 pictures are also in train" in leak
+    assert "val has one picture" in one and "1 of its 1 pictures, as train has them too" in leak
 
 
 def make_everything(folder: Path) -> None:

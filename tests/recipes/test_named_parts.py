@@ -227,3 +227,18 @@ def test_weights_are_not_read_by_the_check(parts):
     before = mx.get_active_memory()
     check_parts(tower=parts["tower"], language_model=parts["language_model"], captioner=parts["captioner"])
     assert mx.get_active_memory() == before
+
+
+@pytest.mark.parametrize(
+    ("recipe", "named"), [("look_at_data", ["some/set"]), ("caption", ["--module", "some/model", "docs/images"])]
+)
+def test_without_a_network_what_is_not_in_the_cache_is_one_line_at_once(recipe, named, tmp_path):
+    home = {"HF_ENDPOINT": "http://no-such-host.invalid", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()} | home
+    environment |= {"PYTHONPATH": str(ROOT)}
+    shutil.copytree(ROOT / "docs/images", tmp_path / "docs/images")
+    command = [sys.executable, "-m", f"recipes.{recipe}", *named]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "no network: no-such-host.invalid is not found" in done.stdout
+    assert done.stderr.startswith("error: some/") and "is neither" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "again" not in done.stdout  # its clients would try for more than a minute

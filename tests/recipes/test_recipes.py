@@ -39,6 +39,9 @@ def finished(cache, tmp_path_factory):
 
 def test_a_run_leaves_behind_what_the_readme_says(finished):
     folder, output = finished
+    assert "4 parts to do: tower, language model, captioner, test\n1 of 4: training the tower, 4 updates\n" in output
+    assert re.search(r"^tower: trained in \d+ s, val/accuracy [\d.]+, zero_shot/accuracy [\d.]+$", output, re.MULTILINE)
+    assert re.search(r"^captioner: trained in \d+ s, val/loss [\d.]+\n4 of 4: captioning", output, re.MULTILINE)
     summary = json.loads((folder / "summary.json").read_text())
     assert {"test/exact_match", "test/exact_match_unseen", "test/exact_match_unseen_attributes"} <= set(summary)
     assert {"test/exact_match_shuffled", "test/bleu", "zero_shot/accuracy", "seconds", "val/loss"} <= set(summary)
@@ -58,7 +61,7 @@ def test_the_commands_at_the_end_work_as_they_stand(finished, cache):
     assert commands["evaluate"].endswith("--data.shapes.num-train 64 --data.shapes.num-val 16 --data.shapes.num-test 8")
     environment = os.environ | {"MLXMM_CACHE": str(cache)}
     done = subprocess.run(commands["caption"], shell=True, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0 and "samples.png: " in done.stdout, done.stderr
+    assert done.returncode == 0 and "example.png: " in done.stdout, done.stderr
 
 
 def test_a_run_whose_output_nobody_reads_any_more_goes_on_to_its_end(finished, cache, tmp_path):
@@ -154,6 +157,8 @@ def test_a_run_cut_short_and_resumed_ends_as_the_whole_one(finished, cache, tmp_
     assert run("align_qwen3", *TINY, "--run-dir", folder, "--trainer.max-steps", 5, cache=cache).returncode == 0
     done = run("align_qwen3", "--run-dir", folder, "--resume", "last", "--trainer.max-steps", 8, cache=cache)
     assert done.returncode == 0, done.stderr
+    assert "1 of 4: the tower is there, trained before, val/accuracy" in done.stdout
+    assert "3 of 4: training the captioner, 8 updates, from step 5\n" in done.stdout
     # The rate falls to its end at max_steps, so the longer run is another one: only its length is compared.
     assert json.loads((folder / "checkpoints/last/state.json").read_text())["global_step"] == 8
 

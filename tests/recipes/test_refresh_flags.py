@@ -122,7 +122,7 @@ def test_unlabelled_pictures_are_captioned_filtered_and_trained_on_and_those_of_
     finally:
         make_rows.close()
     assert lengths == [16, 16, 24]  # half as many as there are in training
-    assert "1 pictures get no new captions: they are in val or test too" in capsys.readouterr().out
+    assert "without new captions, as val or test has them too: 1 picture\n" in capsys.readouterr().out
     versions = [make_rows.folder.read(version) for version in (1, 2)]
     for values in versions:
         metrics = values["metrics"]

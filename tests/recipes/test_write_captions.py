@@ -20,7 +20,7 @@ from mlxmm.captioners.job import Shard, hashes_of
 from mlxmm.captioners.journal import Entry
 from mlxmm.captioners.records import Provenance
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
-from mlxmm.data.pictures import open_pictures
+from mlxmm.data.pictures import open_pictures, open_split
 from mlxmm.storage.runs import Run
 from recipes.parts.captioners import JobConfig
 from recipes.parts.publishing import Captions, DatasetConfig, make_dataset
@@ -181,6 +181,37 @@ def test_captions_become_a_data_set_that_is_a_source_and_what_is_dropped_lies_be
     assert {text for row in rows for text in row["captions"]} <= set(by_picture.values())
     again = run("--run-dir", folder, "--resume", "last")
     assert again.returncode == 0 and "0 of them to be written" in again.stdout
+
+
+def folder_of_pictures(folder: Path, num_named: int, num: int = 20) -> CaptionDataConfig:
+    folder.mkdir()
+    for i in range(num):
+        Image.new("RGB", (16, 16), (i * 9, 0, 0)).save(folder / f"{i:02}.png")
+    rows = [json.dumps({"file_name": f"{i:02}.png", "caption": "" if i % 2 else "a thing"}) for i in range(num_named)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return CaptionDataConfig(source=str(folder))
+
+
+def test_all_pictures_of_a_folder_are_captioned_or_only_those_without_a_caption(tmp_path, capsys):
+    config = folder_of_pictures(tmp_path / "pictures", 12)
+    pictures, split = open_split(config, 0, None)
+    assert (len(pictures), split) == (20, "all")
+    assert "captioned too: 8 pictures that the metadata do not name" in capsys.readouterr().out
+    missing, _ = open_split(config, 0, None, only_missing=True)
+    names = [missing.identity(place)["file_name"] for place in range(len(missing))]
+    assert names == [f"{i:02}.png" for i in [*range(1, 12, 2), *range(12, 20)]]
+
+
+def test_of_a_source_with_splits_train_is_captioned_and_what_is_left_is_said(tmp_path, capsys):
+    for split, num in (("train", 5), ("val", 2), ("test", 1)):
+        (tmp_path / split).mkdir()
+        for i in range(num):
+            Image.new("RGB", (16, 16), (i * 9, 0, num)).save(tmp_path / split / f"{i}.png")
+    pictures, split = open_split(CaptionDataConfig(source=str(tmp_path)), 0, None)
+    assert (len(pictures), split) == (5, "train")
+    assert pictures.identity(0) == {"file_name": "train/0.png"}
+    told = "captions are written of train; left: 2 pictures of val, 1 picture of test (--split val or test)"
+    assert told in capsys.readouterr().out
 
 
 def vars_of(config):

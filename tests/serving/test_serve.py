@@ -24,6 +24,7 @@ from small_modules import small_aligner, small_clip
 from mlxmm.captioners.caption_writer import Sampling
 from mlxmm.captioners.server_writer import ServerConfig, ServerWriter
 from mlxmm.networks.language_model import with_dtype
+from mlxmm.serving.app import bind
 
 ROOT = Path(__file__).parents[2]
 PICTURES = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)) for i in range(6)]
@@ -261,14 +262,23 @@ def test_wrong_uses_are_one_line(module, tmp_path):
         port = str(taken.getsockname()[1])
         cases = {
             (): "name what to serve",
-            ("nowhere/at-all/x",): "neither a folder",
-            (str(tmp_path),): "config.json",
-            (str(module[1]), "--port", port): f"--port {port}: address already in use",
+            ("nowhere/at-all/x", "--port", port): "neither a folder",  # what is not there is said first
+            (str(tmp_path), "--port", port): f"{tmp_path} holds no model",
+            (str(module[1]), "--port", port): f"port {port}: address already in use",
         }
         for flags, line in cases.items():
             command = [sys.executable, "-m", "recipes.serve", *flags]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ, timeout=60)
             assert done.returncode == 2 and line in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_of_several_ports_the_first_that_is_free_is_taken_and_that_is_said(capsys):
+    with bind(0) as taken, bind(0) as free:
+        ports = [one.getsockname()[1] for one in (taken, free)]
+        free.close()
+        with bind(*ports) as found:
+            assert found.getsockname() == ("127.0.0.1", ports[1])
+    assert capsys.readouterr().out == f"port {ports[0]}: address already in use; the next one is tried\n"
 
 
 def test_the_python_of_the_page_gets_a_caption(address, module, tmp_path):

@@ -35,6 +35,7 @@ CAPTIONER = ("captioner", "captioner_revision", "quantization")  # columns that 
 WRITERS = ("captioner", "model", "model_name", "metadata.model", "contributor_id")  # columns that name a captioner
 TEXT_FILES = (".jsonl", ".json", ".csv", ".tsv")
 MAX_PARTS = 4  # of a path, by which a picture may be named
+NOT_UTF8 = "{} is not a text in UTF-8: save it in that encoding"
 PLAIN = (str, bool, int, float)
 
 
@@ -151,6 +152,8 @@ def text_rows(path: Path) -> list[dict]:
                 rows = [json.loads(line) for line in file if line.strip()]
             else:
                 rows = _json_rows(json.load(file)) if kind == ".json" else csv_rows(file.read())
+    except UnicodeDecodeError:
+        raise UserError(NOT_UTF8.format(path)) from None
     except (OSError, EOFError, ValueError, csv.Error) as error:
         raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
     if not all(isinstance(row, dict) for row in rows):

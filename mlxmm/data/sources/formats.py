@@ -5,6 +5,7 @@ FOLDER                               of these; or of pictures with metadata, wit
 *.csv, *.tsv, *.jsonl, *.json        lists of pictures: open_clip's, COCO's captions, Karpathy's splits
 """
 
+import codecs
 import glob
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 import attrs
 
-from mlxmm.data.sources.caption_tables import is_text_table, text_rows
+from mlxmm.data.sources.caption_tables import NOT_UTF8, is_text_table, text_rows
 from mlxmm.data.sources.captions import cells_at, matching, texts_in
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import SUFFIXES
@@ -85,6 +86,8 @@ def _in_folder(folder: Path) -> Files | Listed:
     if not pictures:
         packed = next((f"{path.name} is not read, unpack it; " for path in of_kind(".zip", ".gz")), "")
         raise UserError(f"{folder} holds no pictures: {packed}{_folder_help()}")
+    for path in metadata:
+        _check_utf8(path)
     if not metadata and any(path.with_suffix(".txt").is_file() for path in pictures):
         return _with_texts(folder, pictures)
     return Files("imagefolder", _by_split(folder, [*pictures, *metadata], by_name=False))
@@ -152,11 +155,18 @@ def _with_texts(folder: Path, pictures: Sequence[Path]) -> Listed:
     )
 
 
+def _check_utf8(path: Path) -> None:
+    """Raise `UserError` for a metadata file in UTF-16, of which `datasets` says something else."""
+    with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(NOT_UTF8.format(path))
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except ValueError:
-        raise UserError(f"{path} is not a text in UTF-8") from None
+        raise UserError(NOT_UTF8.format(path)) from None
 
 
 def _split_columns(columns: Mapping[str, list], splits: Sequence[str | None]) -> Listed:
@@ -216,9 +226,9 @@ def _with_paths(path: Path, rows: list[dict], folder: Path) -> list[dict]:
             f"{path} names no pictures in {', '.join(FILE_COLUMNS)}; it has {', '.join(columns) or 'no rows'}"
         )
     found = [row | {"image": inside(folder, str(row[name]), path)} for row in rows]
-    if not Path(found[0]["image"]).is_file():
+    if not any(Path(row["image"]).is_file() for row in found):  # a few are named later, with the broken ones
         raise UserError(
-            f"{path}: there is no {found[0]['image']}; --data.image-folder names the folder of its pictures"
+            f"{path}: none of its pictures is there, as {found[0]['image']}; --data.image-folder names their folder"
         )
     return [{key: value for key, value in row.items() if key == "image" or key != name} for row in found]
 

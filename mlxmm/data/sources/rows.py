@@ -185,15 +185,21 @@ class CaptionRows(Sequence):
 
     def without_undecodable(self, num_threads: int) -> tuple["CaptionRows", list[str]]:
         """The rows whose images can be decoded, and the names of the others. A collective call."""
-        return self._without(undecodable_places(self, num_threads))
+        return self._without(undecodable_places(self, num_threads), self.name_of_broken)
 
     def without_captionless(self) -> tuple["CaptionRows", list[str]]:
         """The rows that have a caption, and the names of the others."""
         rows = self._values(self.columns.of_captions)
         return self._without([place for place, values in enumerate(rows) if not self._texts(values)])
 
-    def _without(self, places: Sequence[int]) -> tuple["CaptionRows", list[str]]:
-        return attrs.evolve(self, indices=np.delete(self.indices, places)), list(map(self.name, places))
+    def _without(self, places: Sequence[int], name=None) -> tuple["CaptionRows", list[str]]:
+        return attrs.evolve(self, indices=np.delete(self.indices, places)), list(map(name or self.name, places))
+
+    def name_of_broken(self, place: int) -> str:
+        """The name of a row whose picture cannot be decoded, and whether that is because its file is not there."""
+        image = self.table[int(self.indices[place])][self.columns.image] or {}
+        is_absent = image.get("path") and image.get("bytes") is None and not Path(image["path"]).exists()
+        return f"{self.name(place)}, no such file" if is_absent else self.name(place)
 
     def is_decodable(self, place: int) -> bool:
         """Whether the image at `place` can be decoded."""
@@ -247,8 +253,9 @@ def open_rows(
     parts = split_tables(tables, columns.split, seed)
     rows = {split: CaptionRows(table, indices, columns) for split, (table, indices) in parts.items()}
     rows = {split: part for split, part in rows.items() if len(part)}
-    names = tables if columns.split is None else rows
-    check_splits(source, rows, names, to_train=to_train, hint=NOT_UNASKED)
+    column = None if columns.split == RANDOM else columns.split
+    names = tables if column is None else concatenated(list(tables.values())).unique(column)
+    check_splits(source, rows, names, column, to_train=to_train, hint=NOT_UNASKED)
     return grouped(source, rows)
 
 
@@ -288,13 +295,13 @@ def _joined_tables(source: str, columns: Columns, join: Join | None, **which) ->
     return join(source, tables, columns) if join else tables
 
 
-def unlisted_pictures(folder: Path, rows: dict[str, CaptionRows]) -> list[Path]:
+def unlisted_pictures(folder: Path, tables: Sequence, column: str) -> list[Path]:
     """The images in a folder that its metadata do not name: `datasets` ignores them."""
     pictures = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES] if folder.is_dir() else []
     listed = set()
-    for part in rows.values() if pictures else ():
-        images = part.table.select_columns([part.columns.image])[part.columns.image]
-        listed |= {Path(image["path"]).resolve() for image in images if image["path"]}
+    for table in tables if pictures else ():
+        images = table.select_columns([column])[column]
+        listed |= {Path(image["path"]).resolve() for image in images if image and image["path"]}
     return sorted(path for path in pictures if path.resolve() not in listed)
 
 

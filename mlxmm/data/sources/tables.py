@@ -27,9 +27,9 @@ from mlxmm.data.sources.where import Condition, all_met
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import SUFFIXES
-from mlxmm.storage.hub import card_configs, is_hub_id, split_revision
+from mlxmm.storage.hub import card_configs, go_offline_without_network, is_hub_id, is_offline, split_revision
 from mlxmm.storage.retries import reading
-from mlxmm.terminal import say
+from mlxmm.terminal import counted, say
 
 REMOTE = ("hf://", "https://", "http://")
 MAX_SHOWN = 80  # letters of a value in a message
@@ -229,7 +229,10 @@ def _load(
     if not is_hub_id(source) or source.lower().endswith((*BUILDERS, *TEXT_FILES)):
         raise UserError(f"{source} is not there: neither a file, a glob, a folder nor a Hub id")
     name, revision = split_revision(source, revision)
-    return reading(lambda: datasets.load_dataset(name, name=config_name, revision=revision, **options))
+    go_offline_without_network()
+    datasets.config.HF_HUB_OFFLINE |= is_offline()  # which was read when it was imported
+    load = lambda: datasets.load_dataset(name, name=config_name, revision=revision, **options)
+    return load() if is_offline() else reading(load)
 
 
 def _local_tables(source: str, found: Files | Listed, streaming: bool = False) -> dict:
@@ -316,15 +319,23 @@ def reading_errors(source: str) -> Iterator[None]:
 
 
 def check_splits(
-    source: str, found: Collection[str], names: Iterable[str], *, to_train: bool = True, hint: str = ""
+    source: str,
+    found: Collection[str],
+    names: Iterable,
+    column: str | None = None,
+    *,
+    to_train: bool = True,
+    hint: str = "",
 ) -> None:
     """Raise `UserError` if one of train, val and test has no rows, or, unless it is `to_train`, if all have none.
 
-    `names` are the source's own for its splits. The `hint` is what to do if nothing is there to train on.
+    `names` are the source's own for its splits, in a `column` or without. The `hint` is what to do if nothing is there
+    to train on.
     """
     empty = [split for split in SPLITS if split not in found]
     if empty and (to_train or not found):
-        line = f"{source} has no rows for {', '.join(empty)}; its splits are {', '.join(names)}"
+        said = f"its column {column!r} says" if column else "its splits are"
+        line = f"{source} has no rows for {', '.join(empty)}; {said} {', '.join(map(str, names))}"
         raise UserError(line + (hint if "train" in empty else ""))
 
 
@@ -337,7 +348,7 @@ def tell(line: str) -> None:
 def report_restval(labels: Iterable) -> None:
     """Print how many rows of Karpathy's restval are trained on: others leave them out."""
     if number := sum(str(label).lower() == "restval" for label in labels):
-        tell(f"{number} rows of restval are trained on")
+        tell(f"trained on: {counted(number, 'row')} of restval")
 
 
 def concatenated(tables: Sequence):
@@ -404,6 +415,14 @@ def with_columns(table, columns: dict[str, list]):
     for name, values in columns.items():
         table = table.add_column(name, values)
     return table
+
+
+def with_files(table, paths: Sequence[Path], column: str):
+    """The table with a further row for each of these pictures, whose other columns are empty."""
+    import datasets
+
+    cells = datasets.Dataset.from_dict({column: [{"bytes": None, "path": str(path)} for path in paths]})
+    return datasets.concatenate_datasets([table, cells.cast_column(column, datasets.Image(decode=False))])
 
 
 def in_memory(rows: list[dict], like):

@@ -10,6 +10,7 @@ import attrs
 import numpy as np
 
 from mlxmm.data.sources.tables import tell, with_columns
+from mlxmm.terminal import counted
 
 PLAIN = (str, bool, int, float, type(None))
 MAX_SHOWN = 5
@@ -66,7 +67,7 @@ def _report_shared(source: str, split: str, rows: Mapping, pictures: Mapping) ->
     shared = sorted(row for one, row in places.items() if one in trained)
     if shared:
         names = ", ".join(map(rows[split].name, shared[:MAX_SHOWN]))
-        tell(f"{len(shared)} pictures of {split} of {source} are in train too, as {names}")
+        tell(f"{counted(len(shared), 'picture')} of {split} of {source} in train too: {names}")
 
 
 def _grouped(rows, numbers: np.ndarray):
