@@ -4,7 +4,7 @@
     python -m tools.kill_commands --only align export --kills 10 --jobs 2
 
     align      align_qwen3: its tower, its language model, cached features, alignment, captions, sheet, summary
-    ranks      train_clip as two ranks of mlx.launch, both killed
+    ranks      train_captioner as two ranks of mlx.launch, both killed
     captions   write_captions: journal and data set
     push       write_captions --push-to, to a Hub on this machine
     export     an aligner saved for transformers
@@ -14,7 +14,6 @@ Prints a line for each kill, then how many ends of each command are the same to 
 
 import argparse
 import hashlib
-import json
 import os
 import random
 import signal
@@ -35,7 +34,7 @@ from tools.chaos import compare
 ROOT = Path(__file__).parents[1]
 FEW = "--data.shapes.num-train 160 --data.shapes.num-val 32 --data.shapes.num-test 16".split()
 TRAIN = [*"--preset tiny --batch-size 16 --checkpoint-every 5 --trainer.val-check-interval 10".split(), *FEW]
-ALIGN = [*TRAIN, *"--max-steps 30 --unfreeze-step 15 --cached-features".split()]
+ALIGN = [*TRAIN, *"--max-steps 30 --unfreeze-step 15 --cached-features --module.projector-width 32".split()]
 CAPTIONS = "--captioner.model shapes --captioner.batch-size 4 --data.shapes.num-train 300".split()
 EXPORT = """
 import sys
@@ -49,7 +48,7 @@ class Trial:
     """A command, what it is given in a folder of its own, and what is compared of two such folders."""
 
     arguments: Callable[[Path], list]
-    left: Callable[[Path, Path], bool]
+    left: Callable[[Path, Path, LocalHub], bool]
     resumes: bool = True
 
 
@@ -98,7 +97,7 @@ def killed_once(name: str, folder: Path, hub: LocalHub, number: int, after: floa
         process.wait()
         ended = f"killed, {sum(1 for _ in own.rglob('.tmp-*'))} half written"
     code = launch(name, own, hub).wait()
-    same = code == 0 and TRIALS[name].left(folder / "whole", own)
+    same = code == 0 and TRIALS[name].left(folder / "whole", own, hub)
     verdict = "the same" if same else f"DIFFERENT, exit code {code}: {(own / 'log').read_text()[-400:]}"
     print(f"{name} {number + 1}: after {after:.1f} s {ended}; {verdict}", flush=True)
     return same
@@ -127,25 +126,23 @@ def prepare(name: str, folder: Path) -> None:
 # ---- what is compared
 
 
-def same_run(whole: Path, killed: Path) -> bool:
-    sheets = [path for path in ("run/samples.png",) if (whole / path).exists()]
-    return compare(whole / "run", killed / "run", True) and all(
-        (whole / path).read_bytes() == (killed / path).read_bytes() for path in sheets
-    )
+def same_run(whole: Path, killed: Path, hub: LocalHub) -> bool:
+    sheets = [(own / "run/samples.png").read_bytes() for own in (whole, killed)]
+    return compare(whole / "run", killed / "run", True) and sheets[0] == sheets[1]
 
 
-def same_files(whole: Path, killed: Path) -> bool:
+def same_files(whole: Path, killed: Path, hub: LocalHub) -> bool:
     return digests(whole / "run") == digests(killed / "run") and not list(killed.rglob(".tmp-*"))
 
 
-def same_captions(whole: Path, killed: Path) -> bool:
+def same_captions(whole: Path, killed: Path, hub: LocalHub) -> bool:
     return rows(whole / "run") == rows(killed / "run") and not list(killed.rglob(".tmp-*"))
 
 
-def same_commit(whole: Path, killed: Path) -> bool:
-    """The table itself is on the Hub under the name of its folder."""
-    tables = [folder.parent / "hub/datasets/someone" / folder.name for folder in (whole, killed)]
-    return rows(tables[0]) == rows(tables[1])
+def same_commit(whole: Path, killed: Path, hub: LocalHub) -> bool:
+    """The newest commit of each to the Hub."""
+    commits = [hub.root / ".commits" / hub.commits[f"someone/{own.name}"][-1] for own in (whole, killed)]
+    return same_captions(whole, killed, hub) and rows(commits[0]) == rows(commits[1])
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -157,8 +154,7 @@ def rows(folder: Path) -> list[dict]:
     """The captions of the tables in a folder, without the time at which each was written."""
     tables = sorted(folder.rglob("*.parquet"))
     assert tables, f"no table in {folder}"
-    found = [row for table in tables for row in parquet.read_table(table).to_pylist()]
-    return [json.loads(json.dumps(row, default=str, sort_keys=True)) | {"written": 0} for row in found]
+    return [row for table in tables for row in parquet.read_table(table).drop("created_at").to_pylist()]
 
 
 def recipe(name: str, *flags) -> Callable[[Path], list]:
@@ -167,8 +163,8 @@ def recipe(name: str, *flags) -> Callable[[Path], list]:
 
 def ranks(own: Path) -> list:
     launcher = Path(sys.executable).with_name("mlx.launch")
-    flags = [*TRAIN, "--max-steps", "60", "--run-dir", own / "run"]
-    return [launcher, "-n", "2", "--", sys.executable, "-m", "recipes.train_clip", *flags]
+    flags = [*TRAIN, "--max-steps", "30", "--run-dir", own / "run"]
+    return [launcher, "-n", "2", "--", sys.executable, "-m", "recipes.train_captioner", *flags]
 
 
 def pushed(own: Path) -> list:
