@@ -4,6 +4,7 @@ C classes, or rows of a table.
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,14 +14,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxmm.compute import functional
-from mlxmm.compute.compiled import snapshot
 from mlxmm.compute.layer_calls import replaced_calls
-from mlxmm.compute.precision import autocast
-from mlxmm.distributed import collectives
 from mlxmm.errors import UserError, warn
-from mlxmm.training.randomness import isolated_random_state
 
 TABLES = (nn.Embedding, nn.QuantizedEmbedding)
+PATCHING = threading.RLock()
 
 
 class OutOfRange(UserError):
@@ -30,53 +28,50 @@ class OutOfRange(UserError):
 class IndexCheck:
     """Checks the batches of one `step` of `module`. Raises `UserError` for what is out of range.
 
-    Of the first batch, all indices are read, wherever the step makes them: it runs once as plain Python, which
-    computes nothing but these. Later, the arrays of a batch that were indices themselves are: they are on the host, and
-    nothing waits for the device. Several processes are not checked, as their steps wait for each other.
+    While the step's Python runs for the first time, most often to be traced, it is noted which arrays of the batch are
+    indices, and of what. Their values are checked then, and before each later step: they are on the host, and nothing
+    waits for the device. Indices that the step computes, also as another shape of these, are not checked.
     """
 
-    def __init__(self, module: nn.Module, step: Callable, precision: str):
-        self._module, self._step, self._precision = module, step, precision
-        self._limits: dict[str, tuple[str, int]] | None = None  # what an array of the batch indexes: its name, and C
+    def __init__(self, module: nn.Module, step: Callable):
+        self._module, self._step = module, step
+        self._limits: dict[str, tuple[str, int]] | None = None  # what an array of the batch indexes, and C
+        self._arrays: dict[str, mx.array] = {}  # of the batch in hand, until that is known
         self._has_warned = False
 
-    def __call__(self, batch: Any) -> None:
-        """Check `batch`, a tree of arrays."""
+    def check(self, batch: Any) -> None:
+        """Check `batch`, a tree of arrays, which the step is about to use."""
+        if self._limits == {}:
+            return
+        arrays = dict(tree_flatten(batch))
         if self._limits is None:
-            self._limits = {}
-            if collectives.world_size() == 1:
-                self._run(batch)
-        elif self._limits:
-            arrays = dict(tree_flatten(batch))
-            for name, (what, size) in self._limits.items():
-                if name in arrays:
-                    self._check(what, arrays[name], size)
+            self._arrays = arrays
+        for name in arrays.keys() & (self._limits or {}).keys():
+            self._check(arrays[name], *self._limits[name])
 
-    def _run(self, batch) -> None:
-        names = {id(array): name for name, array in tree_flatten(batch)}
+    @contextlib.contextmanager
+    def noted(self, batch: Any) -> Iterator[None]:
+        """Within the block, the first time, what is indexed by arrays of `batch` is noted, and these are checked: they
+        may be tracers, which have no values, of the arrays that `check` was given."""
+        if self._limits is not None:
+            yield
+            return
+        names, limits = {id(array): name for name, array in tree_flatten(batch)}, {}
 
         def note(what: str, indices, size: int) -> None:
-            if isinstance(indices, mx.array) and mx.issubdtype(indices.dtype, mx.integer) and indices.size:
-                self._check(what, indices, size)
-                if id(indices) in names:
-                    self._limits[names[id(indices)]] = what, size
+            name = names.get(id(indices))
+            if name in self._arrays and mx.issubdtype(indices.dtype, mx.integer):
+                limits[name] = min(limits.get(name, (what, size)), (what, size), key=lambda limit: limit[1])
+                self._check(self._arrays[name], what, size)
 
-        with contextlib.ExitStack() as stack:
-            for context in (isolated_random_state(), _unchanged(self._module), _noted_indices(self._module, note)):
-                stack.enter_context(context)
-            stack.enter_context(autocast(self._module, self._precision))
-            try:
-                self._step(batch)
-            except OutOfRange:
-                raise
-            except Exception:  # noqa: BLE001, S110: the step itself comes next, and raises it where it belongs
-                pass
+        with _noted_indices(self._module, note):
+            yield
+        self._limits, self._arrays = limits, {}
 
-    def _check(self, what: str, indices: mx.array, size: int) -> None:
-        try:
-            values = np.asarray(indices)
-        except ValueError:  # within a transformation of the step's own: there is nothing to read
+    def _check(self, indices: mx.array, what: str, size: int) -> None:
+        if not indices.size:
             return
+        values = np.asarray(indices)
         low, high = int(values.min()), int(values.max())
         told = f"{getattr(self._step, '__name__', 'the step')}: {what} are {low} to {high}, and must be 0 to {size - 1}"
         advice = "give examples to be ignored, such as torch's -100, a valid label, and weights=0"
@@ -85,21 +80,6 @@ class IndexCheck:
         if low < 0 and what.startswith("labels") and not self._has_warned:
             self._has_warned = True
             warn(f"{told}: MLX counts negative ones from the end; {advice}")
-
-
-@contextlib.contextmanager
-def _unchanged(module: nn.Module) -> Iterator[None]:
-    """At the end of the block, `module` and its parts have the arrays and attributes that they had before."""
-    restore_arrays = snapshot([module.state])
-    held = [(part, dict(part), dict(vars(part))) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, items, attributes in held:
-            for own, before in ((part, items), (vars(part), attributes)):
-                dict.clear(own)
-                dict.update(own, before)
-        restore_arrays()
 
 
 @contextlib.contextmanager
@@ -114,42 +94,47 @@ def _replaced(owner, name: str, value) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _noted_indices(module: nn.Module, note: Callable[[str, Any, int], None]) -> Iterator[None]:
-    """Within the block, `note(what, indices, size)` is called before arrays are indexed by the functions of MLX."""
-
-    def of_labels(cross_entropy):
-        def call(logits, targets, *args, axis=-1, **settings):
-            if targets.ndim < logits.ndim:
-                note(f"labels for {logits.shape[axis]} classes", targets, logits.shape[axis])
-            axis = {} if cross_entropy is functional_cross_entropy else {"axis": axis}
-            return cross_entropy(logits, targets, *args, **axis, **settings)
-
-        return call
-
-    def of_take(take):
-        def call(array, indices, *args, **settings):
-            axis = settings.get("axis", args[0] if args else None)
-            size = array.size if axis is None else array.shape[axis]
-            note(f"the indices of {take.__name__}", indices, size)
-            return take(array, indices, *args, **settings)
-
-        return call
-
-    def of_table(name, lookup):
-        def call(self, ids):
-            note(f"the ids for {name or type(self).__name__}", ids, len(self.weight))
-            return lookup(self, ids)
-
-        return call
-
-    functional_cross_entropy = functional.cross_entropy
+    """Within the block, `note(what, indices, size)` is called before this thread indexes by functions of MLX."""
     tables = {name: part for name, part in module.named_modules() if isinstance(part, TABLES)}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(replaced_calls(tables, of_table))
+    note = _of_this_thread(note)
+    with PATCHING, contextlib.ExitStack() as stack:
+        stack.enter_context(replaced_calls(tables, lambda name, lookup: _of_table(name, lookup, note)))
         for owner, name, wrap in (
-            (nn.losses, "cross_entropy", of_labels),
-            (functional, "cross_entropy", of_labels),
-            (mx, "take", of_take),
-            (mx, "take_along_axis", of_take),
+            (nn.losses, "cross_entropy", _of_labels),
+            (functional, "cross_entropy", _of_labels),
+            (mx, "take", _of_take),
         ):
-            stack.enter_context(_replaced(owner, name, wrap(getattr(owner, name))))
+            stack.enter_context(_replaced(owner, name, wrap(getattr(owner, name), note)))
         yield
+
+
+def _of_this_thread(note: Callable) -> Callable:
+    own = threading.get_ident()
+    return lambda *args: note(*args) if threading.get_ident() == own else None
+
+
+def _of_labels(cross_entropy: Callable, note: Callable) -> Callable:
+    def call(logits, targets, *args, **settings):
+        size = logits.shape[settings.get("axis", -1)]
+        if targets.ndim < logits.ndim:
+            note(f"labels for {size} classes", targets, size)
+        return cross_entropy(logits, targets, *args, **settings)
+
+    return call
+
+
+def _of_take(take: Callable, note: Callable) -> Callable:
+    def call(array, indices, *args, **settings):
+        axis = settings.get("axis", args[0] if args else None)
+        note(f"the indices of {take.__name__}", indices, array.size if axis is None else array.shape[axis])
+        return take(array, indices, *args, **settings)
+
+    return call
+
+
+def _of_table(name: str, lookup: Callable, note: Callable) -> Callable:
+    def call(self, ids):
+        note(f"the ids for {name or type(self).__name__}", ids, len(self.weight))
+        return lookup(self, ids)
+
+    return call

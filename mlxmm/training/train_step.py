@@ -4,7 +4,8 @@ A micro-batch counts in proportion to its `weight`, so the update is the one a s
 however the examples were split (over micro-batches, over processes). Sums are added up; means are made once.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import mlx.core as mx
@@ -41,7 +42,7 @@ class TrainStep:
     ):
         self.module, self.optimizer, self.config = module, optimizer, config
         self.strategy, self.on_gradients = strategy, on_gradients
-        self._check_indices = IndexCheck(module, module.training_step, config.precision)
+        self._indices = IndexCheck(module, module.training_step)
         self._loss_and_grad = nn.value_and_grad(module, self._loss)
         self._sums_and_grad = nn.value_and_grad(module, self._weighted_loss)
         optimizers = getattr(optimizer, "optimizers", [optimizer])
@@ -52,8 +53,8 @@ class TrainStep:
         self._compiled_update = compiled(self._update)
 
     def __call__(self, batches: tuple) -> dict[str, mx.array]:
-        for batch in batches:
-            self._check_indices(batch)
+        if len(batches) == 1:
+            self._indices.check(batches[0])
         if self.on_gradients is None:
             if len(batches) == 1:
                 return self._compiled_whole(batches[0])
@@ -69,6 +70,7 @@ class TrainStep:
         """Sums and gradients of all micro-batches, one after another."""
         total = None
         for batch in batches:
+            self._indices.check(batch)
             mx.eval(total)  # finish, and free, one micro-batch before starting the next
             total = self._compiled_accumulate(batch, total)
         return total
@@ -107,18 +109,25 @@ class TrainStep:
     # ---- the loss of a micro-batch, and what the module measured beside it
 
     def _weighted_loss(self, batch):
-        step, module = self.module.training_step, self.module
-        with frozen_parts_unchanged(module), autocast(module, self.config.precision), explained(step, batch):
+        step = self.module.training_step
+        with self._step_of(batch), explained(step, batch):
             sums = weighted_sums(check_outputs(step, step(batch), needs_loss=True))
         return sums["loss"], sums
 
     def _loss(self, batch):
         """Means of one process; sums of several, which `_averaged` divides. A lone process spares that division."""
-        step, module = self.module.training_step, self.module
-        with frozen_parts_unchanged(module), autocast(module, self.config.precision), explained(step, batch):
+        step = self.module.training_step
+        with self._step_of(batch), explained(step, batch):
             sums = weighted_sums(check_outputs(step, step(batch), needs_loss=True))
         measured = sums if collectives.world_size() > 1 else average_sums(sums)[0]
         return measured["loss"], (measured, sums["weight"])
+
+    @contextlib.contextmanager
+    def _step_of(self, batch) -> Iterator[None]:
+        """Within the block, the module's training step is run, or traced, on `batch`."""
+        module = self.module
+        with frozen_parts_unchanged(module), autocast(module, self.config.precision), self._indices.noted(batch):
+            yield
 
     def _averaged(self, measured, grads):
         if collectives.world_size() == 1:
@@ -129,15 +138,16 @@ class TrainStep:
 def build_eval_step(module, step: Callable, config, compiler: Compiler) -> Callable:
     """Return `eval_step(batch) -> sums`: the weighted sums of what `step` measures on a batch."""
 
+    indices = IndexCheck(module, step)
+
     def eval_step(batch):
-        with autocast(module, config.precision), explained(step, batch):
+        with autocast(module, config.precision), indices.noted(batch), explained(step, batch):
             return weighted_sums(check_outputs(step, step(batch), needs_loss=False))
 
     compiled = compiler(eval_step, state=[module.state, mx.random.state])
-    check_indices = IndexCheck(module, step, config.precision)
 
     def checked_step(batch):
-        check_indices(batch)
+        indices.check(batch)
         return compiled(batch)
 
     return checked_step

@@ -79,7 +79,7 @@ def test_shapes_that_return_are_not_traced_again_within_the_bound(make_trainer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_trainer(max_epochs=3, max_compiled_variants=5).fit(module, train_dataloaders=Lengths(5))
-    assert len(module.traces) == 1 + 5  # the check of indices runs the first batch, too
+    assert len(module.traces) == 5
 
 
 def test_memory_after_the_last_validation_is_that_after_the_first(make_trainer):
@@ -187,7 +187,7 @@ def test_a_rate_given_as_an_array_acts_and_does_not_trace_again(make_trainer):
     compiled, plain = counted(), counted()
     make_trainer(max_steps=8, callbacks=[Rate()]).fit(compiled, train_dataloaders=DistinctBatches())
     make_trainer(max_steps=8, callbacks=[Rate()], compile=False).fit(plain, train_dataloaders=DistinctBatches())
-    assert len(compiled.traces) == 1 + 1  # the check of indices, and one trace
+    assert len(compiled.traces) == 1
     assert_same(weights(compiled), weights(plain), atol=1e-6)
     fixed = counted()
     make_trainer(max_steps=8).fit(fixed, train_dataloaders=DistinctBatches())
