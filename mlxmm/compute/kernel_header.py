@@ -33,7 +33,7 @@ def precompile() -> None:
 
 def kernels_folder() -> Path:
     """Where MLX keeps its kernels, their sources and libraries."""
-    return Path(tempfile.gettempdir()) / "mlx" / mx.__version__ / "cpu"  # type: ignore[attr-defined]  (MLX has no stub of it)
+    return Path(tempfile.gettempdir()) / "mlx" / mx.__version__ / "cpu"  # type: ignore[attr-defined]  # MLX has no stub of it
 
 
 def _compile(header: Path, include: Path, compiled: Path) -> None:
