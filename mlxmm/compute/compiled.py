@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxmm.compute import kernel_header
 from mlxmm.compute.reads import Reads
 from mlxmm.errors import warn
 
@@ -41,6 +42,8 @@ class Compiled:
         if (variant := self._variants.get(shapes)) is not None:
             self._variants.move_to_end(shapes)
             return variant(*args)
+        if mx.default_device() == mx.cpu:
+            kernel_header.precompile()
         restore, key = snapshot(self._state), mx.random.state[0]
         # MLX identifies a compiled function by the object it was made from: each variant needs an object of its own.
         variant = mx.compile(functools.partial(self._function), inputs=self._state, outputs=self._state)

@@ -10,6 +10,7 @@ import attrs
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxmm.compute.blas_threads import threads_for
 from mlxmm.compute.named_arrays import is_differentiable, put_arrays
 from mlxmm.compute.precision import ComputeDtypes
 from mlxmm.config import to_json
@@ -138,7 +139,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        yield
+        with threads_for(module):
+            yield
     finally:
         for part, mode in modes:
             part._training = mode  # `train(mode)` would set the parts below it too

@@ -102,25 +102,28 @@ Trainer(max_steps=3, default_root_dir=sys.argv[1], logger=False).fit(TinyRegress
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the compiler in /proc")
-def test_ctrl_c_while_a_kernel_is_compiled_ends_the_run_with_a_checkpoint_of_before(tmp_path):
+@pytest.mark.parametrize(("source", "step"), [("compiled_preamble.h", 1), (".cpp", 0)])  # the header of all, a kernel
+def test_ctrl_c_while_a_kernel_is_compiled_ends_the_run_with_a_checkpoint(tmp_path, source, step):
     environment = os.environ | {"TMPDIR": str(tmp_path), "MLXMM_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-c", COMPILES, str(tmp_path / "run")]
     child = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, process_group=0)
-    while child.poll() is None and not compiles(child.pid):
+    while child.poll() is None and not compiles(child.pid, source):
         time.sleep(0.005)
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does
     _, told = child.communicate(timeout=60)
     assert child.returncode == 130 and "Traceback" not in told, told
-    assert checkpoint.read_state(tmp_path / "run/checkpoints/last")["global_step"] == 0
+    assert checkpoint.read_state(tmp_path / "run/checkpoints/last")["global_step"] == step
 
 
-def compiles(group: int) -> bool:
-    """Whether a C++ compiler runs in this process group."""
+def compiles(group: int, source: str) -> bool:
+    """Whether a C++ compiler runs in this process group, on a file whose name ends so."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             name, _, rest = stat.read_text().partition(") ")
+            arguments = stat.with_name("cmdline").read_text().split("\0")
         except OSError:
             continue
-        if "cc1plus" in name and int(rest.split()[2]) == group:
+        is_source = any(argument.endswith(source) for argument in arguments)
+        if "cc1plus" in name and int(rest.split()[2]) == group and is_source:
             return True
     return False
