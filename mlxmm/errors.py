@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from mlxmm.escaping import visible
+
 PACKAGE = Path(__file__).parent
 
 
@@ -52,7 +54,7 @@ def warn(told: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_others_files()):
         frame, level = frame.f_back, level + 1
-    warnings.warn(told, stacklevel=level)
+    warnings.warn(visible(told), stacklevel=level)
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from mlxmm.distributed import meeting
 from mlxmm.distributed.launch import Launch
 from mlxmm.distributed.messages import MAX_REASON, BadMessage, Peer
 from mlxmm.distributed.signals import Ended
+from mlxmm.escaping import visible
 
 TICK = 0.25  # seconds between reports
 STOPPED = 8 * TICK  # seconds without a report after which a lost rank is taken for stopped
@@ -56,7 +57,8 @@ class Watchdog:
         if any(tag in str(error) for tag in MLX_TAGS) and self._verdict_comes():
             raise PeerLost(f"error: {self.failure}") from error
         if self.failure is None:
-            self.failure = f"rank {self.me.rank} failed: {type(error).__name__}: {error}".splitlines()[0][:MAX_REASON]
+            told = f"rank {self.me.rank} failed: {type(error).__name__}: {error}".splitlines()[0]
+            self.failure = visible(told)[:MAX_REASON]
             self._tell({"failed": self.failure})
 
     def _verdict_comes(self) -> bool:
@@ -81,10 +83,10 @@ class Watchdog:
         reason = self._watch()
         if self.failure is not None:
             return  # the main thread is about to end with its own error
-        self.failure = reason
+        self.failure = visible(reason)
         self._tell({"failed": reason})
         time.sleep(GRACE)
-        print(f"error: {reason}", file=sys.stderr, flush=True)
+        print(f"error: {self.failure}", file=sys.stderr, flush=True)
         os._exit(1)  # the main thread is blocked inside MLX
 
     def _watch(self) -> str:
