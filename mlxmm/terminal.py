@@ -4,7 +4,7 @@ import errno
 import os
 import signal
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from mlxmm.escaping import visible
 
@@ -22,15 +22,15 @@ def end_at_signals() -> None:
 
 def end_of_imports(number, frame) -> None:
     """The handler of a signal that comes while Python imports."""
-    end_at_once(number, "interrupted: nothing was begun")
+    end_at_once("interrupted: nothing was begun", 128 + number)
 
 
-def end_at_once(number: int, line: str) -> None:
-    """End this process with a line, and the exit code of a signal."""
+def end_at_once(line: str, code: int) -> NoReturn:
+    """End this process with a line, if anyone can read it."""
     stream = Forgiving(sys.stderr)
     stream.write(f"{line}\n")
     stream.flush()
-    os._exit(128 + number)
+    os._exit(code)
 
 
 def say(*lines: str) -> None:

@@ -187,11 +187,12 @@ def fault_of(done: subprocess.CompletedProcess, moment: Moment, numbers: list[in
     code = moment.codes.get(numbers[0], 128 + numbers[0])
     if "Traceback" in done.stderr or "Exception ignored" in done.stderr:
         return "TRACEBACK"
-    if done.returncode != code:
+    is_told_again = len(numbers) > 1 and done.stderr.endswith("interrupted again: ended at once\n")
+    if done.returncode != (128 + numbers[0] if is_told_again else code):
         return f"CODE {done.returncode}"
     if code and (len(lines) != 1 or not done.stderr.endswith(f"{lines[0]}\n")):
         return "LINES"
-    is_told = not moment.resumes or "; go on with: " in lines[0] or lines[0].startswith("interrupted twice")
+    is_told = not moment.resumes or "; go on with: " in lines[0] or lines[0].startswith("interrupted again")
     return "" if is_told else "NO COMMAND"
 
 

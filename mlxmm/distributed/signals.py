@@ -81,8 +81,8 @@ def end_requests(alone: bool = True) -> Iterator[Request]:
 def raised() -> Iterator[None]:
     """Within the block, the signals `ENDS` raise an exception: `KeyboardInterrupt` or `Ended`.
 
-    Those that come while such an exception is on its way are the same wish once more, and raise none: what was kept
-    can be told. A second Ctrl-C then ends the process at once.
+    Those that come while the program ends already raise none: its reason, or what it kept, can be told. Ctrl-C then
+    ends it at once.
     """
     before = {number: signal.SIG_DFL if old is end_of_imports else old for number, old in _handlers().items()}
     with _handled(before, _raise):
@@ -90,10 +90,10 @@ def raised() -> Iterator[None]:
 
 
 def _raise(number, frame) -> None:
-    if not isinstance(sys.exception(), KeyboardInterrupt | Ended):
+    if not isinstance(sys.exception(), KeyboardInterrupt | SystemExit):
         raise KeyboardInterrupt if number == signal.SIGINT else Ended(number)
     if number == signal.SIGINT:
-        end_at_once(number, "interrupted twice: ended at once")
+        end_at_once("interrupted again: ended at once", 128 + number)
 
 
 def _handlers() -> dict[int, Callable | int | None]:
