@@ -192,11 +192,13 @@ def test_a_rank_that_stops_before_the_others_meet_it_is_named(tmp_path, who):
 def test_the_end_of_the_launcher_is_a_request_to_end_with_a_checkpoint(tmp_path, number):
     with launched(tmp_path, "long", "nothing", 0, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         wait_until(lambda: step_of(named(tmp_path / "checkpoints", "last") or Path("step=0")) >= 20)
-        process.send_signal(number)
-        if number != signal.SIGINT:
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
             process.stdout.close(), process.stderr.close()  # nobody reads what the ranks print
         wait_until(lambda: len(ended(tmp_path)) == 2)
-    assert ended(tmp_path) == ["143", "143"] and kept(tmp_path) >= 20
+    assert ended(tmp_path) == ["130" if number == signal.SIGINT else "143"] * 2 and kept(tmp_path) >= 20
 
 
 def wait_until(is_so, seconds=30):
