@@ -72,11 +72,10 @@ bench: $(READY) .venv-bench/ready
 bench-quick: $(READY) .venv-bench/ready
 	$(BIN)/python -m tools.bench --quick --peers .venv-bench/bin/python $(FLAGS)
 
-# The peers, in an environment of their own. On a CPU, torch without the libraries of CUDA.
+# The peers, in an environment of their own. On Linux, PyPI's torch brings the libraries of CUDA: some GB.
 .venv-bench/ready: setup.cfg tools/bench/requirements.txt
 	$(PYTHON) -m venv --clear .venv-bench
-	.venv-bench/bin/python -m pip install --quiet -e ".$(BACKEND:%=[%])" -r tools/bench/requirements.txt \
-		$(if $(filter cpu,$(BACKEND)),--extra-index-url https://download.pytorch.org/whl/cpu)
+	.venv-bench/bin/python -m pip install --quiet -e ".$(BACKEND:%=[%])" -r tools/bench/requirements.txt
 	touch $@
 
 # FLAGS="--preset flickr30k-lora --batch-size 12", for example.

@@ -3,11 +3,13 @@
 import contextlib
 import functools
 import sys
+import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mlxmm.escaping import visible
+from mlxmm.terminal import Forgiving
 
 PACKAGE = Path(__file__).parent
 
@@ -50,16 +52,26 @@ class Faults(list[str]):
 
 
 def warn(told: str) -> None:
-    """Warn at the line of the user's program that led here: not at ours, MLX's, or that of a context manager."""
+    """Warn at the line of the user's program that led here: not at ours, MLX's, or that of a context manager. A
+    recipe's own program has none, and prints a line."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_others_files()):
+    while frame is not None and frame.f_code.co_filename.startswith(_others_files()):
         frame, level = frame.f_back, level + 1
-    warnings.warn(visible(told), stacklevel=level)
+    if frame is None:
+        _print_once(f"warning: {visible(told)}")
+    else:
+        warnings.warn(visible(told), stacklevel=level)
+
+
+@functools.cache
+def _print_once(line: str) -> None:
+    print(line, file=Forgiving(sys.stderr))
 
 
 @functools.cache
 def _others_files() -> tuple[str, ...]:
     import mlx.nn
 
-    folders = [PACKAGE, (PACKAGE / "callbacks").resolve(), Path(mlx.nn.__file__).parents[1]]
+    scripts = sysconfig.get_path("scripts")  # `mlxmm` itself
+    folders = [PACKAGE, (PACKAGE / "callbacks").resolve(), Path(mlx.nn.__file__).parents[1], scripts]
     return *(f"{folder}/" for folder in folders), contextlib.__file__, functools.__file__, "<attrs", "<frozen"

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tools.bench.__main__ import agreement, cells, measure, summary
+from tools.bench.__main__ import agreement, cells, measure, summary, why
 from tools.bench.child import Case, serve
 from tools.bench.rows import ROWS
 
@@ -54,3 +54,14 @@ def test_turns_are_measured_and_the_first_one_is_not(monkeypatch):
 def test_losses_agree_to_a_thousandth():
     assert agreement([1.0, 2.0], [1.0005, 2.1]) == 0.5
     assert agreement([1.0], [1.0, 1.0]) == 0.0 and agreement(None, [1.0]) is None
+
+
+def test_a_side_that_fails_tells_its_exception_and_not_a_note_after_it():
+    log = [
+        "Traceback (most recent call last):",
+        '  File "x.py"',
+        "builtins.ValueError: no rows",
+        "A note about frames.",
+    ]
+    assert why(log) == "builtins.ValueError: no rows"
+    assert why(["Killed"]) == "Killed" and why([]) == "no message"

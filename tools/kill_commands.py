@@ -96,7 +96,8 @@ def killed_once(name: str, folder: Path, hub: LocalHub, number: int, after: floa
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         ended = f"killed, {sum(1 for _ in own.rglob('.tmp-*'))} half written"
-    code = launch(name, own, hub).wait()
+    is_whole = not TRIALS[name].resumes and (own / "run").exists()  # it would not be replaced
+    code = 0 if is_whole else launch(name, own, hub).wait()
     same = code == 0 and TRIALS[name].left(folder / "whole", own, hub)
     verdict = "the same" if same else f"DIFFERENT, exit code {code}: {(own / 'log').read_text()[-400:]}"
     print(f"{name} {number + 1}: after {after:.1f} s {ended}; {verdict}", flush=True)
@@ -106,7 +107,7 @@ def killed_once(name: str, folder: Path, hub: LocalHub, number: int, after: floa
 def launch(name: str, own: Path, hub: LocalHub) -> subprocess.Popen:
     """Start a command, or what one would type after it was lost, as a group of processes that is killed at once."""
     command = TRIALS[name].arguments(own)
-    if TRIALS[name].resumes and (own / "run").exists():
+    if (own / "run/config.json").exists() and TRIALS[name].resumes:
         command += ["--resume", "last"]
     environment = hub.environment(own / "home") | {"MLXMM_CACHE": str(own / "cache"), "PYTHONPATH": str(ROOT)}
     environment |= {"OPENBLAS_NUM_THREADS": "1", "HF_TOKEN": "hf_any", "HF_HUB_DISABLE_XET": "1"}

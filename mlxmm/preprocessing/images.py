@@ -65,13 +65,11 @@ def decode_image(value) -> Image.Image:
     if value is None:
         raise UndecodableImage("there is no picture")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about large images and damaged EXIF
-            image = value if isinstance(value, Image.Image) else Image.open(_opened(value), formats=_formats())
-            if image.width * image.height > MAX_PIXELS:
-                raise UndecodableImage(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
-            image.load()  # a truncated file is found here
-            return _to_rgb(_upright(image))
+        image = value if isinstance(value, Image.Image) else Image.open(_opened(value), formats=_formats())
+        if image.width * image.height > MAX_PIXELS:
+            raise UndecodableImage(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
+        image.load()  # a truncated file is found here
+        return _to_rgb(_upright(image))
     except UserError:
         raise
     except UnidentifiedImageError:  # which names an address in memory
@@ -83,8 +81,10 @@ def decode_image(value) -> Image.Image:
 
 @functools.cache
 def _formats() -> list[str]:
-    """Those of `FORMATS` that this Pillow reads."""
+    """Those of `FORMATS` that this Pillow reads. From then on it is silent about large images and damaged EXIF: for
+    each picture by itself it cannot be, as its thread would silence all others."""
     Image.init()
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     return [name for name in FORMATS if name in Image.OPEN]
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -85,6 +86,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     path = path.absolute()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists and is not empty: name another folder")
+    remove_leftovers(path.parent, path.name)
     with atomic_folder(path) as temporary:
         yield temporary
 
@@ -148,10 +150,10 @@ def move_aside(path: Path) -> None:
     path.rename(next(name for n in count() if not (name := path.with_name(f"{path.name}.old{n}")).exists()))
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left incomplete in `folder`, and nothing that another process is writing. A folder
-    that was being replaced, and has no successor yet, is put back first."""
-    for old in folder.glob(f"{REPLACED}*"):
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Delete what killed processes left incomplete in `folder`, or that alone which was to become `name`, and nothing
+    that another process is writing. A folder that was being replaced, and has no successor yet, is put back first."""
+    for old in folder.glob(f"{REPLACED}{glob.escape(name) or '*'}"):
         path = old.with_name(old.name.removeprefix(REPLACED))
         if any(map(_is_being_written, folder.glob(f"{TEMPORARY}*-{path.name}"))):
             continue
@@ -160,7 +162,7 @@ def remove_leftovers(folder: Path) -> None:
         else:
             old.rename(path)
     for path in folder.glob(f"{TEMPORARY}*"):
-        if not _is_being_written(path):
+        if (not name or path.name.split("-", 2)[2:] == [name]) and not _is_being_written(path):
             _remove(path)
 
 

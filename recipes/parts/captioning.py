@@ -16,9 +16,8 @@ from mlxmm.progress_bar import stage
 from mlxmm.storage.atomic import atomic_file
 from mlxmm.storage.disk import going_on
 from mlxmm.storage.runs import Run
-from mlxmm.training.logger import repeatable
 
-from .monitoring import checkpoints, log_results, monitors
+from .monitoring import checkpoints, log_results, monitors, newest
 from .plan import Plan, chosen
 from .refresh import refreshing
 
@@ -72,7 +71,7 @@ def fit(
             ],
         )
         trainer.fit(captioner, data, ckpt_path=run.ckpt_path)
-    metrics = repeatable(trainer.callback_metrics)
+    metrics = newest(trainer)
     part.end("trained", chosen(metrics, "val/loss"))
     run.report(metrics)
     with going_on("summary.json"):

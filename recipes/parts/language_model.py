@@ -15,10 +15,9 @@ from mlxmm.storage.cache import cached, made_in
 from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.pretrained import read_json
 from mlxmm.storage.runs import Run
-from mlxmm.training.logger import repeatable
 
 from .limits import tried_too
-from .monitoring import checkpoints, monitors
+from .monitoring import checkpoints, monitors, newest
 from .plan import Plan, chosen
 
 
@@ -76,4 +75,4 @@ def train(config: LanguageModelConfig, source: CaptionSource, run: Run, seed: in
         ],
     )
     trainer.fit(model, data, ckpt_path=run.ckpt_path)
-    return model, repeatable(trainer.callback_metrics)
+    return model, newest(trainer)

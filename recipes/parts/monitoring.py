@@ -14,6 +14,7 @@ from mlxmm.callbacks import (
     ThroughputMonitor,
     TQDMProgressBar,
 )
+from mlxmm.training.logger import repeatable
 
 
 def monitors(title: str) -> list[Callback]:
@@ -24,6 +25,11 @@ def monitors(title: str) -> list[Callback]:
 def checkpoints(config: TrainerConfig, **settings) -> list[Callback]:
     """A ModelCheckpoint with these settings, if there are to be checkpoints."""
     return [ModelCheckpoint(**settings)] if config.enable_checkpointing else []
+
+
+def newest(trainer: Trainer) -> dict[str, float]:
+    """The newest value of each metric that is not of time or memory; "train/loss" has the epoch's, too."""
+    return {k: v for k, v in repeatable(trainer.callback_metrics).items() if not k.endswith("_epoch")}
 
 
 def log_results(trainer: Trainer, metrics: Mapping, samples: Image.Image | None = None) -> None:

@@ -21,10 +21,9 @@ from mlxmm.storage.cache import cached, made_in
 from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.pretrained import read_json
 from mlxmm.storage.runs import Run
-from mlxmm.training.logger import repeatable
 
 from .limits import tried_too
-from .monitoring import checkpoints, log_results, monitors
+from .monitoring import checkpoints, log_results, monitors, newest
 from .plan import Plan, chosen
 from .refresh import refreshing
 from .refresh_config import RefreshConfig
@@ -110,7 +109,7 @@ def train(
             ],
         )
         trainer.fit(clip, data, ckpt_path=run.ckpt_path)
-    metrics = repeatable(trainer.callback_metrics)
+    metrics = newest(trainer)
     if source.is_synthetic and run.is_global_zero:
         results = evaluate_shapes(clip, source, seed) | retrieval_metrics(clip, source.rows["test"])
         log_results(trainer, results)

@@ -124,6 +124,14 @@ def test_class_folders_have_their_names_as_captions_and_that_is_said(tmp_path, c
     assert "pics has no captions: the names of its 3 folders are taken for them\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("folders", [("train", "test"), ("train", "val", "test")])
+def test_pictures_in_split_folders_without_captions_have_no_classes(tmp_path, folders, capsys):
+    pictures(tmp_path / "pics", [f"{folders[i % len(folders)]}/{i}.png" for i in range(NUM)])
+    with pytest.raises(UserError, match="pics has no column 'caption'"):
+        opened(tmp_path / "pics")
+    assert "are taken for them" not in capsys.readouterr().out
+
+
 def test_class_folders_below_split_folders_are_classes_of_each_split(tmp_path):
     names = [f"{('train', 'train', 'val', 'test')[i % 4]}/{('cat', 'dog')[i // 4 % 2]}/{i}.png" for i in range(NUM)]
     source = opened(pictures(tmp_path, names))

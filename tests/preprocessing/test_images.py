@@ -4,6 +4,8 @@ import importlib
 import io
 import json
 import struct
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -211,3 +213,16 @@ def test_a_picture_cut_short_that_is_given_from_python_is_one_line():
     data = encoded(noise(64, 64), "PNG")
     with pytest.raises(UserError, match="not a picture that can be decoded"):
         ImageProcessor.square(12)([Image.open(io.BytesIO(data[: len(data) // 2]))])
+
+
+def test_pictures_decoded_in_threads_hide_no_warning_of_others():
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "PNG")
+    with ThreadPoolExecutor(4) as pool, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        decoded = [pool.submit(decode_image, buffer.getvalue()) for _ in range(400)]
+        told = 0
+        while not all(one.done() for one in decoded):
+            warnings.warn("seen", stacklevel=1)
+            told += 1
+    assert sum(str(one.message) == "seen" for one in caught) == told > 10

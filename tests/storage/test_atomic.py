@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxmm.storage.atomic import atomic_folder, cut_to_lines, remove_leftovers, write_json, write_text
+from mlxmm.storage.atomic import atomic_folder, cut_to_lines, new_folder, remove_leftovers, write_json, write_text
 
 F_FULLFSYNC = 51  # its value on macOS
 
@@ -93,6 +93,14 @@ def test_leftovers_of_a_killed_process_are_swept_and_not_what_a_living_one_write
     process.join()
     remove_leftovers(tmp_path)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_an_export_sweeps_what_a_killed_one_left_of_it_and_nothing_else(tmp_path):
+    for name in (".tmp-1-mine", ".tmp-1-not-mine", ".tmp-1-min"):
+        (tmp_path / name).mkdir()
+    with new_folder(tmp_path / "mine") as folder:
+        (folder / "file").write_text("new")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", ".tmp-1-not-mine", ".tmp-1-min"}
 
 
 def test_numbers_that_are_not_finite_are_null_in_json(tmp_path):

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -49,7 +50,7 @@ class Side:
 
     def _answer(self) -> dict:
         if not (line := self.process.stdout.readline()):
-            raise SideFailed(f"failed: {(self.log.read_text().splitlines() or ['no message'])[-1]}")
+            raise SideFailed(f"failed: {why(self.log.read_text().splitlines())}")
         if reason := (answer := json.loads(line)).get("cannot"):
             raise SideFailed(reason)
         return answer
@@ -62,6 +63,12 @@ class Side:
     def end(self) -> None:
         self.process.kill()
         self.process.communicate()
+
+
+def why(lines: list[str]) -> str:
+    """The exception that ended a process, of what it wrote; notes may come after it."""
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return (errors or lines or ["no message"])[-1]
 
 
 def measure(row: Row, threads: int, args, device: str) -> dict:

@@ -22,6 +22,7 @@ from mlxmm.data.sources.formats import (
     inside,
     on_disk,
     split_of,
+    split_of_label,
 )
 from mlxmm.data.sources.where import Condition, all_met
 from mlxmm.distributed import collectives
@@ -122,10 +123,15 @@ def _with_caption_column(source: str, tables: dict, wanted: str) -> dict:
     if all(matching(one, names) for one in wanted.split()):
         own = list(dict.fromkeys(name if name in names else name.partition(".")[0] for name in matching(wanted, names)))
         return _derived(tables, wanted, own, lambda row: captions_at(row, wanted))
-    if Path(source).is_dir() and "label" in names and hasattr(features["label"], "int2str"):
+    if Path(source).is_dir() and "label" in names and _has_classes(features["label"]):
         tell(f"{source} has no captions: the names of its {features['label'].num_classes} folders are taken for them")
         return _derived(tables, wanted, ["label"], lambda row: [features["label"].int2str(row["label"])])
     return tables
+
+
+def _has_classes(feature) -> bool:
+    """Whether a column of labels has names of classes: `datasets` takes folders of splits for classes, too."""
+    return hasattr(feature, "int2str") and not all(map(split_of_label, feature.names))
 
 
 def _derived(tables: dict, name: str, of_columns: list[str], value: Callable[[dict], list[str]]) -> dict:
