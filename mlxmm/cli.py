@@ -39,8 +39,13 @@ def run_recipe(recipe: str, main: Callable, presets: Mapping[str, Preset]) -> No
     its number. A closed pipe is silent. `presets` has a "default" among its names. With `--resume`, the settings that
     the run was started with take the place of the default.
     """
+    with raised():
+        _run(recipe, main, presets)
+
+
+def _run(recipe: str, main: Callable, presets: Mapping[str, Preset]) -> None:
     try:
-        with raised(), collectives.watched(waits=False):
+        with collectives.watched(waits=False):
             try:
                 main(parse_config(recipe, presets, sys.argv[1:]))
             finally:

@@ -8,6 +8,9 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from mlxmm.escaping import visible
+from mlxmm.terminal import Forgiving
+
 PACKAGE = Path(__file__).parent
 
 
@@ -55,14 +58,14 @@ def warn(told: str) -> None:
     while frame is not None and frame.f_code.co_filename.startswith(_others_files()):
         frame, level = frame.f_back, level + 1
     if frame is None:
-        _print_once(f"warning: {told}")
+        _print_once(f"warning: {visible(told)}")
     else:
-        warnings.warn(told, stacklevel=level)
+        warnings.warn(visible(told), stacklevel=level)
 
 
 @functools.cache
 def _print_once(line: str) -> None:
-    print(line, file=sys.stderr)
+    print(line, file=Forgiving(sys.stderr))
 
 
 @functools.cache

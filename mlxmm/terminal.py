@@ -4,20 +4,33 @@ import errno
 import os
 import signal
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from mlxmm.escaping import visible
 
-
-def end_at_interrupt() -> None:
-    """From now on Ctrl-C ends this process with one line: for the time of imports, which would show a traceback."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end)
+# Ctrl-C; `kill`, and a scheduler at the end; a terminal that is gone; Slurm's warning (--signal=USR1@60).
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
-def _end(number, frame) -> None:
-    Forgiving(sys.stderr).write("interrupted: nothing was begun\n")
-    os._exit(128 + number)
+def end_at_signals() -> None:
+    """From now on the signals `ENDS` end this process with one line: for the time of imports, which would show a
+    traceback, or nothing."""
+    for number in ENDS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, end_of_imports)
+
+
+def end_of_imports(number, frame) -> None:
+    """The handler of a signal that comes while Python imports."""
+    end_at_once("interrupted: nothing was begun", 128 + number)
+
+
+def end_at_once(line: str, code: int) -> NoReturn:
+    """End this process with a line, if anyone can read it."""
+    stream = Forgiving(sys.stderr)
+    stream.write(f"{line}\n")
+    stream.flush()
+    os._exit(code)
 
 
 def say(*lines: str) -> None:

@@ -16,6 +16,7 @@ from attrs.validators import optional
 
 from mlxmm.cli import run_recipe
 from mlxmm.config import Preset, checked, option, positional, section
+from mlxmm.distributed.signals import Ended
 from mlxmm.errors import UserError
 from mlxmm.escaping import visible
 from mlxmm.modules.captioning_module import CaptioningModule
@@ -24,6 +25,7 @@ from mlxmm.networks.generation import GenerationConfig
 from mlxmm.preprocessing.images import SUFFIXES, UndecodableImage, decode_image
 from mlxmm.storage.atomic import write_text
 from mlxmm.storage.runs import model_of
+from mlxmm.terminal import counted
 
 from .parts.named_parts import check_parts
 
@@ -67,6 +69,10 @@ def main(config: Config) -> None:
                 captions[path] = tell(path, pieces(captioner, decode_image(str(path)), config))
             except UndecodableImage as error:
                 print(f"skipped, {visible(path)}: {visible(error)}", file=sys.stderr)
+    except (KeyboardInterrupt, Ended) as error:
+        if config.to is not None and captions:
+            error.add_note(f"kept {counted(len(captions), 'caption')} in {config.to}")
+        raise
     finally:
         if config.to is not None and captions:
             write_text(config.to, table_of(captions, config.to.suffix))

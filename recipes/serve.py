@@ -59,11 +59,11 @@ def main(config: Config) -> None:
         uses_text=config.use_text,
     )
     address = f"http://{HOST}:{bound.getsockname()[1]}"
-    print(f"page: {address}\nfor OpenAI's clients: {address}/v1, model {served.name}\nCtrl-C ends it", flush=True)
+    say(f"page: {address}", f"for OpenAI's clients: {address}/v1, model {served.name}", "Ctrl-C ends it")
     try:
         serve(served, bound)
     except KeyboardInterrupt:
-        print("stopped")
+        say("stopped")
 
 
 def load(folder: Path):

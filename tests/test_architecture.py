@@ -36,7 +36,8 @@ LAYERS = [
     ("mlxmm/distributed",),
     ("mlxmm/compute", "mlxmm/progress_bar"),
     ("mlxmm/config", "mlxmm/environment", "mlxmm/backends"),
-    ("mlxmm/errors", "mlxmm/checkout", "mlxmm/commands", "mlxmm/terminal", "mlxmm/version"),
+    ("mlxmm/errors", "mlxmm/checkout", "mlxmm/commands", "mlxmm/version"),
+    ("mlxmm/terminal",),
     ("mlxmm/escaping",),
 ]
 LAYER_OF = {room: -place for place, rooms in enumerate(LAYERS) for room in rooms}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mlxmm.errors import warn
 from mlxmm.escaping import ACTING, markdown, visible
 from mlxmm.evaluation.contact_sheet import Section, contact_sheet
 from mlxmm.export.dataset_card import CardFacts, Tally, dataset_card
@@ -33,6 +34,13 @@ def test_nothing_acts_on_a_terminal(text, capsys):
     say(f"skipped, {text}")
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and not ACTING.search(out[:-1]) and out.encode()
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_nothing_acts_in_a_warning(text):
+    with pytest.warns(UserWarning) as warned:
+        warn(f"{text} is not saved")
+    assert not ACTING.search(str(warned[0].message)) and warned[0].filename == __file__
 
 
 def test_ordinary_texts_stay_as_they_are():

@@ -1,8 +1,13 @@
-"""Whatever a file or a line holds, our parsers give a value or one line: examples are drawn by hypothesis."""
+"""Whatever a file or a line holds, our parsers give a value or one line: examples are drawn by hypothesis.
+
+FUZZ_SECONDS=600 python -m pytest -m slow -s tests/test_fuzz_parsers.py        other examples each time, for so long
+"""
 
 import contextlib
 import json
+import os
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -122,6 +127,9 @@ PARSERS = {
 }
 
 
+SECONDS = float(os.environ.get("FUZZ_SECONDS", 0))  # of each parser; 0: a fixed number of examples, the same each time
+
+
 def fuzz(name: str, folder: Path, max_examples: int) -> None:
     check, examples = PARSERS[name]
 
@@ -129,7 +137,7 @@ def fuzz(name: str, folder: Path, max_examples: int) -> None:
         max_examples=max_examples,
         deadline=None,
         database=None,
-        derandomize=True,
+        derandomize=not SECONDS,
         suppress_health_check=list(HealthCheck),
     )
     @given(examples)
@@ -147,4 +155,10 @@ def test_a_parser_gives_a_value_or_one_line(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PARSERS)
 def test_a_parser_gives_a_value_or_one_line_for_a_minute_of_examples(name, tmp_path):
-    fuzz(name, tmp_path, {"reports": 10_000, "journals": 500}.get(name, 2_000))  # SQLite waits for the disk
+    num = {"reports": 10_000, "journals": 500}.get(name, 2_000)  # SQLite waits for the disk
+    fuzz(name, tmp_path, num)
+    rounds, end = 1, time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        fuzz(name, tmp_path, min(num, 1_000))
+        rounds += 1
+    print(f"{name}: {num + (rounds - 1) * min(num, 1_000):,} examples")

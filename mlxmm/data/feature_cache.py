@@ -6,6 +6,7 @@
 N rows, P positions, E features. A block that is incomplete or damaged is computed again.
 """
 
+import contextlib
 import hashlib
 import json
 import zlib
@@ -26,6 +27,7 @@ from mlxmm.distributed.signals import check_end
 from mlxmm.progress_bar import passing_bar
 from mlxmm.storage.atomic import cut_to_lines, sync
 from mlxmm.storage.disk import naming
+from mlxmm.storage.lock import taking_turns
 
 FEATURES, JOURNAL = "features.bin", "blocks.jsonl"
 BLOCK = 64  # rows that are computed, written and checked together
@@ -52,15 +54,16 @@ def cached_features(
 
     `pixels(row)` gives (H, W, 3) bytes, in `num_threads` threads; `compute` turns (B, H, W, 3) of them into (B, P, E).
     A collective call: all processes compute the same blocks in the same order, since a sharded tower needs all of
-    them; rank 0 alone writes.
+    them; rank 0 alone writes. Of several runs that want the same features, one computes them and the others wait.
     """
     shape = (len(rows), *compute(mx.array(pixels(rows[0]))[None]).shape[1:])
-    missing = collectives.broadcast_object(lambda: _missing_blocks(folder, shape))
-    computed = _computed(rows, missing, pixels, compute, num_threads)
-    if collectives.rank() == 0:
-        _write_blocks(folder, shape, zip(missing, computed))
-    else:
-        deque(computed, maxlen=0)
+    with taking_turns(folder) if collectives.rank() == 0 else contextlib.nullcontext():
+        missing = collectives.broadcast_object(lambda: _missing_blocks(folder, shape))
+        computed = _computed(rows, missing, pixels, compute, num_threads)
+        if collectives.rank() == 0:
+            _write_blocks(folder, shape, zip(missing, computed))
+        else:
+            deque(computed, maxlen=0)
     collectives.barrier()
     return np.memmap(folder / FEATURES, np.float16, "r", shape=shape)
 

@@ -59,8 +59,8 @@ def _group() -> mx.distributed.Group | Alone:
     global _watchdog
     launched = launch.read_launch()
     _share_cores()
-    if _is_alone:
-        return Alone()
+    if _is_alone or (launched is None and environment.launched_rank() is not None):
+        return Alone()  # `mlx.launch -n 1` names an empty file, which MLX cannot read
     if launched is None:
         return mx.distributed.init()
     if not mx.distributed.is_available(launched.backend):

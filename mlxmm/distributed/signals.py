@@ -2,13 +2,13 @@
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
 import attrs
 
-# Ctrl-C; `kill`, and a scheduler at the end; a terminal that is gone; Slurm's warning (--signal=USR1@60).
-ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+from mlxmm.terminal import ENDS, end_at_once, end_of_imports
 
 NO_KERNEL = "Could not load C++ shared library"  # MLX, of what a compiler did not write
 
@@ -62,7 +62,7 @@ def end_requests(alone: bool = True) -> Iterator[Request]:
         if request.number == number == signal.SIGINT:
             raise KeyboardInterrupt
         request.number = number
-        if callable(before[number]) and before[number] not in (signal.default_int_handler, _raise_ended):
+        if callable(before[number]) and before[number] not in (signal.default_int_handler, _raise):
             before[number](number, frame)
 
     _current = request if alone else outer
@@ -79,16 +79,21 @@ def end_requests(alone: bool = True) -> Iterator[Request]:
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Within the block, the signals `ENDS` raise an exception: `KeyboardInterrupt` or `Ended`."""
-    before = _handlers()
-    with _handled(before, _raise_ended):
-        if signal.SIGINT in before:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Within the block, the signals `ENDS` raise an exception: `KeyboardInterrupt` or `Ended`.
+
+    Those that come while the program ends already raise none: its reason, or what it kept, can be told. Ctrl-C then
+    ends it at once.
+    """
+    before = {number: signal.SIG_DFL if old is end_of_imports else old for number, old in _handlers().items()}
+    with _handled(before, _raise):
         yield
 
 
-def _raise_ended(number, frame) -> None:
-    raise Ended(number)
+def _raise(number, frame) -> None:
+    if not isinstance(sys.exception(), KeyboardInterrupt | SystemExit):
+        raise KeyboardInterrupt if number == signal.SIGINT else Ended(number)
+    if number == signal.SIGINT:
+        end_at_once("interrupted again: ended at once", 128 + number)
 
 
 def _handlers() -> dict[int, Callable | int | None]:

@@ -22,6 +22,8 @@ from mlxmm.distributed import meeting
 from mlxmm.distributed.launch import Launch
 from mlxmm.distributed.messages import MAX_REASON, BadMessage, Peer
 from mlxmm.distributed.signals import Ended
+from mlxmm.escaping import visible
+from mlxmm.terminal import end_at_once
 
 TICK = 0.25  # seconds between reports
 STOPPED = 8 * TICK  # seconds without a report after which a lost rank is taken for stopped
@@ -39,6 +41,7 @@ class Watchdog:
     def __init__(self, rank: int, peers: Sequence[Peer], limit: float):
         self.me, self.peers, self.limit = Peer(rank), list(peers), limit
         self.failure: str | None = None
+        self._launcher = os.getppid()
         self._speaking = threading.Lock()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
         atexit.register(self._leave)
@@ -56,7 +59,8 @@ class Watchdog:
         if any(tag in str(error) for tag in MLX_TAGS) and self._verdict_comes():
             raise PeerLost(f"error: {self.failure}") from error
         if self.failure is None:
-            self.failure = f"rank {self.me.rank} failed: {type(error).__name__}: {error}".splitlines()[0][:MAX_REASON]
+            told = f"rank {self.me.rank} failed: {type(error).__name__}: {error}".splitlines()[0]
+            self.failure = visible(told)[:MAX_REASON]
             self._tell({"failed": self.failure})
 
     def _verdict_comes(self) -> bool:
@@ -81,20 +85,26 @@ class Watchdog:
         reason = self._watch()
         if self.failure is not None:
             return  # the main thread is about to end with its own error
-        self.failure = reason
+        self.failure = visible(reason)
         self._tell({"failed": reason})
         time.sleep(GRACE)
-        print(f"error: {reason}", file=sys.stderr, flush=True)
-        os._exit(1)  # the main thread is blocked inside MLX
+        end_at_once(f"error: {self.failure}", 1)  # the main thread is blocked inside MLX
 
     def _watch(self) -> str:
         """Report and listen until there is a reason to end."""
         try:
             while (reason := self._listen() or self._judge()) is None:
+                self._heed_launcher()
                 self._tell({"count": self.me.count, "waits": self.me.waits})
         except Exception as error:  # without this thread, a lost rank would go unnoticed
             return f"the watchdog of rank {self.me.rank} failed: {type(error).__name__}: {error}"[:MAX_REASON]
         return reason
+
+    def _heed_launcher(self) -> None:
+        """Ask this rank to end, once, if its launcher is gone, however that ended: nobody reads what it prints."""
+        if os.getppid() != self._launcher:
+            self._launcher = os.getppid()
+            os.kill(os.getpid(), signal.SIGTERM)  # SIGHUP may be ignored: `nohup mlx.launch`
 
     def _kill(self, peer: Peer) -> None:
         """Kill a lost peer of this machine that does not report any more: it would not end by itself."""

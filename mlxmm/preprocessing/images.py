@@ -5,6 +5,7 @@ B pictures, H x W pixels.
 
 import functools
 import io
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -126,7 +127,7 @@ def _opened(value):
         return io.BytesIO(value)
     if isinstance(value, str) and value.startswith(("http://", "https://")):
         raise UndecodableImage("an address, and no picture: download pictures first, as by img2dataset")
-    if isinstance(value, str | Path) and Path(value).exists() and not Path(value).is_file():
+    if isinstance(value, str | Path) and os.path.exists(value) and not os.path.isfile(value):
         raise UndecodableImage("neither a file nor a link to one")
     return value
 

@@ -12,6 +12,7 @@ from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.storage.atomic import atomic_folder, remove_leftovers, write_json
 from mlxmm.storage.checksums import check_files, checksums
+from mlxmm.storage.lock import taking_turns
 from mlxmm.storage.pretrained import read_json
 from mlxmm.terminal import say
 
@@ -27,17 +28,23 @@ def cached(name: str, key, make: Callable[[Path], None]) -> Path:
     """The folder of what `make(folder)` wrote for `key` (JSON values), now or in an earlier run; whole or absent.
 
     A collective call: all processes take part in the making, and rank 0 keeps what it made. Raises `UserError` if the
-    cache cannot be written. A folder with a damaged file is made again, which a line says.
+    cache cannot be written. A folder with a damaged file is made again, which a line says. Of several processes that
+    want the same, one makes it, and the others wait.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder(f"{name}-{digest}")
-    if not collectives.broadcast_object(lambda: _is_whole(folder)):
-        if collectives.rank() == 0:
-            _require_root()
-        with atomic_folder(folder) if collectives.rank() == 0 else tempfile.TemporaryDirectory() as temporary:
-            make(Path(temporary))
-            write_json(Path(temporary) / CHECKSUMS, checksums(Path(temporary)))
+    with taking_turns(folder) if collectives.rank() == 0 else contextlib.nullcontext():
+        if not collectives.broadcast_object(lambda: _is_whole(folder)):
+            _make(folder, make)
     return collectives.broadcast_paths(lambda: [folder])[0]
+
+
+def _make(folder: Path, make: Callable[[Path], None]) -> None:
+    if collectives.rank() == 0:
+        _require_root()
+    with atomic_folder(folder) if collectives.rank() == 0 else tempfile.TemporaryDirectory() as temporary:
+        make(Path(temporary))
+        write_json(Path(temporary) / CHECKSUMS, checksums(Path(temporary)))
 
 
 def _is_whole(folder: Path) -> bool:

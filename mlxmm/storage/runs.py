@@ -132,15 +132,15 @@ def open_run(config: RunConfig, recipe: str) -> Iterator[Run]:
         with lock:
             yield run
             collectives.barrier()
+            run.report({"seconds": time.perf_counter() - start})
+            if run.is_global_zero:
+                _close(run)
     except BaseException as error:
         if run.is_global_zero and run.ckpt_path is None:
             _remove_if_unused(run.folder)
         if isinstance(error, KeyboardInterrupt | Ended):
             error.add_note(_kept(run, recipe, resumable=hasattr(config, "resume")))
         raise
-    run.report({"seconds": time.perf_counter() - start})
-    if run.is_global_zero:
-        _close(run)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """TensorBoardLogger: TensorBoard's event files."""
 
 import functools
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -113,17 +114,23 @@ class TensorBoardLogger(Logger):
         if self._writer is not None:
             self._writer.flush()
         if self._is_broken:  # the disk may have room by now: what comes next goes into a file of its own
-            self._writer.close()
-            self._writer, self._is_broken = None, False
+            self._close()
 
     def finalize(self, status):
         if self._writer is None:
             return
         if status == "success" and self._end is not None:
             self._writer.file_writer.add_summary(self._end)
+        self._close()
+        self._end = None
+
+    def _close(self) -> None:
+        kept = self._writer.file_writer
         self._writer.close()
-        self._writer = self._end = None
-        self._is_broken = False
+        kept.event_writer = (
+            io.BytesIO()
+        )  # tensorboardX closes it again when Python ends, and keeps all of it until then
+        self._writer, self._is_broken = None, False
 
     def rewind(self, position, step):
         self._has_run = True

@@ -32,6 +32,7 @@ WORD = re.compile(rf"(?:^|[-_. ])({'|'.join(SPLIT_OF)})(?=[-_. 0-9])")  # of a f
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_COLUMNS = ("file_name", "filepath", "filename", "file", "image", "image_path", "path")
 CAPTION_COLUMNS = ("title", "caption", "captions", "text", "txt")
+MAX_BRACKETS = 500  # of a line that is not looked at more closely
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 FORMATS = (
     "a source is a parquet file or glob, tar shards of WebDataset, a .csv, .tsv or .jsonl of file names and captions, "
@@ -58,11 +59,11 @@ def find_local(
     source: str, image_folder: str | None, caption_column: str | None, *, streaming: bool = False
 ) -> Files | Listed | None:
     """What a path or glob holds; None if nothing is there. Raises `UserError` for a kind of file that is not read."""
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         found = _in_folder(Path(source))
         is_csv = not streaming and isinstance(found, Files) and found.builder == "imagefolder"
         return (_metadata_csv(Path(source), found, caption_column) if is_csv else None) or found
-    files = [Path(source)] if Path(source).is_file() else [Path(name) for name in sorted(glob.glob(source))]
+    files = [Path(source)] if os.path.isfile(source) else [Path(name) for name in sorted(glob.glob(source))]
     kinds = {BUILDERS.get(path.suffix.lower()) for path in files}
     if len(kinds) == 1 and (builder := kinds.pop()):
         return Files(builder, {"train": list(map(str, files))})
@@ -87,7 +88,7 @@ def _in_folder(folder: Path) -> Files | Listed:
         packed = next((f"{path.name} is not read, unpack it; " for path in of_kind(".zip", ".gz")), "")
         raise UserError(f"{folder} holds no pictures: {packed}{_folder_help()}")
     for path in metadata:
-        _check_utf8(path)
+        _check_metadata(path)
     if not metadata and any(path.with_suffix(".txt").is_file() for path in pictures):
         return _with_texts(folder, pictures)
     return Files("imagefolder", _by_split(folder, [*pictures, *metadata], by_name=False))
@@ -155,11 +156,30 @@ def _with_texts(folder: Path, pictures: Sequence[Path]) -> Listed:
     )
 
 
-def _check_utf8(path: Path) -> None:
-    """Raise `UserError` for a metadata file in UTF-16, of which `datasets` says something else."""
+def _check_metadata(path: Path) -> None:
+    """Raise `UserError` for a metadata file in UTF-16, of which `datasets` says something else, and for lines at which
+    PyArrow would end the process: those without an object, and those that are nested deeply."""
     with path.open("rb") as file:
         if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise UserError(NOT_UTF8.format(path))
+        file.seek(0)
+        if path.suffix == ".jsonl" and not any(line.lstrip(codecs.BOM_UTF8).lstrip().startswith(b"{") for line in file):
+            raise UserError(f"{path} is no list of pictures: none of its lines is a JSON object")
+        file.seek(0)
+        if path.suffix == ".jsonl" and any(map(_nests_deeply, file)):
+            raise UserError(f"{path} is no list of pictures: its values are nested too deeply")
+
+
+def _nests_deeply(line: bytes) -> bool:
+    if line.count(b"[") + line.count(b"{") < MAX_BRACKETS:
+        return False
+    try:
+        json.loads(line)
+    except RecursionError:
+        return True
+    except ValueError:  # which its reader says better
+        return False
+    return False
 
 
 def _read(path: Path) -> str:
@@ -226,7 +246,7 @@ def _with_paths(path: Path, rows: list[dict], folder: Path) -> list[dict]:
             f"{path} names no pictures in {', '.join(FILE_COLUMNS)}; it has {', '.join(columns) or 'no rows'}"
         )
     found = [row | {"image": inside(folder, str(row[name]), path)} for row in rows]
-    if not any(Path(row["image"]).is_file() for row in found):  # a few are named later, with the broken ones
+    if not any(os.path.isfile(row["image"]) for row in found):  # a few are named later, with the broken ones
         raise UserError(
             f"{path}: none of its pictures is there, as {found[0]['image']}; --data.image-folder names their folder"
         )

@@ -1,7 +1,11 @@
-"""The files of pictures in the cells of a table, and their hashes, by which equal pictures are found."""
+"""The files of pictures in the cells of a table, and their hashes, by which equal pictures are found.
+
+A cell may hold any text as its path. `os.path` takes one that no file can have for absent, where `Path` raises.
+"""
 
 import hashlib
 import itertools
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -21,16 +25,14 @@ def file_of(cell: dict | None) -> bytes:
     """The bytes of the picture's file in a cell {"bytes", "path"}; empty if there is none."""
     if not cell or cell["bytes"] is not None or cell["path"] is None:
         return (cell or {}).get("bytes") or b""
-    path = Path(cell["path"])
-    return path.read_bytes() if path.is_file() else b""
+    return Path(cell["path"]).read_bytes() if os.path.isfile(cell["path"]) else b""
 
 
 def num_bytes_of(cell: dict | None) -> int:
     """The size of the picture's file in a cell, which is not read; 0 if there is none."""
     if not cell or cell["bytes"] is not None or cell["path"] is None:
         return len((cell or {}).get("bytes") or b"")
-    path = Path(cell["path"])
-    return path.stat().st_size if path.is_file() else 0
+    return os.path.getsize(cell["path"]) if os.path.isfile(cell["path"]) else 0
 
 
 def sha256_of(cell: dict | None) -> str:

@@ -5,6 +5,7 @@ A row is `{"image": PIL, "captions": [str], "id": str}`.
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from mlxmm.data.sources.decodable import undecodable_places
 from mlxmm.data.sources.formats import RANDOM, SPLIT_OF, SPLITS, split_of_label
 from mlxmm.data.sources.joined import Join
+from mlxmm.data.sources.picture_files import num_bytes_of
 from mlxmm.data.sources.tables import (
     Columns,
     captions_in_row,
@@ -198,7 +200,7 @@ class CaptionRows(Sequence):
     def name_of_broken(self, place: int) -> str:
         """The name of a row whose picture cannot be decoded, and whether that is because its file is not there."""
         image = self.table[int(self.indices[place])][self.columns.image] or {}
-        is_absent = image.get("path") and image.get("bytes") is None and not Path(image["path"]).exists()
+        is_absent = image.get("path") and image.get("bytes") is None and not os.path.exists(image["path"])
         return f"{self.name(place)}, no such file" if is_absent else self.name(place)
 
     def is_decodable(self, place: int) -> bool:
@@ -227,8 +229,7 @@ def _content(image: dict) -> bytes:
     """What tells an image from others, on any machine."""
     if (digest := content(image)) is not None:
         return digest
-    path = Path(image["path"])
-    return f"{path.name}:{path.stat().st_size if path.is_file() else 0}\n".encode()
+    return f"{Path(image['path']).name}:{num_bytes_of(image)}\n".encode()
 
 
 def open_rows(
@@ -301,8 +302,9 @@ def unlisted_pictures(folder: Path, tables: Sequence, column: str) -> list[Path]
     listed = set()
     for table in tables if pictures else ():
         images = table.select_columns([column])[column]
-        listed |= {Path(image["path"]).resolve() for image in images if image and image["path"]}
-    return sorted(path for path in pictures if path.resolve() not in listed)
+        paths = [image["path"] for image in images if image and image["path"]]
+        listed |= {os.path.realpath(path) for path in paths if os.path.lexists(path)}
+    return sorted(path for path in pictures if os.path.realpath(path) not in listed)
 
 
 def split_tables(tables: dict, split_column: str | None, seed: int) -> dict[str, tuple]:

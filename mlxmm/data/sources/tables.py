@@ -227,7 +227,7 @@ def _load(
 ) -> dict:
     import datasets
 
-    if Path(source).is_dir() and (files_by_split := _files_of_card(Path(source), config_name)):
+    if os.path.isdir(source) and (files_by_split := _files_of_card(Path(source), config_name)):
         return datasets.load_dataset("parquet", data_files=files_by_split, **options)
     if (found := find_local(source, image_folder, caption, streaming=options.get("streaming", False))) is not None:
         _check_no_config(source, config_name)
