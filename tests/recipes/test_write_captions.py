@@ -218,7 +218,11 @@ def write_rows(path: Path, **columns) -> str:
 
 @pytest.mark.parametrize("wanted", [("caption_*",), ("caption_0", "caption_1"), ("about.text",)], ids=" ".join)
 def test_a_picture_with_a_caption_in_any_of_the_columns_is_none_without(tmp_path, wanted):
-    columns = {"caption_0": ["a", "", None], "caption_1": [None, "b", " "], "about": [{"text": t} for t in ("a", "b", "")]}
+    columns = {
+        "caption_0": ["a", "", None],
+        "caption_1": [None, "b", " "],
+        "about": [{"text": t} for t in ("a", "b", "")],
+    }
     config = CaptionDataConfig(source=write_rows(tmp_path / "rows.parquet", **columns), caption_column=wanted)
     assert open_split(config, 0, None, only_missing=True)[0].name(0) == "row 2"
 
