@@ -5,7 +5,6 @@ The source alone proves nothing, as a line may never run: nothing is refused for
 
 import ast
 import inspect
-import textwrap
 from collections.abc import Iterator
 
 from mlxmm.training import lightning_words
@@ -51,9 +50,10 @@ def _has(module, name: str) -> bool:
 def _nodes(method) -> list[ast.AST]:
     """The nodes of its source, line by line, but for what functions within it return."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+        source = inspect.getsource(method)
+        tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)  # texts in it may not be indented
     except (OSError, TypeError, SyntaxError):  # typed at a prompt, or made by a program
         return []
-    inner = [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS) and node not in tree.body]
+    _, *inner = [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS)] or [tree]
     others = {node for function in inner for node in ast.walk(function) if isinstance(node, ast.Return)}
     return sorted((n for n in ast.walk(tree) if n not in others), key=lambda node: getattr(node, "lineno", 0))

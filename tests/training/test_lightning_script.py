@@ -135,6 +135,8 @@ class Misspelt(Reads):
         pass
 
     def configure_optimizers(self):
+        print("""a text that is
+not indented""")
         return optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
