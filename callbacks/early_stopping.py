@@ -8,7 +8,7 @@ from attrs.validators import ge, in_
 from mlxmm.config import checked
 from mlxmm.errors import UserError
 from mlxmm.training.callback import Callback
-from mlxmm.training.monitors import check_monitor, without_validation
+from mlxmm.training.monitors import check_monitor, validates, without_validation
 
 
 @attrs.define(field_transformer=checked)
@@ -41,7 +41,7 @@ class EarlyStopping(Callback):
     def setup(self, trainer, module, stage):
         self._fitting = stage == "fit" and not trainer.config.fast_dev_run
         if self._fitting:
-            self.stopping_reason, self._validates = None, trainer.enable_validation
+            self.stopping_reason, self._validates = None, validates(trainer)
             if fault := without_validation("EarlyStopping", self.monitor, self._validates):
                 raise UserError(fault)
 

@@ -84,14 +84,16 @@ class TablePictures(Sequence):
         columns = [name for names in IDENTITY.values() for name in names if name in self.table.column_names]
         row = self.table.select_columns(columns)[int(self.indices[place])] if columns else {}
         found = {key: next((row[n] for n in names if row.get(n) is not None), None) for key, names in IDENTITY.items()}
-        if found["file_name"] is None:
-            found["file_name"] = self._below(Path((self._cell(place) or {}).get("path") or ""))
+        own = str(found["file_name"] or "")
+        if not own or Path(own).is_absolute():
+            found["file_name"] = self._below(own or (self._cell(place) or {}).get("path") or "")
         return {key: str(value) for key, value in found.items() if isinstance(value, str | int) and value != ""}
 
-    def _below(self, path: Path) -> str:
+    def _below(self, path: str) -> str:
         """A file's path in the folder of the source; of another file its name alone."""
-        is_below = self.folder is not None and path.is_relative_to(self.folder)
-        return path.relative_to(self.folder).as_posix() if is_below else path.name
+        name, parent = Path(path).name, Path(path).parent.resolve()  # the file itself may be a link to another folder
+        is_below = self.folder is not None and parent.is_relative_to(self.folder.resolve())
+        return (parent.relative_to(self.folder.resolve()) / name).as_posix() if name and is_below else name
 
     def _cell(self, place: int) -> dict | None:
         return self.table[int(self.indices[place])][self.column]
@@ -181,15 +183,19 @@ def open_split(
     own, else "train", and which are left is printed.
 
     "all" has the files too that a folder's metadata do not name. With `only_missing` those that have a caption are
-    left out. Raises `UserError` where the source, its picture column or the split is missing, or nothing is left.
+    left out. Raises `UserError` where the source, its picture column or the split is missing, or nothing is left; with
+    `only_missing` also where there is no caption column.
     """
     source = config.only_source
+    if source == SHAPES and only_missing:
+        raise UserError(f"all pictures of {SHAPES} have captions: leave out --only-missing")
     if source == SHAPES:
         rows = ShapesGrammar(config.shapes, seed).rows(seed)
         return RowPictures(_named(rows, split or "train", source)), split or "train"
     if config.streaming:
         raise UserError("pictures of a stream have no places: leave out --data.streaming")
-    columns = Columns(image=config.image_column, caption=None, split=config.split_column)
+    caption = " ".join(config.caption_column) if only_missing else None
+    columns = Columns(image=config.image_column, caption=caption, split=config.split_column)
     with reading_errors(source):
         tables = open_tables(source, columns, **config.which)
     chosen = split or (ALL if len(tables) == 1 and columns.split is None else "train")
@@ -201,15 +207,18 @@ def open_split(
         table, indices = _named(splits, chosen, source)
         if split is None:
             _report_left({name: len(rows) for name, (_, rows) in splits.items() if name != chosen}, chosen)
-    if only_missing:
-        indices = _without_caption(table, indices, config.caption_column)
+    if caption is not None:
+        indices = _without_caption(table, indices, caption)
     if not len(indices):
         raise UserError(f"{source} has no pictures{' without a caption' * only_missing} in --split {chosen}")
     return TablePictures(table, indices, columns.image, Path(source) if Path(source).is_dir() else None), chosen
 
 
 def _with_unlisted(table, folder: Path, column: str):
-    """The table of a folder, with a row for each picture that its metadata do not name."""
+    """The table of a folder, with a row for each picture that its metadata do not name. A table that holds its pictures
+    lists none of the files beside it."""
+    if any((row[column] or {}).get("bytes") for row in table.select_columns([column])):
+        return table
     if unlisted := unlisted_pictures(folder, [table], column):
         tell(f"captioned too: {counted(len(unlisted), 'picture')} that the metadata do not name")
     return with_files(table, unlisted, column) if unlisted else table
@@ -221,14 +230,10 @@ def _report_left(left: dict[str, int], chosen: str) -> None:
         tell(f"captions are written of {chosen}; left: {num_each} (--split {' or '.join(left)})")
 
 
-def _without_caption(table, indices: np.ndarray, caption_columns: Sequence[str]) -> np.ndarray:
-    """Those of `indices` whose rows have no caption in any of these columns."""
-    kinds = {name: table.features[name] for name in caption_columns if name in table.column_names}
-    if not kinds:
-        return indices
-    rows = table.select_columns(list(kinds)).select(indices)
-    missing = [not any(captions_in_cell(row[name], kind) for name, kind in kinds.items()) for row in rows]
-    return indices[np.array(missing, dtype=bool)]
+def _without_caption(table, indices: np.ndarray, column: str) -> np.ndarray:
+    """Those of `indices` whose rows have no caption in the `column`."""
+    rows, kind = table.select_columns([column]).select(indices), table.features[column]
+    return indices[np.array([not captions_in_cell(row[column], kind) for row in rows], dtype=bool)]
 
 
 def unlabelled_pictures(source: str, image_column: str) -> Pictures:

@@ -61,7 +61,8 @@ def recall(ranks: Ranks, k: int) -> float:
 
 def chance_recall(relevant: np.ndarray, k: int) -> float:
     """The expected `recall` of candidates in random order."""
-    return recall(best_ranks(np.zeros(relevant.shape), relevant), k)
+    num_relevant = relevant.sum(1)
+    return recall(Ranks(np.zeros_like(num_relevant), relevant.shape[1] - num_relevant, num_relevant), k)
 
 
 def class_labels(names: Sequence[str], labels: Sequence[str]) -> np.ndarray:

@@ -12,7 +12,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import attrs
@@ -102,8 +102,8 @@ class PictureRecord:
             "source": public_name(self.source),
             "source_split": self.source_split,
             "source_revision": self.source_revision,
-            "row_id": Path(self.row_id).name if self.row_id.startswith("/") else self.row_id,
-            **{name: self.identity.get(name) for name in IDENTITY},
+            "row_id": _without_folders(self.row_id),
+            **{name: _without_folders(self.identity[name]) if name in self.identity else None for name in IDENTITY},
         }
 
 
@@ -113,6 +113,12 @@ def public_name(name: str) -> str:
     path = Path(name)
     run = path.parents[1].name if path.parent.name == "checkpoints" else ""
     return run or (name if is_hub_id(name) else path.name)
+
+
+def _without_folders(name: str) -> str:
+    """Of an absolute path, or the URL of a local file, its last part; else the `name` itself."""
+    is_local = name.startswith(("/", "~/", "file:")) or PureWindowsPath(name).is_absolute()
+    return PureWindowsPath(name).name if is_local else name
 
 
 def dropped_config(config_name: str) -> str:

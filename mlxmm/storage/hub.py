@@ -3,6 +3,7 @@
 import functools
 import re
 import socket
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ WEIGHTS = ["model*.safetensors", "weights.safetensors"]  # of transformers and m
 SETTINGS = ["*.json", "*.txt", "*.model", "*.jinja"]
 NEEDED = [*WEIGHTS, *SETTINGS]  # no other frameworks' weights
 WRITTEN = [*NEEDED, "README.md", "mlx_vlm_*.py"]  # of an exported model: nothing else is uploaded
+LOOK_UP_SECONDS, LOOK_UP_PAUSE = 2.0, 0.9  # of the Hub's name: one look-up may fail, and offline is for good
 TORCH_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # read without running what they may hold
 
 
@@ -247,10 +249,23 @@ def go_offline_without_network() -> None:
     if constants.HF_HUB_OFFLINE or getproxies():
         return
     try:
-        socket.getaddrinfo(host := urlsplit(endpoint()).hostname, None)
+        _look_up(host := urlsplit(endpoint()).hostname)
     except OSError as error:
         say(f"no network: {host} is not found ({error.strerror}); only what was downloaded before is used")
         constants.HF_HUB_OFFLINE = True
+
+
+def _look_up(host: str | None) -> None:
+    """Ask for the address of `host`, three times where the answer comes at once. Raises `OSError` if none is found."""
+    end = time.monotonic() + LOOK_UP_SECONDS
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError:
+            if time.monotonic() + LOOK_UP_PAUSE > end:
+                raise
+            time.sleep(LOOK_UP_PAUSE)
 
 
 def require_answer(timeout: float) -> None:

@@ -48,7 +48,8 @@ def check_stage(trainer, stage: str, module, datamodule) -> None:
         check_module(module, stage)
     with faults.noted():
         check_datamodule(datamodule)
-    faults.refuse(also=[*module_source.words_of_lightning(module), *_monitors_in_vain(trainer, stage, datamodule)])
+    if faults:  # or the source is not read
+        faults.refuse(also=[*module_source.words_of_lightning(module), *_monitors_in_vain(trainer, stage, datamodule)])
 
 
 def _monitors_in_vain(trainer, stage: str, datamodule) -> list[str]:

@@ -75,7 +75,8 @@ class Evaluator:
                 check_end()
                 mx.eval(sums := step(batch))
                 measured |= {f"val/{name}" for name in sums if name != "weight"}
-            check_before_training(self.trainer, measured)
+            of_ranks = collectives.all_gather_object(sorted(measured))  # one may have no batches
+            check_before_training(self.trainer, set().union(*of_ranks))
             self.call("on_sanity_check_end")
 
     def _bar(self, name: str, total: int | None, items: Iterable) -> Iterator:

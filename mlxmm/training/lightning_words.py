@@ -7,6 +7,7 @@ import abc
 import difflib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -161,7 +162,7 @@ LOGGER = {  # attributes of Lightning's loggers
     "watch": "write callbacks=[GradientHistograms(), WeightHistograms()]",
 }
 SETTINGS = "the settings that loggers write are the fields of self.config: write self.config = config, an attrs class"
-SAME_HERE: dict[str, tuple] = {  # arguments of Lightning's callbacks and loggers whose value means what is done here
+NO_OP_VALUES: dict[str, tuple] = {  # arguments of Lightning's callbacks and loggers whose value means what is done here
     "verbose": (True, False),
     "save_last": (True, "link"),
     "save_weights_only": (False,),
@@ -284,15 +285,24 @@ class AnswersArguments(abc.ABCMeta):
     others that are not there are answered with a `UserError`."""
 
     def __call__(cls, *args, **settings):
-        if cls.__module__.split(".")[0] in ("mlxmm", "callbacks"):
+        if any(map(_is_ours, cls.__mro__)):
             own = inspect.signature(cls.__init__).parameters
-            settings = {name: value for name, value in settings.items() if name in own or not _is_same(name, value)}
+            dropped = [name for name, value in settings.items() if name not in own and _changes_nothing(name, value)]
+            settings = {name: value for name, value in settings.items() if name not in dropped}
         refuse_arguments(cls.__name__, cls.__init__, settings, CONSTRUCTORS)
         return super().__call__(*args, **settings)
 
 
-def _is_same(name: str, value) -> bool:
-    return name in CONSTRUCTORS and (value is None or value in SAME_HERE.get(name, ()))
+def _changes_nothing(name: str, value) -> bool:
+    return name in CONSTRUCTORS and (value is None or value in NO_OP_VALUES.get(name, ()))
+
+
+def _is_ours(kind: type) -> bool:
+    """Whether a class is a callback or logger of mlxmm's own: another package may be called `callbacks`, too."""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    callbacks = (Path(__file__).parents[1] / "callbacks").resolve()
+    is_inside = kind.__module__.startswith("mlxmm.") or file is not None and Path(file).resolve().parent == callbacks
+    return is_inside and kind.__name__ not in ("Callback", "Logger")
 
 
 class Settings(dict):

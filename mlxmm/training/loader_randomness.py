@@ -14,6 +14,7 @@ import numpy as np
 from mlxmm.training.randomness import remembered_random_state, seed_everything, step_seed
 
 HELD = ("batch_sampler", "sampler", "dataset")  # the parts of torch's DataLoader, and of those like it
+MAX_COMPARED = 1_000_000  # items of a list or array that are compared in each epoch: 10 ms
 END = object()
 _numpy: Any = np.random  # whose types do not have `get_bit_generator`
 
@@ -78,20 +79,29 @@ def _parts(loader) -> list:
 
 
 def changes_in_place(loader) -> Callable[[], list[str]]:
-    """A function that names the lists and arrays (N,) of `loader` that have been changed in place since: what it
-    shuffles so depends on the epochs before, and a resumed run has none of these."""
+    """A function that names the lists and arrays (N,) of `loader` that have another order since: what it shuffles in
+    place depends on the epochs before, and a resumed run has none of these. A cache that is filled has no such order.
+    """
     held = {
         f"{type(part).__name__}.{name}": value
         for part in _parts(loader)
         for name, value in (vars(part).items() if hasattr(part, "__dict__") else ())
-        if isinstance(value, list) or type(value) is np.ndarray and value.ndim == 1
+        if (isinstance(value, list) or type(value) is np.ndarray and value.ndim == 1) and len(value) <= MAX_COMPARED
     }
     before = {name: _content(value) for name, value in held.items()}
-    return lambda: [name for name, value in held.items() if _content(value) != before[name]]
+    return lambda: [name for name, value in held.items() if _is_reordered(before[name], _content(value))]
 
 
-def _content(value: list | np.ndarray) -> int:
-    return hash(tuple(map(id, value)) if isinstance(value, list) else value.tobytes())
+def _content(value: list | np.ndarray) -> np.ndarray:
+    """A copy of an array (N,); of Python's objects, which of them stands where."""
+    is_of_objects = isinstance(value, list) or value.dtype.hasobject
+    return np.fromiter(map(id, value), np.uint64, len(value)) if is_of_objects else value.copy()
+
+
+def _is_reordered(before: np.ndarray, after: np.ndarray) -> bool:
+    if len(before) != len(after) or before.tobytes() == after.tobytes():
+        return False
+    return np.sort(before).tobytes() == np.sort(after).tobytes()
 
 
 def _seed(generator: Any, seed: int) -> None:

@@ -21,7 +21,7 @@ from mlxmm.storage.checkpoint_folder import go_back, name_checkpoint, newest_sta
 from mlxmm.storage.disk import is_of_the_machine
 from mlxmm.terminal import say
 from mlxmm.training.callback import Callback
-from mlxmm.training.monitors import check_monitor, without_validation
+from mlxmm.training.monitors import check_monitor, validates, without_validation
 from mlxmm.training.trainer_config import duration, duration_text, is_duration
 
 
@@ -106,7 +106,7 @@ class ModelCheckpoint(Callback):
         if not self._enabled and not trainer.config.fast_dev_run:
             raise UserError("ModelCheckpoint saves nothing with enable_checkpointing=False: leave one of the two out")
         self._checks_epochs = self._has_warned = False
-        if self.monitor is not None and not trainer.enable_validation:
+        if self.monitor is not None and not validates(trainer):
             fault = without_validation("ModelCheckpoint", self.monitor, validates=False)
             self._checks_epochs = fault is None
             self._has_warned = fault is not None

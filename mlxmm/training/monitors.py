@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Collection, Iterable
 
+from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.training.callback import HOOKS
 from mlxmm.training.lightning_words import closest
@@ -31,9 +32,11 @@ def meant(name: str, known: Iterable[str]) -> str | None:
 
 def check_before_training(trainer, measured: Collection[str]) -> None:
     """Raise `UserError` for a monitor that is none of the metrics that validation has `measured`, where nothing else
-    can log it: neither a callback nor a hook of the module."""
+    can log it: neither a callback, a hook of the module, nor a step in plain Python. Nothing measured proves nothing.
+    """
     logged = [callback.logs for callback in trainer.callbacks]
-    if None in logged or any(hasattr(type(trainer.module), hook) for hook in HOOKS):
+    has_hooks = any(hasattr(type(trainer.module), hook) for hook in HOOKS)
+    if not measured or None in logged or has_hooks or not trainer.compiler.enabled:
         return
     for callback in trainer.callbacks:
         monitor = getattr(callback, "monitor", None) or "train/"
@@ -41,6 +44,11 @@ def check_before_training(trainer, measured: Collection[str]) -> None:
             near = meant(monitor, measured)
             told = f"did you mean {near}?" if near else f"validation gives {', '.join(sorted(measured))}"
             raise UserError(f"{type(callback).__name__}: nothing logs {monitor!r}; {told}")
+
+
+def validates(trainer) -> bool:
+    """Whether any process has something to validate on. All of them must call this."""
+    return bool(collectives.all_max(trainer.enable_validation)[0])
 
 
 def without_validation(owner: str, monitor: str, validates: bool) -> str | None:

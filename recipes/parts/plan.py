@@ -54,7 +54,7 @@ class Part:
         """Say that it is done, with its result; or, if it never began, that it is taken from where it is `kept`."""
         results = "".join(f", {name} {value:.4g}" for name, value in metrics.items())
         if self._start is None:
-            self.run.print(f"{self.place}: the {self.name} is there, {done} before{results}: {kept}")
+            self.run.print(f"{self.place}: the {self.name} was {done} earlier{results}: {kept}")
         else:
             self.run.print(f"{self.name}: {done} in {time.perf_counter() - self._start:.0f} s{results}")
 

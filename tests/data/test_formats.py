@@ -226,6 +226,21 @@ def test_splits_that_a_column_does_not_name_come_with_what_it_says(tmp_path):
         opened(path, split_column="fold")
 
 
+def test_classes_that_a_column_of_splits_has_are_told_by_their_names(tmp_path, capsys):
+    def source(names, numbers):
+        path = with_columns(tmp_path / "rows.parquet", caption=sorted(said()), split=numbers)
+        kind = datasets.ClassLabel(names=names)
+        datasets.Dataset.from_parquet(str(path)).cast_column("split", kind).to_parquet(path)
+        return path
+
+    with pytest.raises(UserError, match="has no rows for val, test; its column 'split' says train$"):
+        opened(source(["train", "unused"], [0] * NUM), split_column="split")
+    with pytest.raises(UserError, match=r"must say train, val or test; it holds 'unused' \(20 rows\)"):
+        opened(source(["train", "unused"], [1] * NUM), split_column="split")
+    opened(source(["train", "val", "test", "unused"], list(range(4)) * 5), split_column="split")
+    assert "says neither train, val nor test: 'unused' (5 rows)" in capsys.readouterr().out
+
+
 def only_parquet(folder, splits):
     folder.mkdir(exist_ok=True)
     for place, split in enumerate(splits):

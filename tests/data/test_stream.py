@@ -1,8 +1,11 @@
 """Streams: the rows of the files, in an order that is a function of (seed, epoch), and resumed to the bit."""
 
+import copy
 import gc
+import hashlib
 import io
 import json
+import pickle
 import re
 import threading
 import zipfile
@@ -23,6 +26,9 @@ from mlxmm import Trainer
 from mlxmm.compute.deterministic import repeats_to_the_bit
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
+from mlxmm.data.sources.stream import StreamRows
+from mlxmm.data.sources.tables import Columns
+from mlxmm.data.sources.twins import picture_key
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.tokenizers import train_tokenizer
@@ -171,6 +177,19 @@ def test_more_than_one_bad_picture_in_a_hundred_ends_the_run_in_one_line(make_fo
     ) as caught:
         seen(data)
     assert "\n" not in str(caught.value)
+
+
+def test_rows_of_a_stream_are_copied_and_pickled_and_hash_nothing_where_nothing_is_held_out(monkeypatch):
+    stream = StreamRows("source", None, None)
+    assert copy.deepcopy(stream) == stream == pickle.loads(pickle.dumps(stream))
+    cell, hashed, sha256 = {"bytes": png(1), "path": None}, [], hashlib.sha256
+    table = datasets.Dataset.from_list([{"caption": ["a thing"]}])
+    columns = Columns(image="image", caption="caption", split=None)
+    held_out = {picture_key(cell): "val"}
+    monkeypatch.setattr(hashlib, "sha256", lambda *data: hashed.append(data) or sha256(*data))
+    for others, num in (({}, 0), (held_out, 1)):
+        StreamRows("source", table, columns, others).row({"image": cell, "caption": ["a thing"]})
+        assert len(hashed) == num
 
 
 def test_a_column_of_splits_is_followed_and_held_out_rows_are_limited(tmp_path):

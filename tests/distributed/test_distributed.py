@@ -20,7 +20,7 @@ from conftest import DistinctBatches, TinyRegression
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from callbacks import ModelCheckpoint
+from callbacks import EarlyStopping, ModelCheckpoint
 from mlxmm import Callback, Trainer
 from mlxmm.compute import linux_blas
 from mlxmm.data.loader import Loader
@@ -97,6 +97,9 @@ def validate(folder):
         share = shares[collectives.rank()]
         batches = [{key: array[rows_of] for key, array in rows.items()} for rows_of in share]
         told[name] = trainer(folder).validate(TinyRegression(), dataloaders=batches)
+    run = trainer(folder, callbacks=[EarlyStopping("val/loss")], val_check_interval=3)
+    run.fit(TinyRegression(), Shards(), [rows] if collectives.rank() == 0 else [])
+    told["steps"] = run.global_step
     (folder / f"told{collectives.rank()}.json").write_text(json.dumps(told))
 
 
@@ -321,7 +324,7 @@ def test_validation_on_unequal_shards_gives_the_means_of_one_process(tmp_path):
     told = [json.loads((tmp_path / f"told{rank}.json").read_text()) for rank in (0, 1)]
     rows = DistinctBatches(num_batches=1, batch_size=3).batches[0]
     one = trainer(tmp_path).validate(TinyRegression(), dataloaders=[rows])
-    assert told[0] == told[1] and told[0]["none"] == {}
+    assert told[0] == told[1] and told[0]["none"] == {} and told[0]["steps"] == 6
     for name in ("unequal", "empty"):
         assert told[0][name] == pytest.approx(one, rel=1e-6)
 

@@ -186,13 +186,17 @@ def test_no_path_of_this_machine_is_in_a_data_set(tmp_path):
     one = attrs.evolve(
         next(records(Pictures(1), source=f"{tmp_path}/holiday")),
         row_id=f"{tmp_path}/me/cat.jpg (row 1)",
+        identity={"file_name": f"{tmp_path}/me/cat.jpg", "id": r"C:\me\7", "url": f"file://{tmp_path}/me/cat.jpg"},
         captions=captions,
     )
     write_dataset(tmp_path / "set", [one], CardFacts())
     row = load(tmp_path / "set")[0]
     assert (row["source"], row["row_id"], row["captioner"]) == ("holiday", "cat.jpg (row 1)", ["mine"])
+    assert (row["file_name"], row["id"], row["url"]) == ("cat.jpg", "7", "cat.jpg")
     assert load(tmp_path / "set", "dropped")[0]["row_id"] == "cat.jpg (row 1)"
     assert str(tmp_path) not in (tmp_path / "set/README.md").read_text()
+    kept = attrs.evolve(one, identity={"file_name": "me/cat.jpg", "url": "https://x.org/cat.jpg"}).values()
+    assert (kept["file_name"], kept["id"], kept["url"]) == ("me/cat.jpg", None, "https://x.org/cat.jpg")
 
 
 def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path):

@@ -157,7 +157,7 @@ def test_a_run_cut_short_and_resumed_ends_as_the_whole_one(finished, cache, tmp_
     assert run("align_qwen3", *TINY, "--run-dir", folder, "--trainer.max-steps", 5, cache=cache).returncode == 0
     done = run("align_qwen3", "--run-dir", folder, "--resume", "last", "--trainer.max-steps", 8, cache=cache)
     assert done.returncode == 0, done.stderr
-    assert "1 of 4: the tower is there, trained before, val/accuracy" in done.stdout
+    assert "1 of 4: the tower was trained earlier, val/accuracy" in done.stdout
     assert "3 of 4: training the captioner, 8 updates, from step 5\n" in done.stdout
     # The rate falls to its end at max_steps, so the longer run is another one: only its length is compared.
     assert json.loads((folder / "checkpoints/last/state.json").read_text())["global_step"] == 8

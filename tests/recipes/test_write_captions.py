@@ -1,5 +1,6 @@
 """write_captions: killed at any moment and resumed, its table is that of a job never disturbed."""
 
+import io
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -21,6 +23,7 @@ from mlxmm.captioners.journal import Entry
 from mlxmm.captioners.records import Provenance
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
 from mlxmm.data.pictures import open_pictures, open_split
+from mlxmm.errors import UserError
 from mlxmm.storage.runs import Run
 from recipes.parts.captioners import JobConfig
 from recipes.parts.publishing import Captions, DatasetConfig, make_dataset
@@ -200,6 +203,63 @@ def test_all_pictures_of_a_folder_are_captioned_or_only_those_without_a_caption(
     missing, _ = open_split(config, 0, None, only_missing=True)
     names = [missing.identity(place)["file_name"] for place in range(len(missing))]
     assert names == [f"{i:02}.png" for i in [*range(1, 12, 2), *range(12, 20)]]
+
+
+def write_rows(path: Path, **columns) -> str:
+    """A parquet file of pictures with these columns; its path."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    num = len(next(iter(columns.values())))
+    table = datasets.Dataset.from_dict({"image": [{"bytes": file.getvalue(), "path": None}] * num, **columns})
+    path.parent.mkdir(exist_ok=True)
+    table.cast_column("image", datasets.Image(decode=False)).to_parquet(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("wanted", [("caption_*",), ("caption_0", "caption_1"), ("about.text",)], ids=" ".join)
+def test_a_picture_with_a_caption_in_any_of_the_columns_is_none_without(tmp_path, wanted):
+    columns = {
+        "caption_0": ["a", "", None],
+        "caption_1": [None, "b", " "],
+        "about": [{"text": t} for t in ("a", "b", "")],
+    }
+    config = CaptionDataConfig(source=write_rows(tmp_path / "rows.parquet", **columns), caption_column=wanted)
+    assert open_split(config, 0, None, only_missing=True)[0].name(0) == "row 2"
+
+
+def test_only_missing_is_refused_where_no_caption_can_be_missing_or_none_is_known(tmp_path):
+    rows = write_rows(tmp_path / "rows.parquet", text=["a"])
+    for name in ("cat", "dog"):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "classes" / name / "1.png")
+    told = {
+        "shapes": "all pictures of shapes have captions",
+        rows: "has no column 'caption'",
+        str(tmp_path / "classes"): "has no pictures without a caption",
+    }
+    for source, line in told.items():
+        with pytest.raises(UserError, match=line):
+            open_split(CaptionDataConfig(source=source), 0, None, only_missing=True)
+
+
+@pytest.mark.parametrize("of_here", [False, True])
+def test_a_picture_is_named_below_the_folder_of_its_source_however_that_is_written(tmp_path, monkeypatch, of_here):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / name / "1.png")
+    rows = [json.dumps({"file_name": f"{name}/1.png", "caption": "a thing"}) for name in ("a", "b")]
+    (tmp_path / "pictures/metadata.jsonl").write_text("\n".join(rows))
+    source = "./pictures" if of_here else str(tmp_path / "pictures")
+    pictures, _ = open_split(CaptionDataConfig(source=source), 0, None)
+    assert [pictures.identity(place)["file_name"] for place in (0, 1)] == ["a/1.png", "b/1.png"]
+
+
+def test_a_picture_beside_tables_that_hold_theirs_is_not_captioned(tmp_path):
+    source = Path(write_rows(tmp_path / "rows" / "rows.parquet", file_name=["/home/me/1.png"])).parent
+    Image.new("RGB", (8, 8)).save(source / "preview.png")
+    pictures, _ = open_split(CaptionDataConfig(source=str(source)), 0, None)
+    assert len(pictures) == 1 and pictures.identity(0) == {"file_name": "1.png"}
 
 
 def test_of_a_source_with_splits_train_is_captioned_and_what_is_left_is_said(tmp_path, capsys):

@@ -1,5 +1,8 @@
 """A script written for Lightning: all that is wrong is told at once, and what MLX says of the rest gets a note."""
 
+import importlib.util
+import inspect
+import sys
 import warnings
 
 import mlx.core as mx
@@ -10,7 +13,7 @@ import pytest
 from conftest import DistinctBatches, TinyRegression
 
 from mlxmm import Callback, Module, Trainer
-from mlxmm.callbacks import EarlyStopping
+from mlxmm.callbacks import EarlyStopping, ModelCheckpoint
 from mlxmm.errors import UserError
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
@@ -107,6 +110,58 @@ def test_what_is_found_in_a_step_comes_with_the_other_words_of_the_source(make_t
     assert starts(
         told, ["OfTheStep has no log: return", "an array of MLX has no detach", "training_step returned a bare"]
     )
+
+
+class Reads(TinyRegression):
+    """Valid: its property needs a device of its own, and `loss` is what a function within its step returns."""
+
+    @property
+    def device(self):
+        raise RuntimeError("only on a machine with a device")
+
+    def where(self):
+        return self.device
+
+    def training_step(self, batch):
+        def total():
+            loss = super(Reads, self).training_step(batch)["loss"]
+            return loss
+
+        return {"loss": total()}
+
+
+class Misspelt(Reads):
+    def training_stop(self, batch):
+        pass
+
+    def configure_optimizers(self):
+        print("""a text that is
+not indented""")
+        return optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def test_the_source_of_a_valid_module_is_not_read_and_properties_are_never_run(make_trainer, monkeypatch):
+    read, getsource = [], inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda method: read.append(method) or getsource(method))
+    make_trainer(max_steps=1).fit(Reads(), DistinctBatches(2))
+    assert not read
+    told = refusal(lambda: make_trainer(max_steps=1).fit(Misspelt(), DistinctBatches(2)))
+    assert read and starts(
+        told, ["Misspelt.training_stop is not called here", "Misspelt.configure_optimizers: an optimizer of MLX takes"]
+    )
+
+
+def test_arguments_that_change_nothing_are_taken_by_classes_that_derive_from_those_of_mlxmm(tmp_path, monkeypatch):
+    class Own(ModelCheckpoint):
+        pass
+
+    assert isinstance(Own(save_last=True), Own)
+    (tmp_path / "mine.py").write_text("import mlxmm\nclass Theirs(mlxmm.Callback):\n    def __init__(self): ...\n")
+    spec = importlib.util.spec_from_file_location("callbacks.mine", tmp_path / "mine.py")
+    monkeypatch.setitem(sys.modules, "callbacks.mine", module := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module)
+    with pytest.raises(UserError, match="^Theirs has no argument verbose"):
+        module.Theirs(verbose=True)
 
 
 class Says(Module):

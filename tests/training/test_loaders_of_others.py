@@ -141,6 +141,30 @@ def test_a_loader_that_shuffles_in_place_is_told_that_a_resume_has_another_order
             assert len(list(batches.epoch(make(), 0))) == 10
 
 
+class Fills(OfGlobals):
+    """Keeps each batch that it has made, counts them, and knows a large array of tokens that it sorts."""
+
+    def __init__(self):
+        self.cache, self.seen, self.counts = [None] * 10, [], np.zeros(10)
+        self.tokens = np.arange(1_000_001)[::-1].copy()
+
+    def __iter__(self):
+        self.tokens.sort()
+        for i in range(10):
+            self.cache[i] = self.cache[i] or batch(i)
+            self.seen.append(i)
+            self.counts[i] += 1
+            yield self.cache[i]
+
+
+def test_a_cache_that_is_filled_is_no_other_order_and_a_large_array_is_not_looked_at():
+    loader = Fills()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number in (0, 1):
+            assert len(list(batches.epoch(loader, number))) == 10
+
+
 def test_the_seed_decides_what_a_loader_draws(make_trainer):
     def order(seed):
         return [b["y"][0].item() for b in batches.epoch(OfGlobals(), 0, seed=seed)]

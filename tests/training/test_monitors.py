@@ -73,10 +73,25 @@ def test_a_metric_that_nobody_logs_is_said_at_the_end_of_the_first_epoch(fit, ki
 @pytest.mark.parametrize(
     ("monitor", "told"), [("val_loss", "did you mean val/loss"), ("val/xyz", "validation gives val/loss")]
 )
-def test_a_misspelt_monitor_of_validation_is_said_before_the_first_update(fit, kind, monitor, told, monkeypatch):
-    monkeypatch.setattr("mlxmm.training.trainer.Trainer._train", None)
+def test_a_misspelt_monitor_of_validation_is_said_before_the_first_update(fit, kind, monitor, told):
+    updates = []
+    methods = {"logs": (), "on_train_batch_start": lambda self, *args: updates.append(1)}
     with pytest.raises(UserError, match=f"^{kind}: nothing logs '{monitor}'; {told}"):
-        fit(LearningRateMonitor(), WATCHERS[kind](monitor), max_epochs=3)
+        count = type("Count", (Callback,), methods)()
+        fit(LearningRateMonitor(), count, WATCHERS[kind](monitor), max_epochs=3)
+    assert not updates
+
+
+class LogsInItsStep(TinyRegression):
+    def training_step(self, batch):
+        self.trainer.log("score", 1.0)
+        return super().training_step(batch)
+
+
+def test_a_monitor_that_a_step_in_plain_python_logs_is_waited_for(make_trainer):
+    trainer = make_trainer(max_epochs=2, compile=False, callbacks=[EarlyStopping("score")])
+    trainer.fit(LogsInItsStep(), DistinctBatches(4), DistinctBatches(2))
+    assert trainer.global_step == 8
 
 
 def test_a_monitor_that_a_callback_logs_is_waited_for(fit):

@@ -133,8 +133,13 @@ def split_of(path: PurePosixPath | Path, *, by_name: bool) -> str | None:
 
 def split_of_label(label, kind=None) -> str | None:
     """The split that a label in a column means; `kind` is the column's feature, which may name classes."""
-    named = kind.int2str(label) if hasattr(kind, "int2str") and isinstance(label, int) and label >= 0 else label
+    named = name_of_label(label, kind)
     return SPLIT_OF.get(named.strip().lower()) if isinstance(named, str) else None
+
+
+def name_of_label(label, kind):
+    """A label as people read it: the name of a class, where the column's feature `kind` names classes."""
+    return kind.int2str(label) if hasattr(kind, "int2str") and isinstance(label, int) and label >= 0 else label
 
 
 def _by_split(folder: Path, files: Sequence[Path], *, by_name: bool) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ import attrs
 import numpy as np
 
 from mlxmm.data.sources.decodable import undecodable_places
-from mlxmm.data.sources.formats import RANDOM, SPLIT_OF, SPLITS, split_of_label
+from mlxmm.data.sources.formats import RANDOM, SPLIT_OF, SPLITS, name_of_label, split_of_label
 from mlxmm.data.sources.joined import Join
 from mlxmm.data.sources.picture_files import num_bytes_of
 from mlxmm.data.sources.tables import (
@@ -255,7 +255,7 @@ def open_rows(
     rows = {split: CaptionRows(table, indices, columns) for split, (table, indices) in parts.items()}
     rows = {split: part for split, part in rows.items() if len(part)}
     column = None if columns.split == RANDOM else columns.split
-    names = tables if column is None else concatenated(list(tables.values())).unique(column)
+    names = tables if column is None else _labels(concatenated(list(tables.values())), column)
     check_splits(source, rows, names, column, to_train=to_train, hint=NOT_UNASKED)
     return grouped(source, rows)
 
@@ -324,13 +324,18 @@ def _has_splits(tables: dict) -> bool:
 
 def _rows_by_label(table, column: str) -> dict[str, np.ndarray]:
     """The rows of each split that a column names. Labels that name none are printed, with their number."""
-    labels, kind = table[column][:], table.features[column]
+    labels = [name_of_label(label, table.features[column]) for label in table[column][:]]
     if any(isinstance(label, list | dict) for label in labels):
         report_labels(column, labels, num_named=0)
-    splits = np.array([split_of_label(label, kind) or "" for label in labels])
+    splits = np.array([split_of_label(label) or "" for label in labels])
     report_labels(column, [label for label, split in zip(labels, splits) if not split], num_named=sum(splits != ""))
     report_restval(labels)
     return {split: np.flatnonzero(splits == split) for split in SPLITS}
+
+
+def _labels(table, column: str) -> list:
+    """The different labels in a column, as people read them."""
+    return [name_of_label(label, table.features[column]) for label in table.unique(column)]
 
 
 def report_labels(column: str, unknown: Sequence, *, num_named: int) -> None:

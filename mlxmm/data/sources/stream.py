@@ -5,13 +5,12 @@ A stream has no length and no random access. Rows are shuffled within a buffer o
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from types import MappingProxyType
 from typing import Any
 
 import attrs
 import numpy as np
 
-from mlxmm.data.sources.formats import RANDOM, SPLIT_OF, SPLITS, split_of_label
+from mlxmm.data.sources.formats import RANDOM, SPLIT_OF, SPLITS, name_of_label, split_of_label
 from mlxmm.data.sources.rows import CaptionRows, report_labels
 from mlxmm.data.sources.tables import (
     Columns,
@@ -45,7 +44,7 @@ class StreamRows:
     source: str
     table: Any  # a `datasets.IterableDataset`
     columns: Columns
-    held_out: Mapping[Any, str] = MappingProxyType({})
+    held_out: Mapping[Any, str] = attrs.field(factory=dict)
     _named: set = attrs.field(factory=set, init=False, eq=False)  # pictures of `held_out` that were met and named
 
     def captions(self) -> Iterator[str]:
@@ -77,6 +76,8 @@ class StreamRows:
 
     def _report_held_out(self, image: dict | None, name: str) -> None:
         """Name a picture that is in another split too, the first time that it is met; the first few of them."""
+        if not self.held_out:
+            return
         split = self.held_out.get(key := picture_key(image))
         if split and key not in self._named and len(self._named) < MAX_SHOWN:
             self._named.add(key)
@@ -151,9 +152,9 @@ def _first_rows(table, column: str, most: dict[str, int]) -> dict[str, list[dict
     first: dict[str, list[dict]] = {split: [] for split in SPLITS}
     unknown: list = []  # of the rows that are read here
     for values in table:
-        split = split_of_label(values[column], table.features[column])
-        if split is None:
-            unknown.append(values[column])
+        label = name_of_label(values[column], table.features[column])
+        if (split := split_of_label(label)) is None:
+            unknown.append(label)
         elif len(first[split]) < most[split]:
             first[split].append(values)
         if all(len(first[split]) == most[split] for split in SPLITS):
