@@ -45,10 +45,15 @@ class Faults(list[str]):
         if not self:
             return
         faults = list(dict.fromkeys([*self, *also]))
-        many = [f"{len(faults)} things to put right:", *(f"- {fault}" for fault in faults)]
-        error = kind("\n".join(many) if len(faults) > 1 else faults[0])
+        error = kind(as_one(faults))
         error.faults = faults
         raise error
+
+
+def as_one(faults: list[str]) -> str:
+    """The text of an error that tells of these faults."""
+    many = [f"{len(faults)} things to put right:", *(f"- {fault}" for fault in faults)]
+    return "\n".join(many) if len(faults) > 1 else faults[0]
 
 
 def warn(told: str) -> None:
@@ -70,8 +75,6 @@ def _print_once(line: str) -> None:
 
 @functools.cache
 def _others_files() -> tuple[str, ...]:
-    import mlx.nn
-
-    scripts = sysconfig.get_path("scripts")  # `mlxmm` itself
-    folders = [PACKAGE, (PACKAGE / "callbacks").resolve(), Path(mlx.nn.__file__).parents[1], scripts]
-    return *(f"{folder}/" for folder in folders), contextlib.__file__, functools.__file__, "<attrs", "<frozen"
+    installed = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib", "scripts")]
+    folders = [PACKAGE, (PACKAGE / "callbacks").resolve(), *installed]
+    return *(f"{folder}/" for folder in folders), "<attrs", "<frozen"

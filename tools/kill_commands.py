@@ -48,7 +48,7 @@ class Trial:
     """A command, what it is given in a folder of its own, and what is compared of two such folders."""
 
     arguments: Callable[[Path], list]
-    left: Callable[[Path, Path, LocalHub], bool]
+    compares: Callable[[Path, Path, LocalHub], bool]
     resumes: bool = True
 
 
@@ -68,7 +68,6 @@ def ends_the_same(name: str, args: argparse.Namespace) -> int:
     """How many of the killed and repeated commands end as one that was never killed."""
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder, LocalHub(made(Path(folder) / "hub")) as hub:
-        start = time.perf_counter()
         prepare(name, Path(folder))
         for run in ("first", "whole"):  # the first one compiles kernels
             start = time.perf_counter()
@@ -98,7 +97,7 @@ def killed_once(name: str, folder: Path, hub: LocalHub, number: int, after: floa
         ended = f"killed, {sum(1 for _ in own.rglob('.tmp-*'))} half written"
     is_whole = not TRIALS[name].resumes and (own / "run").exists()  # it would not be replaced
     code = 0 if is_whole else launch(name, own, hub).wait()
-    same = code == 0 and TRIALS[name].left(folder / "whole", own, hub)
+    same = code == 0 and TRIALS[name].compares(folder / "whole", own, hub)
     verdict = "the same" if same else f"DIFFERENT, exit code {code}: {(own / 'log').read_text()[-400:]}"
     print(f"{name} {number + 1}: after {after:.1f} s {ended}; {verdict}", flush=True)
     return same

@@ -11,7 +11,7 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
-LEAST = 16  # threads of a block over pairs and positions: 1,024 / 64
+MIN_THREADS = 16  # threads of a block over pairs and positions: 1,024 / 64
 
 
 def use_rope_of_narrow_heads(model: nn.Module) -> None:
@@ -24,14 +24,14 @@ def use_rope_of_narrow_heads(model: nn.Module) -> None:
 
 @functools.cache
 def with_positions(cls: type) -> type:
-    """A subclass of a RoPE that repeats positions where a block would have fewer than `LEAST` of them and of pairs, and
-    leaves these out of the results."""
+    """A subclass of a RoPE that repeats positions where a block would have fewer than `MIN_THREADS` over pairs and
+    positions, and leaves these out of the results."""
 
     def call(self, x: mx.array, *args, **kwargs) -> mx.array:
-        length = x.shape[-2]
-        pairs = 1 << (x.shape[-1] // 2).bit_length() - 1  # the power of two that the kernel takes
-        copies = math.ceil(LEAST / pairs / length)
+        length, width = max(1, x.shape[-2]), getattr(self, "dims", getattr(self, "dim", x.shape[-1]))
+        pairs = 1 << (width // 2).bit_length() - 1  # the power of two that the kernel takes
+        copies = math.ceil(MIN_THREADS / pairs / length)
         repeated = mx.concatenate([x] * copies, axis=-2) if copies > 1 else x
-        return cls.__call__(self, repeated, *args, **kwargs)[..., :length, :]
+        return cls.__call__(self, repeated, *args, **kwargs)[..., : x.shape[-2], :]
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})

@@ -50,6 +50,10 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MAX_STRIP_RATIO = 16  # of a strip too long to be resized, the middle of this length (in widths) is used
 
 
+# Of large images and damaged EXIF. For one picture alone they cannot be silenced: its thread would silence all others.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
 class UndecodableImage(UserError):
     """A file that is not an image, or is truncated."""
 
@@ -81,10 +85,8 @@ def decode_image(value) -> Image.Image:
 
 @functools.cache
 def _formats() -> list[str]:
-    """Those of `FORMATS` that this Pillow reads. From then on it is silent about large images and damaged EXIF: for
-    each picture by itself it cannot be, as its thread would silence all others."""
+    """Those of `FORMATS` that this Pillow reads."""
     Image.init()
-    warnings.filterwarnings("ignore", module=r"PIL\.")
     return [name for name in FORMATS if name in Image.OPEN]
 
 

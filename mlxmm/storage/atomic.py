@@ -84,9 +84,9 @@ def _replace_folder(path: Path, new: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Like `atomic_folder`, but never replaces anything: raises `UserError` if `path` exists and is not empty."""
     path = path.absolute()
+    remove_leftovers(path.parent, path.name)  # first, as it may put a folder back
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists and is not empty: name another folder")
-    remove_leftovers(path.parent, path.name)
     with atomic_folder(path) as temporary:
         yield temporary
 

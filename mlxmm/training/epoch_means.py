@@ -17,8 +17,8 @@ class EpochMeans:
         self._pending: list[Mapping[str, mx.array]] = []
 
     def add(self, metrics: Mapping[str, mx.array]) -> None:
-        """Count the metrics of an update, scalar arrays. They are read later, when they are long evaluated."""
-        self._pending.append(metrics)
+        """Count the metrics of an update, scalar arrays. Many updates are read at once, so that none waits for it."""
+        self._pending.append(dict(metrics))
         if len(self._pending) == PENDING:
             self._read()
 

@@ -62,7 +62,7 @@ def _of_values(text: str) -> str | None:
         return None
     if kind := re.search(r"input array with type (u?int\w*|bool)", text):
         return f"mlxmm: pixels are floats, these are {kind[1]}: x.astype(mx.float32) / 255."
-    shapes = [ast.literal_eval(shape) for shape in re.findall(r"\([\d, ]+\)", text)]
+    shapes = [ast.literal_eval(shape) for shape in re.findall(r"\(\d+(?:, ?\d+)+\)", text)]
     if len(shapes) == 2 and len(shapes[0]) == 4 and shapes[0][1] == shapes[1][-1]:
         return "mlxmm: pictures are (N, H, W, C), this looks like (N, C, H, W): x.transpose(0, 2, 3, 1)."
     return None

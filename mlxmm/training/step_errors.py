@@ -7,7 +7,7 @@ from numbers import Number
 
 import mlx.core as mx
 
-from mlxmm.errors import Faults, UserError
+from mlxmm.errors import UserError, as_one
 from mlxmm.training import lightning_words, mlx_errors, module_source
 from mlxmm.training.module import Module
 
@@ -27,9 +27,10 @@ def _told_together(step: Callable) -> Iterator[None]:
     except UserError as error:
         module = getattr(step, "__self__", None)
         words = module_source.words_of_lightning(module) if isinstance(module, Module) else []
-        if set(words) <= {str(error)}:
-            raise
-        Faults([str(error)]).refuse(words, type(error))
+        if not set(words) <= {str(error)}:
+            error.faults = list(dict.fromkeys([str(error), *words]))
+            error.args = (as_one(error.faults),)
+        raise
 
 
 @contextlib.contextmanager

@@ -28,8 +28,9 @@ def checkpoints(config: TrainerConfig, **settings) -> list[Callback]:
 
 
 def newest(trainer: Trainer) -> dict[str, float]:
-    """The newest value of each metric that is not of time or memory; "train/loss" has the epoch's, too."""
-    return {k: v for k, v in repeatable(trainer.callback_metrics).items() if not k.endswith("_epoch")}
+    """The newest value of each metric that is not of time or memory. "train/loss" has that of "train/loss_epoch"."""
+    metrics = repeatable(trainer.callback_metrics)
+    return {name: metrics[name] for name in metrics if name.removesuffix("_epoch") not in metrics.keys() - {name}}
 
 
 def log_results(trainer: Trainer, metrics: Mapping, samples: Image.Image | None = None) -> None:
