@@ -4,7 +4,6 @@ import os
 import platform
 import shutil
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,9 +134,7 @@ def _blas() -> Row:
 
 
 def _compiling() -> Row:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the row says it
-        compiles = can_compile()
+    compiles = can_compile()
     advice = None if compiles else "install g++ (apt install g++): without it training runs uncompiled, and slower"
     return Row("compiled steps", "yes" if compiles else "no", advice)
 

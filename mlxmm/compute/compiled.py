@@ -105,18 +105,14 @@ class Compiler:
 
 
 def can_compile() -> bool:
-    """Whether compiled steps can run here: on a CPU, MLX calls a C++ compiler. Warns once if they cannot."""
-    if mx.default_device() != mx.cpu or shutil.which("g++"):
-        return True
-    _warn_of_plain_python()
-    return False
+    """Whether compiled steps can run here: on a CPU, MLX calls a C++ compiler."""
+    return mx.default_device() != mx.cpu or shutil.which("g++") is not None
 
 
 @functools.cache
-def _warn_of_plain_python() -> None:
-    warn(
-        "MLX compiles kernels for the CPU with g++, which was not found: training runs uncompiled",
-    )
+def warn_of_plain_python() -> None:
+    """Say once that compiled steps cannot run here."""
+    warn("MLX compiles kernels for the CPU with g++, which was not found: training runs uncompiled")
 
 
 def snapshot(tree) -> Callable[[], None]:

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxmm.compute import memory
-from mlxmm.compute.compiled import Compiler, can_compile
+from mlxmm.compute.compiled import Compiler, can_compile, warn_of_plain_python
 from mlxmm.compute.half_products import half_products
 from mlxmm.compute.precision import set_dtypes
 from mlxmm.distributed import collectives
@@ -421,7 +421,10 @@ class Trainer(TrainerProperties):
         self._call("on_before_optimizer_step", grads)
 
     def _compiles(self) -> bool:
-        return self.config.compile and not self.config.detect_anomaly and can_compile()
+        wanted = self.config.compile and not self.config.detect_anomaly
+        if wanted and not can_compile():
+            warn_of_plain_python()
+        return wanted and can_compile()
 
     def _call(self, hook: str, *args) -> list:
         methods = self._hooks[hook]
