@@ -16,6 +16,8 @@ DEV := $(READY)-dev
 INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt
 # Threads of a BLAS that wait for each other on a busy machine cost more than they give in small tests.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
+# Three for two cores: many tests wait for processes that they start.
+WORKERS = $(shell expr $$(getconf _NPROCESSORS_ONLN) '*' 3 / 2)
 
 .PHONY: demo test test-lowest test-newest constraints test-slow test-browser docs lint chaos damage bench bench-quick real prove
 .PHONY: resolve clean
@@ -25,7 +27,7 @@ demo: $(READY)
 	@echo "to go on in this shell: source .venv/bin/activate"
 
 test: $(DEV)
-	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(DEV)
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow
@@ -38,7 +40,7 @@ test-lowest test-newest:
 	$(PYTHON) -m venv --clear .venv-$@
 	.venv-$@/bin/python -m pip install --quiet uv
 	.venv-$@/bin/python -m uv pip install --quiet --python .venv-$@/bin/python --resolution $(RESOLUTION) -e ".[dev$(BACKEND:%=,%)]"
-	$(TEST_ENV) .venv-$@/bin/python -m pytest -n auto --dist worksteal $(TESTS)
+	$(TEST_ENV) .venv-$@/bin/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
 # The versions that every .venv gets: those that were tested last. Run it to take newer ones; needs PyPI.
 constraints: $(READY)

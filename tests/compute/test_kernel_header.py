@@ -47,6 +47,7 @@ def test_a_kernel_is_the_same_to_the_bit_with_a_header_that_was_compiled_once(tm
     assert first.startswith(". ") and with_it == without
 
 
+@pytest.mark.slow
 def test_a_damaged_header_ends_no_run_and_one_older_than_mlx_is_made_again(tmp_path):
     header, kernel = run(tmp_path)
     header.write_bytes(b"damaged")

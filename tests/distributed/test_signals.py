@@ -101,6 +101,7 @@ Trainer(max_steps=3, default_root_dir=sys.argv[1], logger=False).fit(TinyRegress
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the compiler in /proc")
 @pytest.mark.parametrize(("source", "step"), [("compiled_preamble.h", 1), (".cpp", 0)])  # the header of all, a kernel
 def test_ctrl_c_while_a_kernel_is_compiled_ends_the_run_with_a_checkpoint(tmp_path, source, step):

@@ -92,6 +92,7 @@ def test_only_the_weights_that_are_read_are_fetched(loaded):
     assert set(weights.values()) == {("model.safetensors",)}
 
 
+@pytest.mark.slow
 def test_the_splits_of_flickr30k_are_those_of_its_column(loaded):
     assert loaded["rows"] == layout_flickr30k.split_counts(ROWS) == {"train": 52, "val": 4, "test": 4}
     assert set(loaded["captions"].values()) == {5}
@@ -187,6 +188,7 @@ def run(hub, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_preset_runs_from_hub_ids_to_its_summary(run):
     summary, config = (json.loads((run / f"{name}.json").read_text()) for name in ("summary", "config"))
     assert config["module"]["vision"] == CLIP and config["module"]["lm"] == QWEN
@@ -194,6 +196,7 @@ def test_the_preset_runs_from_hub_ids_to_its_summary(run):
     assert summary["val/loss"] == pytest.approx(math.log(151_936), abs=0.2)  # random weights: all tokens alike
 
 
+@pytest.mark.slow
 def test_the_run_can_be_exported(run):
     arrays = read_arrays(run / "export" / "model.safetensors")
     assert arrays["language_model.model.embed_tokens.weight"].shape[1] == 32
