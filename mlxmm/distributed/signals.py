@@ -46,13 +46,14 @@ def check_end() -> None:
 
 
 @contextlib.contextmanager
-def end_requests(alone: bool = True) -> Iterator[Request]:
+def end_requests(alone: bool = True, ending: contextlib.ExitStack | None = None) -> Iterator[Request]:
     """Within the block, the signals `ENDS` are recorded instead of ending the process; a second SIGINT interrupts.
 
     `check_end` heeds them if this process is `alone`: others must agree first. Ctrl-C in a terminal ends the compiler
     too that MLX may be calling: its failure is the signal then, not an error. Handlers that were set before are called
-    too, and restored afterwards; signals that are ignored stay so (`nohup`). Only the main thread receives signals: in
-    any other thread this does nothing.
+    too, and restored afterwards: once `ending` is over where `Interrupted` leaves the block, so that a second signal
+    does not end the last checkpoint. Signals that are ignored stay so (`nohup`). Only the main thread receives signals:
+    in any other thread this does nothing.
     """
     global _current
     request, outer = Request(), _current
@@ -66,15 +67,28 @@ def end_requests(alone: bool = True) -> Iterator[Request]:
             before[number](number, frame)
 
     _current = request if alone else outer
-    with _handled(before, note):
+    with contextlib.ExitStack() as handlers:
+        handlers.enter_context(_handled(before, note))
         try:
-            yield request
-        except RuntimeError as error:
-            if NO_KERNEL in str(error):
-                _current.check()
+            with _compiler_ended_too():
+                yield request
+        except Interrupted:
+            if ending is not None:
+                ending.push(handlers.pop_all())
             raise
         finally:
             _current = outer
+
+
+@contextlib.contextmanager
+def _compiler_ended_too() -> Iterator[None]:
+    """Within the block, the failure of a compiler that a signal has ended raises `Interrupted`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if NO_KERNEL in str(error):
+            _current.check()
+        raise
 
 
 @contextlib.contextmanager

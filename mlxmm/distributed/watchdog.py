@@ -42,6 +42,7 @@ class Watchdog:
         self.me, self.peers, self.limit = Peer(rank), list(peers), limit
         self.failure: str | None = None
         self._launcher = os.getppid()
+        self._is_ending = False  # by a signal, which all ranks obey
         self._speaking = threading.Lock()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
         atexit.register(self._leave)
@@ -54,7 +55,8 @@ class Watchdog:
 
     def note(self, error: BaseException) -> None:
         """Report an error of this process to the others. Raises `PeerLost` if its cause is that another rank failed."""
-        if isinstance(error, Ended) or (isinstance(error, SystemExit) and not error.code):
+        self._is_ending = isinstance(error, Ended)
+        if self._is_ending or (isinstance(error, SystemExit) and not error.code):
             return  # a signal that all ranks obey, or a normal exit
         if any(tag in str(error) for tag in MLX_TAGS) and self._verdict_comes():
             raise PeerLost(f"error: {self.failure}") from error
@@ -101,8 +103,10 @@ class Watchdog:
         return reason
 
     def _heed_launcher(self) -> None:
-        """Ask this rank to end, once, if its launcher is gone, however that ended: nobody reads what it prints."""
-        if os.getppid() != self._launcher:
+        """Ask this rank to end, once, if its launcher is gone, however that ended: nobody reads what it prints.
+
+        Not if it ends already, because another rank was asked first: after `fit` a signal would kill it."""
+        if os.getppid() != self._launcher and not self._is_ending:
             self._launcher = os.getppid()
             os.kill(os.getpid(), signal.SIGTERM)  # SIGHUP may be ignored: `nohup mlx.launch`
 

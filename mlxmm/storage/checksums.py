@@ -37,6 +37,6 @@ def _checksum(path: Path) -> str:
     return _checksum_of(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
-@functools.lru_cache(maxsize=1_024)
+@functools.lru_cache(maxsize=64)
 def _checksum_of(path: Path, *identity: int) -> str:
     return sha256(path)

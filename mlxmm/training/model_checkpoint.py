@@ -1,5 +1,6 @@
 """ModelCheckpoint: saves checkpoints of a run, and keeps the newest and the best."""
 
+import functools
 import math
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -23,6 +24,13 @@ from mlxmm.terminal import say
 from mlxmm.training.callback import Callback
 from mlxmm.training.monitors import check_monitor, validates, without_validation
 from mlxmm.training.trainer_config import duration, duration_text, is_duration
+
+
+@functools.cache
+def writer() -> ThreadPoolExecutor:
+    """The thread that writes all checkpoints of this process. For each thread that writes arrays, MLX's CPU backend
+    starts another one, which stays until the process ends: 16 KiB and a thread for each fit, if each had its own."""
+    return ThreadPoolExecutor(1, "checkpoint")
 
 
 @attrs.define(field_transformer=checked)
@@ -62,7 +70,7 @@ class ModelCheckpoint(Callback):
     _saved_at: float = attrs.field(default=0.0, init=False)  # in seconds of training
     _resumed_from: Path | None = attrs.field(default=None, init=False)
     _validated: bool = attrs.field(default=False, init=False)
-    _writer: ThreadPoolExecutor | None = attrs.field(default=None, init=False)
+    _is_fitting: bool = attrs.field(default=False, init=False)  # and rank 0, which writes
     _writing: Future | None = attrs.field(default=None, init=False)
     _written: tuple[int | None, dict[int, float]] = attrs.field(factory=lambda: (None, {}), init=False)  # before that
 
@@ -116,7 +124,7 @@ class ModelCheckpoint(Callback):
             self.dirpath.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.dirpath)
             self._resumed_from = trainer.ckpt_path and trainer.ckpt_path.resolve()
-            self._writer = ThreadPoolExecutor(1, "checkpoint")
+            self._is_fitting = True
 
     def check_run(self, trainer) -> None:
         """Raise `UserError` where the folder has checkpoints of another run than the one that is resumed."""
@@ -202,7 +210,7 @@ class ModelCheckpoint(Callback):
             return
         old = before - {self.last_step, *self.scores}
         save_config, best = trainer.module.save_config, self.best_step
-        self._writing = self._writer.submit(self._write, self.last_step, contents, save_config, best, old)
+        self._writing = writer().submit(self._write, self.last_step, contents, save_config, best, old)
         if not self.background:
             wait([self._writing])
 
@@ -243,7 +251,7 @@ class ModelCheckpoint(Callback):
         """Forget the newest checkpoint, on all ranks, where it could not be written."""
         if failure is not None:
             self.last_step, self.scores = self._written[0], dict(self._written[1])
-            if self._writer is not None:
+            if self._is_fitting:
                 say(f"warning: {failure}; training goes on, kept is {self._kept()}")
 
     def _kept(self) -> str:
@@ -256,9 +264,7 @@ class ModelCheckpoint(Callback):
                 self.last_step = self._written[0]
                 raise UserError(f"{failure}; kept is {self._kept()}")
         finally:
-            if self._writer is not None:
-                self._writer.shutdown()
-                self._writer = None
+            self._is_fitting = False
 
     def _folder(self, step: int) -> Path:
         return self.dirpath / f"step={step}"

@@ -1,7 +1,7 @@
 """TensorBoardLogger: TensorBoard's event files."""
 
+import atexit
 import functools
-import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -125,16 +125,26 @@ class TensorBoardLogger(Logger):
         self._end = None
 
     def _close(self) -> None:
-        kept = self._writer.file_writer
+        cleanup = _CleanupOf(self._writer.file_writer)
         self._writer.close()
-        kept.event_writer = (
-            io.BytesIO()
-        )  # tensorboardX closes it again when Python ends, and keeps all of it until then
+        atexit.unregister(cleanup)
         self._writer, self._is_broken = None, False
 
     def rewind(self, position, step):
         self._has_run = True
         self._purge_step = step + 1  # from this step on, TensorBoard hides what older files hold
+
+
+class _CleanupOf:
+    """Equal to the function that closes a `FileWriter` of tensorboardX again when Python ends, and keeps all of it
+    until then: it is a closure, of which `atexit` alone knows."""
+
+    def __init__(self, file_writer: Any):
+        self._file_writer = file_writer
+
+    def __eq__(self, function: object) -> bool:
+        name, cells = getattr(function, "__qualname__", ""), getattr(function, "__closure__", None)
+        return name == "FileWriter.__init__.<locals>.cleanup" and cells[0].cell_contents is self._file_writer
 
 
 def _tag(name: str) -> str:

@@ -126,7 +126,8 @@ class Trainer(TrainerProperties):
         """
         data = as_datamodule(datamodule, train=train_dataloaders, val=val_dataloaders)
         alone = collectives.world_size() == 1
-        with self._stage("fit", model, data, ckpt_path), prepared_layers(self), end_requests(alone) as self._request:
+        ending, stage = contextlib.ExitStack(), self._stage("fit", model, data, ckpt_path)
+        with ending, stage, prepared_layers(self), end_requests(alone, ending) as self._request:
             self._prepare_fit()
             self._call("on_fit_start")
             self._sanity_check()

@@ -78,6 +78,29 @@ def test_what_is_ignored_stays_ignored_and_others_are_restored():
         signal.signal(signal.SIGHUP, before)
 
 
+TWICE = """
+import os, signal, sys
+sys.path[:0] = ["tests"]
+from conftest import DistinctBatches, TinyRegression
+from mlxmm import Callback, Trainer
+class Twice(Callback):
+    def on_train_batch_end(self, trainer, module, metrics, batches):
+        os.kill(os.getpid(), int(sys.argv[2]))
+    def on_exception(self, trainer, module, exception):  # before the last checkpoint is saved
+        os.kill(os.getpid(), int(sys.argv[2]))
+Trainer(max_steps=3, default_root_dir=sys.argv[1], logger=False, callbacks=Twice()).fit(
+    TinyRegression(), DistinctBatches())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_does_not_end_the_last_checkpoint_of_a_program(tmp_path, number):
+    command = [sys.executable, "-c", TWICE, str(tmp_path / "run"), str(int(number))]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 128 + number, ended.stderr
+    assert checkpoint.read_state(tmp_path / "run/checkpoints/last")["global_step"] == 1
+
+
 def test_processes_that_must_agree_first_do_not_heed_a_signal_alone():
     with end_requests(alone=False) as request:
         os.kill(os.getpid(), signal.SIGTERM)
