@@ -140,6 +140,7 @@ def main() -> None:
     args = parser.parse_args()
     signals = [signal.Signals[f"SIG{name}"] for name in args.signals]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would ours
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as under `nohup`
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         prepare(Path(folder))
         trials = [(name, number) for name in args.only for number in signals]

@@ -16,6 +16,7 @@ from mlxmm.distributed import collectives, watchdog
 from mlxmm.distributed.collectives import agreement_device, num_local_ranks
 from mlxmm.distributed.launch import Launch, read_launch
 
+ROOT = Path(__file__).parents[2]
 VARIABLES = "MLX_RANK MLX_HOSTFILE MLX_IBV_DEVICES MLX_JACCL_COORDINATOR NCCL_HOST_IP NCCL_PORT MLX_WORLD_SIZE".split()
 RING = [["10.0.0.1:5000", "10.0.1.1:5001"], ["10.0.0.2:5002"], ["10.0.0.2:5003"]]
 RDMA = [[None, "rdma_en5"], ["rdma_en4", None]]
@@ -82,7 +83,7 @@ def run_two(name, backend, folder):
         "jaccl": {"MLX_IBV_DEVICES": str(folder / "devices"), "MLX_JACCL_COORDINATOR": f"127.0.0.1:{port}"},
         "nccl": {"NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": port, "MLX_WORLD_SIZE": "2"},
     }[backend]
-    settings = os.environ | told | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    settings = os.environ | told | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, name]
     start = lambda rank: subprocess.Popen(
         command, env=settings | {"MLX_RANK": rank}, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL
@@ -101,6 +102,32 @@ def test_a_backend_that_mlx_lacks_is_one_clear_line_and_not_two_runs_of_one_proc
         pytest.skip(f"MLX has {backend}")
     for told in run_two("form_group", backend, tmp_path):
         assert told.splitlines()[-1].endswith(f"--backend {backend}, which MLX does not have here: use ring")
+
+
+ORPHAN = """
+import signal, sys, time
+from pathlib import Path
+from mlxmm.distributed.signals import Ended
+from mlxmm.distributed.watchdog import TICK, Watchdog
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(Path(sys.argv[2]).write_text("asked")))
+watchdog = Watchdog(0, [], 60)
+if sys.argv[1] == "ends":
+    watchdog.note(Ended(signal.SIGTERM))  # as a signal that another rank got first
+print("here", flush=True)
+time.sleep(8 * TICK)
+Path(sys.argv[2]).write_text("left alone")
+"""
+
+
+@pytest.mark.parametrize(("how", "then"), [("works", "asked"), ("ends", "left alone")])
+def test_a_rank_whose_launcher_is_gone_is_asked_to_end_unless_it_ends_already(tmp_path, how, then):
+    launcher = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE).stdout.readline())"
+    command = [sys.executable, "-c", launcher, sys.executable, "-c", ORPHAN, how, str(tmp_path / "told")]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "told").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (tmp_path / "told").read_text() == then
 
 
 if __name__ == "__main__":
