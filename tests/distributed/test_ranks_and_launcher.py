@@ -104,7 +104,7 @@ def work(folder, moment, action, who, *_):
         trainer(folder, **settings).fit(module, Shards(), DistinctBatches(4), **goes_on)
     except BaseException as error:
         if moment == "long":
-            time.sleep(3 * TICK)  # a program has time to end, though its watchdog sees only now that the launcher is gone
+            time.sleep(3 * TICK)  # as a program that tidies up, while its watchdog sees that the launcher is gone
         (folder / f"ended{collectives.rank()}").write_text(str(getattr(error, "code", type(error).__name__)))
         raise
     (folder / f"ended{collectives.rank()}").write_text("well")
