@@ -53,7 +53,7 @@ def look_at(rows: Rows, num_threads: int) -> Overview:
     pictures, places = pictures_of(rows), range(len(rows))
     with ThreadPoolExecutor(num_threads) as pool:
         looked = list(pool.map(lambda place: _picture(pictures, place), places))
-    captions = rows.caption_lists() if isinstance(rows, CaptionRows) else [_captions(rows, i) for i in places]
+    captions = list(rows.caption_lists()) if isinstance(rows, CaptionRows) else [_captions(rows, i) for i in places]
     hashes, sizes = [one for one, _ in looked], [size for _, size in looked]
     name_of_broken = getattr(rows, "name_of_broken", rows.name)
     names = [rows.name(place) if sizes[place] else name_of_broken(place) for place in places]
