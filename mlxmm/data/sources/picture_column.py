@@ -130,11 +130,12 @@ def _field(chunk, name: str):
 
 def _lengths(chunk) -> np.ndarray:
     """How many bytes each value of an Arrow array has; -1 where it is null."""
-    if not len(chunk):
-        return np.zeros(0, np.int64)
+    if chunk.null_count == len(chunk):  # it may be of the type null
+        return np.full(len(chunk), -1, np.int64)
     ends = np.frombuffer(chunk.buffers()[1], np.int64 if str(chunk.type).startswith("large") else np.int32)
-    lengths = np.diff(ends[chunk.offset : chunk.offset + len(chunk) + 1]).astype(np.int64)
-    return np.where(chunk.is_null().to_numpy(zero_copy_only=False), -1, lengths)
+    own = ends[chunk.offset : chunk.offset + len(chunk) + 1]
+    lengths = (own[1:] - own[:-1]).astype(np.int64)
+    return np.where(chunk.is_null().to_numpy(zero_copy_only=False), -1, lengths) if chunk.null_count else lengths
 
 
 def _sha256(cell: dict | None) -> bytes:

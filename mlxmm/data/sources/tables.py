@@ -32,6 +32,7 @@ from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import SUFFIXES
 from mlxmm.storage.hub import card_configs, go_offline_without_network, is_hub_id, is_offline, split_revision
+from mlxmm.storage.remembered import state_of_files
 from mlxmm.storage.retries import reading
 from mlxmm.terminal import counted, say
 
@@ -203,7 +204,7 @@ def _with_own_files(source: str, table, column: str):
         return _with_names_on_disk(table, _undecoded(table, column), column)
     if table.info.builder_name in ("imagefolder", None) or is_hub_id(source) and _is_image_folder(table):
         return table  # datasets itself made sure of it; or it is a list, of which `formats.py` did
-    pictures = PictureColumn.of(_undecoded(table, column), column)
+    pictures = PictureColumn.of(table, column)
     rows = np.flatnonzero(pictures.num_bytes < 0).tolist()
     paths = [path for row in rows if (path := pictures.paths[row]) is not None]
     if not paths:
@@ -239,7 +240,7 @@ def _load(
     import datasets
 
     if os.path.isdir(source) and (files_by_split := _files_of_card(Path(source), config_name)):
-        return datasets.load_dataset("parquet", data_files=files_by_split, **options)
+        return _read_files("parquet", files_by_split, **options)
     if (found := find_local(source, image_folder, caption, streaming=options.get("streaming", False))) is not None:
         _check_no_config(source, config_name)
         return _local_tables(source, found, **options)
@@ -253,8 +254,6 @@ def _load(
 
 
 def _local_tables(source: str, found: Files | Listed, streaming: bool = False) -> dict:
-    import datasets
-
     if streaming and isinstance(found, Listed):
         raise UserError(
             f"{source} is not streamed: files, folders and data sets on the Hub are; leave out --data.streaming"
@@ -263,9 +262,19 @@ def _local_tables(source: str, found: Files | Listed, streaming: bool = False) -
         report_restval(is_restval(one) for columns in found.by_split.values() for one in columns.get("split", ()))
         return {split: _listed_table(dict(columns)) for split, columns in found.by_split.items()}
     files = {split: list(names) for split, names in found.by_split.items()}
-    tables = datasets.load_dataset(found.builder, data_files=files, streaming=streaming)
+    tables = _read_files(found.builder, files, streaming=streaming)
     is_one_folder = found.builder == "imagefolder" and len(tables) == 1 and not streaming
     return _by_folder(tables, Path(source)) if is_one_folder else tables
+
+
+def _read_files(builder: str, files: dict[str, list[str]], **options) -> dict:
+    """The tables of files by split. `datasets` finds what it converted by the names and times of files: their sizes are
+    told as a description, which is a part of the name in its cache. Of pictures in a folder it reads the names alone."""
+    import datasets
+
+    if builder != "imagefolder" and not options.get("streaming"):
+        options["description"] = state_of_files([path for own in files.values() for path in own]).hex()
+    return datasets.load_dataset(builder, data_files=files, **options)
 
 
 def _listed_table(columns: dict[str, list]):
