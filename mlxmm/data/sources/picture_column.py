@@ -14,7 +14,7 @@ import attrs
 import numpy as np
 
 from mlxmm.data.sources.arrow_columns import column_of, selected_rows
-from mlxmm.data.sources.picture_files import num_bytes_of
+from mlxmm.data.sources.picture_files import num_bytes_of, sha256_of
 from mlxmm.distributed import collectives
 from mlxmm.storage.remembered import remembered, state_of_files
 
@@ -50,6 +50,15 @@ class PictureColumn(Sequence):
     def digest(self, row: int) -> bytes | None:
         """The SHA-256 of a row's bytes; None where it has none."""
         return self.digests[row].tobytes() if self.num_bytes[row] >= 0 else None
+
+    def size(self, row: int) -> int:
+        """How many bytes the file of a row's picture has; 0 if there is none."""
+        own = int(self.num_bytes[row])
+        return own if own >= 0 else num_bytes_of(self[row])
+
+    def sha256(self, row: int) -> str:
+        """The SHA-256 of the file of a row's picture, in hexadecimal; empty if there is none."""
+        return self.digests[row].tobytes().hex() if self.num_bytes[row] > 0 else sha256_of(self[row])
 
     @cached_property
     def num_bytes(self) -> np.ndarray:
@@ -103,7 +112,7 @@ class PictureColumn(Sequence):
         if (digest := self.digest(row)) is not None:
             return digest
         name = os.path.basename(self.paths[row] or "")
-        return f"{name}:{num_bytes_of(self[row])}\n".encode()
+        return f"{name}:{self.size(row)}\n".encode()
 
     def _key(self) -> bytes | None:
         """What the bytes follow from: the files that hold them, and which rows are read."""

@@ -269,7 +269,7 @@ def _local_tables(source: str, found: Files | Listed, streaming: bool = False) -
 
 def _read_files(builder: str, files: dict[str, list[str]], **options) -> dict:
     """The tables of files by split. `datasets` finds what it converted by the names and times of files: their sizes are
-    told as a description, which is a part of the name in its cache. Of pictures in a folder it reads the names alone."""
+    told as a description, a part of the name in its cache. Of pictures in a folder it reads the names alone."""
     import datasets
 
     if builder != "imagefolder" and not options.get("streaming"):
