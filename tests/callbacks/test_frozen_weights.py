@@ -160,6 +160,17 @@ def test_what_is_saved_is_what_was_there_even_if_it_is_then_written_in_place(mak
     np.testing.assert_array_equal(*found)
 
 
+def test_what_is_being_saved_holds_no_copy_of_what_is_frozen(make_trainer):
+    place = lambda array: np.asarray(array.view(mx.uint16), copy=False).ctypes.data
+
+    class Dump(Callback):
+        def on_train_end(self, trainer, module):
+            contents = trainer.dump_checkpoint()
+            assert place(contents["weights"]["backbone.weight"]) == place(module.backbone.weight)
+
+    make_trainer(callbacks=[Dump()], max_steps=2).fit(HalfFrozen(), train_dataloaders=DistinctBatches())
+
+
 def test_arrays_that_a_callback_puts_into_checkpoints_are_what_is_saved(fit, folder):
     class Replace(Callback):
         def on_save_checkpoint(self, trainer, module, checkpoint):
