@@ -34,9 +34,9 @@ NAMES = ("last", "best")  # links to checkpoints, beside them
 
 def contents(module, optimizer, state: dict) -> dict[str, dict]:
     """The contents of a checkpoint: arrays by dotted names, and JSON values. Later updates do not change them."""
-    # `mx.array` copies no numbers: `array[...] = x` gives the object in the module other numbers, and not this one.
+    # `copy.copy` shares the numbers: `array[...] = x` gives others to the object in the module, and not to this one.
     weights, moments = (
-        {name: mx.array(array) for name, array in tree_flatten(tree)} for tree in (module.parameters(), optimizer.state)
+        {name: copy.copy(array) for name, array in tree_flatten(tree)} for tree in (module.parameters(), optimizer.state)
     )
     return {"weights": weights, "optimizer": moments, "state": copy.deepcopy(state)}
 
