@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import inspect
 import io
+import re
 import select
 import shutil
 import signal
@@ -114,8 +115,10 @@ def _parse(default, flags: Sequence[str]):
         with contextlib.redirect_stderr(explanation):
             return tyro.cli(type(default), default=default, args=flags, add_help=False, registry=_registry(default))
     except SystemExit:
-        told, _, _ = _unboxed(explanation.getvalue()).partition("; Perhaps you meant")
-        raise UserError(told + _suggestion(default, flags)) from None
+        told = re.split("; (?:Perhaps you meant|Argument helptext)", _unboxed(explanation.getvalue()))[0]
+        raise UserError(
+            re.sub(r"^Error parsing (?:Config: )?|\b\w*Config: ", "", told) + _suggestion(default, flags)
+        ) from None
 
 
 def _suggestion(default, words: Sequence[str]) -> str:

@@ -59,6 +59,8 @@ def read_shards(folders: tuple[Path, ...]) -> tuple[dict[Path, Shard], JobConfig
     """The shard of each folder, and the job and seed that they share. Raises `UserError` if one is missing."""
     if not folders:
         raise UserError("name the folders of the shards")
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise UserError(f"{missing[0]} is not there")
     configs = [read_json(folder / "config.json") for folder in folders]
     shards = [Shard.parse(str(values.get("shard"))) for values in configs]
     common = same([{name: values.get(name) for name in OF_A_JOB} for values in configs], "settings")

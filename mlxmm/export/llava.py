@@ -1,9 +1,9 @@
 """Export Qwen3Aligner as a LLaVA folder that transformers loads, and read it back.
 
 LLaVA (arXiv 2310.03744) as `LlavaForConditionalGeneration` has it: a CLIP or SigLIP tower, two layers as wide as the
-language model with an activation between them, and a Qwen3. Our `mlp` is that with GELU; `linear` is the first layer,
-with no activation and the identity behind it. V vocabulary, D features of the tower, W of the projector, H of the
-language model.
+language model with an activation between them, and a Qwen3. Our `mlp` is that with GELU, narrower or wider than the
+language model, so the one or the other gets features that are zero; `linear` is the first layer, with no activation and
+the identity behind it. V vocabulary, D features of the tower, W of the projector, H of the language model.
 """
 
 import json
@@ -12,10 +12,12 @@ from pathlib import Path
 
 import attrs
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlxmm.compute.precision import dtype_name
 from mlxmm.errors import UserError
 from mlxmm.export import model_card
+from mlxmm.export.widening import narrow, widen, widened_config
 from mlxmm.networks import pretrained_vision
 from mlxmm.networks.language_model import dense_config, dense_weights, without_dtype
 from mlxmm.preprocessing.tokenizers import start_tokens, with_image_token
@@ -29,7 +31,8 @@ ACTIVATIONS = {
 }  # activation between the layers of each projector; "linear" means none
 # Of Qwen3AlignerConfig, what captioning needs.
 KEPT = ("layer", "projector", "projector_width", "prompt", "max_new_tokens")
-OF_LANGUAGE_MODEL = ("vocab_size", "dtype")  # its own, where LLaVA's has padding, and one dtype for all parts
+# Its own, where LLaVA's has padding, and one dtype for all parts.
+OF_LANGUAGE_MODEL = ("vocab_size", "dtype", "hidden_size", "rms_norm_eps")
 OURS = "mlxmm"  # key in config.json of settings that LLaVA does not have; transformers ignores it
 LINEAR = {
     "projector.layers.0": "multi_modal_projector.linear_1",
@@ -49,16 +52,11 @@ TEMPLATE = (
 
 def check(aligner) -> None:
     """Raise `UserError` if a part of `aligner` has no counterpart in LLaVA."""
-    config, kind, width = aligner.config, _tower_kind(aligner), _text_width(aligner)
+    config, kind = aligner.config, _tower_kind(aligner)
     if kind not in TOWERS:
         raise UserError(f"LLaVA has no {kind} tower: a CLIP or SigLIP can be exported, by --module.vision")
     if config.projector not in ACTIVATIONS:
         raise UserError(f"LLaVA has no projector {config.projector}: --module.projector mlp or linear can be exported")
-    if config.projector == "mlp" and config.projector_width > width:
-        raise UserError(
-            f"LLaVA's projector is as wide as its language model, which has {width} features: one of "
-            f"projector_width={config.projector_width} cannot be exported, --module.projector-width {width} or less can"
-        )
     if aligner.lm_config["model_type"] != "qwen3":
         raise UserError(f"a Qwen3 can be exported; this language model is a {aligner.lm_config['model_type']}")
 
@@ -106,21 +104,31 @@ def own_weights(weights: dict[str, mx.array], aligner) -> dict[str, mx.array]:
     """Convert arrays that `write` wrote to the names and shapes of `aligner`'s, without the padding."""
     tower = {name.removeprefix("vision_tower."): a for name, a in weights.items() if name.startswith("vision_tower.")}
     arrays = {f"vision.{name}": a for name, a in pretrained_vision.from_hub(tower, aligner.vision_config).items()}
-    arrays |= {name: a for name, a in weights.items() if name.startswith("language_model.")}
-    V, W = aligner.lm_config["vocab_size"], aligner.config.projector_width
-    arrays |= {name: arrays[name][:V] for name in TABLES if name in arrays}
+    arrays |= _own_language_model(weights, aligner)
+    H, W = _text_width(aligner), aligner.config.projector_width
     for (ours, theirs), _ in zip(LINEAR.items(), aligner.projector.layers):
         arrays |= {f"{ours}.{kind}": weights[f"{theirs}.{kind}"] for kind in ("weight", "bias")}
     if aligner.config.projector == "linear":
         return arrays
     first, second = LINEAR
     cut = {name: arrays[name][:W] for name in (f"{first}.weight", f"{first}.bias")}
-    return arrays | cut | {f"{second}.weight": arrays[f"{second}.weight"][:, :W]}
+    return (
+        arrays
+        | cut
+        | {f"{second}.weight": arrays[f"{second}.weight"][:H, :W], f"{second}.bias": arrays[f"{second}.bias"][:H]}
+    )
+
+
+def _own_language_model(weights: dict[str, mx.array], aligner) -> dict[str, mx.array]:
+    theirs = {name: array for name, array in weights.items() if name.startswith("language_model.")}
+    shapes = {name: array.shape for name, array in tree_flatten(aligner.parameters()) if name in theirs}
+    return narrow(theirs, shapes, _text_width(aligner), theirs[TABLES[0]].shape[1])
 
 
 def _weights(aligner, num_tokens: int) -> dict[str, mx.array]:
     """All arrays under transformers' names; a table of tokens has `num_tokens` rows at least."""
-    language_model = {f"language_model.{name}": a for name, a in dense_weights(aligner.language_model).items()}
+    own = widen(dense_weights(aligner.language_model), _text_width(aligner), _width(aligner))
+    language_model = {f"language_model.{name}": array for name, array in own.items()}
     for name in TABLES:
         if name in language_model:
             # A tokenizer without a spare token gets a new one for the image, in the export only. The embedding of the
@@ -137,19 +145,19 @@ def _weights(aligner, num_tokens: int) -> dict[str, mx.array]:
 
 
 def _projector(aligner) -> dict[str, mx.array]:
-    """Both layers with H features between them. Those beyond W are padding: zero before and after GELU."""
+    """Both layers as wide as LLaVA's language model. Features beyond W are zero before and after GELU."""
     one, two = LINEAR.values()
     if aligner.config.projector == "linear":
         (layer,), width = aligner.projector.layers, _text_width(aligner)
         identity = {f"{two}.weight": mx.eye(width), f"{two}.bias": mx.zeros(width)}
         return {f"{one}.weight": layer.weight, f"{one}.bias": layer.bias} | identity
-    missing = _text_width(aligner) - aligner.config.projector_width
+    inside, after = (_width(aligner) - own for own in (aligner.config.projector_width, _text_width(aligner)))
     first, second = aligner.projector.layers
     return {
-        f"{one}.weight": mx.pad(first.weight, [(0, missing), (0, 0)]),
-        f"{one}.bias": mx.pad(first.bias, [(0, missing)]),
-        f"{two}.weight": mx.pad(second.weight, [(0, 0), (0, missing)]),
-        f"{two}.bias": second.bias,
+        f"{one}.weight": mx.pad(first.weight, [(0, inside), (0, 0)]),
+        f"{one}.bias": mx.pad(first.bias, [(0, inside)]),
+        f"{two}.weight": mx.pad(second.weight, [(0, after), (0, inside)]),
+        f"{two}.bias": mx.pad(second.bias, [(0, after)]),
     }
 
 
@@ -157,7 +165,8 @@ def _config(aligner, weights: dict[str, mx.array], image_id: int) -> dict:
     is_tied, dtype = TABLES[1] not in weights, {"dtype": _dtype(weights)}
     size, kind = aligner.processor.image_size, _tower_kind(aligner)
     tower = aligner.vision_config | attrs.asdict(aligner.vision.config) | {"model_type": kind, "image_size": size}
-    text = dense_config(aligner.lm_config) | {"vocab_size": len(weights[TABLES[0]]), "tie_word_embeddings": is_tied}
+    text = widened_config(dense_config(aligner.lm_config), _width(aligner))
+    text |= {"vocab_size": len(weights[TABLES[0]]), "tie_word_embeddings": is_tied}
     kept = {name: getattr(aligner.config, name) for name in KEPT}
     return {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -210,6 +219,11 @@ def _tower_kind(aligner) -> str:
 
 def _text_width(aligner) -> int:
     return aligner.projector.layers[-1].weight.shape[0]
+
+
+def _width(aligner) -> int:
+    """The features of LLaVA's language model: ours, or as many as the projector has."""
+    return max(_text_width(aligner), aligner.config.projector_width if aligner.config.projector == "mlp" else 0)
 
 
 def _has_class_token(aligner) -> bool:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxmm.compute.precision import autocast
+from mlxmm.errors import warn
 from mlxmm.modules.token_metrics import PICKED_FROM, label_positions, trimmed
 from mlxmm.networks.generation import DecoderInterface, GenerationConfig, cache_bytes, generate, sequence_keys, stream
 from mlxmm.preprocessing.images import as_images
@@ -25,6 +26,7 @@ class CaptioningModule(Module):
     """A subclass sets `tokenizer` and `processor`, and implements the members below that raise NotImplementedError."""
 
     max_new_tokens = 32  # longest caption with its end, in tokens; a subclass may have it from its config
+    trained_prompt = ""  # text between image and caption in training; a subclass may have it from its config
 
     @property
     def decoder(self) -> DecoderInterface:
@@ -90,7 +92,8 @@ class CaptioningModule(Module):
         `settings` are those of `GenerationConfig`, for example `num_beams=3`.
         Captions are as long as in training unless `max_new_tokens` is given. `prompt` replaces the text between image
         and caption that the module was trained with. Captions do not depend on how images are batched; a sampled
-        caption depends on `seed` and on the index of its image. Raises `UserError` if the prompt is too long.
+        caption depends on `seed` and on the index of its image. Warns of a prompt that the module was not trained with.
+        Raises `UserError` if the prompt is too long.
         """
         return [self.text_of(row) for row in self.caption_tokens(as_images(images), prompt, **settings)]
 
@@ -147,6 +150,9 @@ class CaptioningModule(Module):
         yield captions
 
     def _generation(self, settings: dict, prompt: str) -> GenerationConfig:
+        if prompt not in ("", self.trained_prompt):
+            known = f"with {self.trained_prompt!r}" if self.trained_prompt else "without a prompt"
+            warn(f"this captioner was trained {known}: what it says after another text may make no sense")
         config = GenerationConfig(**settings)
         if config.max_new_tokens is not None:
             return config

@@ -211,6 +211,10 @@ class Qwen3Aligner(CaptioningModule):
         return self.config.max_new_tokens or CaptioningModule.max_new_tokens
 
     @property
+    def trained_prompt(self) -> str:
+        return self.config.prompt
+
+    @property
     def prefix_length(self) -> int:
         """The positions of start, image and trained prompt, before a caption."""
         return self._num_before + len(self._prompt)

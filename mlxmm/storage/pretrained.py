@@ -20,6 +20,8 @@ def read_config(folder: Path) -> dict:
     Raises `UserError` that names the file that is missing or damaged.
     """
     checkpoint.check_model(folder)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} holds no model: it has no config.json")
     return read_json(folder / "config.json")
 
 

@@ -268,7 +268,7 @@ def without(path: Path, name: str) -> None:
 DAMAGE = {
     "weights cut": (lambda to: cut(to / "weights.safetensors"), "weights.safetensors is missing or damaged"),
     "weights gone": (lambda to: (to / "weights.safetensors").unlink(), "weights.safetensors is missing or damaged"),
-    "config gone": (lambda to: (to / "config.json").unlink(), "config.json cannot be read: No such file"),
+    "config gone": (lambda to: (to / "config.json").unlink(), "holds no model: it has no config.json"),
     "config cut": (lambda to: (to / "config.json").write_text("{"), "config.json cannot be read: it is damaged"),
     "config a list": (lambda to: (to / "config.json").write_text("[]"), "a JSON object was expected, list came"),
     "part gone": (

@@ -113,7 +113,7 @@ def to_torch(folder: Path) -> None:
 
 WITH_MODEL_FILE, LOADED = {"tower", "clip", "language_model"}, {"tower", "clip", "language_model", "captioner"}
 DAMAGE = {  # what is done to a folder, the kinds of parts that it spoils, and the line
-    "config gone": (lambda to: (to / "config.json").unlink(), LOADED, "config.json cannot be read: No such file"),
+    "config gone": (lambda to: (to / "config.json").unlink(), LOADED, "holds no model: it has no config.json"),
     "config cut": (lambda to: (to / "config.json").write_text("{"), LOADED, "it is damaged"),
     "kind": (lambda to: rewrite(to / "config.json", model_type="nope", vision_config={}), LOADED, "nope"),
     "weights gone": (

@@ -57,7 +57,7 @@ def test_a_run_leaves_behind_what_the_readme_says(finished):
 def test_the_commands_at_the_end_work_as_they_stand(finished, cache):
     _, _, told = finished[1].partition("next:\n")
     commands = {line[2:18].strip(): line[18:] for line in told.splitlines()}
-    assert list(commands) == ["caption", "evaluate", "try it", "see the curves"]
+    assert list(commands) == ["caption", "evaluate", "try it", "upload", "see the curves"]
     assert commands["evaluate"].endswith("--data.shapes.num-train 64 --data.shapes.num-val 16 --data.shapes.num-test 8")
     environment = os.environ | {"MLXMM_CACHE": str(cache)}
     done = subprocess.run(commands["caption"], shell=True, cwd=ROOT, capture_output=True, text=True, env=environment)

@@ -70,6 +70,7 @@ def open_tables(source: str, columns: Columns, *, streaming: bool = False, **opt
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of errors it raises too
     tables = _load(source, streaming=streaming, caption=columns.caption, **options)
     tables = _natural_names(tables, columns)
     if columns.caption is not None:
