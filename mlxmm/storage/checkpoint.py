@@ -35,9 +35,8 @@ NAMES = ("last", "best")  # links to checkpoints, beside them
 def contents(module, optimizer, state: dict) -> dict[str, dict]:
     """The contents of a checkpoint: arrays by dotted names, and JSON values. Later updates do not change them."""
     # `copy.copy` shares the numbers: `array[...] = x` gives others to the object in the module, and not to this one.
-    weights, moments = (
-        {name: copy.copy(array) for name, array in tree_flatten(tree)} for tree in (module.parameters(), optimizer.state)
-    )
+    trees = module.parameters(), optimizer.state
+    weights, moments = ({name: copy.copy(array) for name, array in tree_flatten(tree)} for tree in trees)
     return {"weights": weights, "optimizer": moments, "state": copy.deepcopy(state)}
 
 
