@@ -20,8 +20,11 @@ from mlxmm.captioners.journal import identity_of  # noqa: E402
 from mlxmm.config import from_json, to_json  # noqa: E402
 from mlxmm.distributed.messages import BadMessage, parse  # noqa: E402
 from mlxmm.errors import UserError  # noqa: E402
-from mlxmm.storage import hub, pretrained  # noqa: E402
+from mlxmm.storage import checkpoint, hub, pretrained  # noqa: E402
+from mlxmm.storage.checksums import checksum_of_values  # noqa: E402
 from mlxmm.storage.dataset_push import merge_cards  # noqa: E402
+from mlxmm.storage.lineage import Lineage  # noqa: E402
+from mlxmm.training.loggers import JSONLLogger  # noqa: E402
 from recipes import align_qwen3  # noqa: E402
 
 CARD = """---
@@ -37,6 +40,8 @@ configs:
 ## Configuration `default`
 """
 REPORT = {"count": 3, "waits": True}
+STATE = {"format": checkpoint.FORMAT, "global_step": 3, "files": {}, "datamodule": {"lineage": [{"fingerprint": "a"}]}}
+LINES = b"".join(b'{"step": %d, "epoch": 0, "train/loss": 1.5, "time": 1.0}\n' % step for step in range(1, 6))
 HELLO = {"rank": 1, "pid": 7, "flags": "0" * 64, "challenge": "0" * 32, "proof": "0" * 64}
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
@@ -57,11 +62,13 @@ def damaged(whole: bytes):
     return st.builds(lambda a, middle, b: whole[:a] + middle + whole[b:], places, st.binary(max_size=12), places)
 
 
+def changes(whole: dict):
+    """`whole` with some values replaced by others."""
+    return st.dictionaries(st.sampled_from(list(whole)), values, max_size=3).map(lambda new: whole | new)
+
+
 def changed(whole: dict):
-    """The JSON of `whole` with some values replaced by others."""
-    return st.dictionaries(st.sampled_from(list(whole)), values, max_size=3).map(
-        lambda new: json.dumps(whole | new).encode()
-    )
+    return changes(whole).map(lambda values: json.dumps(values).encode())
 
 
 def files(*wholes: dict):
@@ -97,6 +104,32 @@ def configs(data: bytes, folder: Path) -> None:
         from_json(align_qwen3.Config, pretrained.read_config(folder))
 
 
+def states(data: bytes, folder: Path) -> None:
+    (folder / "state.json").write_bytes(data)
+    with one_line():
+        assert {"format", "files", "global_step"} <= checkpoint.read_state(folder).keys()
+    with one_line():
+        Lineage.read(folder)
+    assert isinstance(checkpoint.step_of(folder), int)
+
+
+def signed(whole: dict) -> bytes:
+    """A state.json with the checksum that its values have."""
+    whole = json.loads(json.dumps(whole))
+    return json.dumps(whole | {"checksum": checksum_of_values(whole)}).encode()
+
+
+def metrics(data: bytes, folder: Path) -> None:
+    """A run that goes on from step 3 writes whole lines behind those of before that were whole."""
+    logger = JSONLLogger(folder)
+    logger.path.write_bytes(data)
+    logger.rewind(None, 3)
+    kept = logger.path.read_bytes()
+    assert data.startswith(kept) and kept[-1:] in (b"", b"\n")
+    logger.log_metrics({"train/loss": 0.5}, 4, 0)
+    assert json.loads(logger.path.read_bytes().removeprefix(kept))["step"] == 4
+
+
 def cards(data: bytes, folder: Path) -> None:
     (folder / "README.md").write_bytes(data)
     with one_line():
@@ -114,6 +147,8 @@ def journals(data: bytes, folder: Path) -> None:
 SQLITE = b"SQLite format 3\0" + bytes([16, 0, 2, 2, 0, 64, 32, 32]) + bytes(76)
 PARSERS = {
     "reports": (reports, files(REPORT, HELLO)),
+    "states": (states, st.one_of(files(STATE), changes(STATE).map(signed))),
+    "metrics": (metrics, st.one_of(damaged(LINES), files(json.loads(LINES.split(b"\n")[0])))),
     "configs": (configs, files(to_json(align_qwen3.Config()))),
     "cards": (
         cards,

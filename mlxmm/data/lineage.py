@@ -53,13 +53,13 @@ def _fingerprint(config: CaptionDataConfig, train: Rows | StreamRows, commit: st
         files = [] if commit else _files(config.only_source)
         sizes = [f"{path.name} {path.stat().st_size}" for path in files]
         return hashlib.sha256("\n".join([str(commit), *sizes, *config.where]).encode()).hexdigest()
-    return (train.checksum() if isinstance(train, CaptionRows) else hashlib.sha256(train.fingerprint())).hexdigest()
+    return (train.checksum() if isinstance(train, CaptionRows) else hashlib.sha256(train.fingerprint()).digest()).hex()
 
 
 def _held_out(rows: Mapping) -> str:
     """A checksum of the pictures and captions that are not trained on."""
     parts = (part for split, part in rows.items() if split != "train" and isinstance(part, CaptionRows))
-    return hashlib.sha256(b"".join(part.checksum().digest() for part in parts)).hexdigest()
+    return hashlib.sha256(b"".join(part.checksum() for part in parts)).hexdigest()
 
 
 def _files(source: str) -> Iterable[Path]:

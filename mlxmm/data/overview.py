@@ -12,7 +12,6 @@ import numpy as np
 from mlxmm.data.caption_source import CaptionSource
 from mlxmm.data.pictures import Pictures, pictures_of
 from mlxmm.data.sources.mixed import MixedRows
-from mlxmm.data.sources.picture_files import num_bytes_of, sha256_of
 from mlxmm.data.sources.rows import CaptionRows, Rows, is_stream
 from mlxmm.distributed import collectives
 from mlxmm.preprocessing.images import UndecodableImage, decode_image
@@ -53,7 +52,7 @@ def look_at(rows: Rows, num_threads: int) -> Overview:
     pictures, places = pictures_of(rows), range(len(rows))
     with ThreadPoolExecutor(num_threads) as pool:
         looked = list(pool.map(lambda place: _picture(pictures, place), places))
-    captions = rows.caption_lists() if isinstance(rows, CaptionRows) else [_captions(rows, i) for i in places]
+    captions = list(rows.caption_lists()) if isinstance(rows, CaptionRows) else [_captions(rows, i) for i in places]
     hashes, sizes = [one for one, _ in looked], [size for _, size in looked]
     name_of_broken = getattr(rows, "name_of_broken", rows.name)
     names = [rows.name(place) if sizes[place] else name_of_broken(place) for place in places]
@@ -110,15 +109,16 @@ def training_warnings(source: CaptionSource, *, contrastive: bool) -> list[str]:
 def _same_files(splits: Mapping[str, Rows]) -> dict[str, list[str]]:
     """For each split a key for each picture: its hash, if there are others of its size; equal files have equal keys."""
     own = {split: rows.parts[0] if isinstance(rows, MixedRows) else rows for split, rows in splits.items()}
-    cells = {split: rows.cells() for split, rows in own.items() if isinstance(rows, CaptionRows)}
-    sizes = {split: [num_bytes_of(cell) for cell in rows] for split, rows in cells.items()}
+    tables = {split: rows for split, rows in own.items() if isinstance(rows, CaptionRows)}
+    sizes = {split: [rows.pictures.size(row) for row in rows.indices.tolist()] for split, rows in tables.items()}
     in_splits = defaultdict(set)
     for split, numbers in sizes.items():
         for number in numbers:
             in_splits[number].add(split)
 
-    def key(split: str, place: int, cell: dict | None) -> str:
-        number = sizes[split][place]
-        return sha256_of(cell) if number and len(in_splits[number]) > 1 else f"{split} {place}"
+    def key(split: str, place: int) -> str:
+        number, rows = sizes[split][place], tables[split]
+        is_shared = number and len(in_splits[number]) > 1
+        return rows.pictures.sha256(int(rows.indices[place])) if is_shared else f"{split} {place}"
 
-    return {split: [key(split, i, cell) for i, cell in enumerate(rows)] for split, rows in cells.items()}
+    return {split: [key(split, place) for place in range(len(rows))] for split, rows in tables.items()}

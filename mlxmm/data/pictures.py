@@ -13,8 +13,10 @@ from PIL import Image
 
 from mlxmm.data.caption_config import SHAPES, CaptionDataConfig
 from mlxmm.data.sources.mixed import MixedRows
+from mlxmm.data.sources.opening import unlisted_pictures
 from mlxmm.data.sources.picture_files import file_of
-from mlxmm.data.sources.rows import CaptionRows, Rows, split_tables, unlisted_pictures
+from mlxmm.data.sources.row_splits import split_tables
+from mlxmm.data.sources.rows import CaptionRows, Rows
 from mlxmm.data.sources.shapes import ShapesGrammar
 from mlxmm.data.sources.tables import (
     Columns,

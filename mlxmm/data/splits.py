@@ -8,7 +8,8 @@ import attrs
 
 from mlxmm.data.caption_config import SHAPES, CaptionDataConfig
 from mlxmm.data.sources.joined import Join
-from mlxmm.data.sources.rows import MAX_UNUSABLE, CaptionRows, open_rows, open_training_rows, unlisted_pictures
+from mlxmm.data.sources.opening import open_rows, open_training_rows, unlisted_pictures
+from mlxmm.data.sources.rows import MAX_UNUSABLE, CaptionRows
 from mlxmm.data.sources.shapes import ShapesGrammar
 from mlxmm.data.sources.stream import open_stream
 from mlxmm.data.sources.tables import Columns, read_captions

@@ -5,7 +5,7 @@ import pytest
 from small_sources import three_splits, write_source
 
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
-from mlxmm.data.sources import rows
+from mlxmm.data.sources import opening, rows
 from mlxmm.data.sources.tables import Columns
 from mlxmm.data.sources.where import Condition
 from mlxmm.errors import UserError
@@ -63,7 +63,7 @@ def test_a_condition_that_leaves_a_split_empty_is_refused(scored):
 def test_several_conditions_must_all_hold_and_no_picture_is_decoded_for_them(scored, monkeypatch):
     monkeypatch.setattr(rows, "decode_image", lambda cell: 1 / 0)
     columns = Columns(image="image", caption="caption", split="split")
-    train = rows.open_rows(scored, columns, revision=None, seed=0)["train"]
+    train = opening.open_rows(scored, columns, revision=None, seed=0)["train"]
     kept, left_out = train.where([Condition.parse("score>=4"), Condition.parse("by==bob")])
     assert [int(text.split()[1]) for text in kept.captions()] == [4, 6, 8, 10]
     assert list(left_out.values()) == [5, 3]

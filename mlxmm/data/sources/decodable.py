@@ -22,6 +22,7 @@ from mlxmm.storage.atomic import write_json
 from mlxmm.storage.cache import cache_folder
 
 FOLDER = "undecodable"
+PICTURES_AT_ONCE = 16  # that a thread decodes before it asks for more
 
 
 class Decodable(Protocol):
@@ -74,9 +75,10 @@ def _checksum(places: Sequence[int]) -> int:
 
 
 def _find(rows: Decodable, places: Sequence[int], num_threads: int) -> list[int]:
-    pool = ThreadPoolExecutor(num_threads)
+    pool, some = ThreadPoolExecutor(num_threads), range(0, len(places), PICTURES_AT_ONCE)
     try:
-        results = pool.map(rows.is_decodable, places)
+        checked = pool.map(lambda i: [rows.is_decodable(place) for place in places[i : i + PICTURES_AT_ONCE]], some)
+        results = itertools.chain.from_iterable(checked)
         with passing_bar("checking pictures", len(places), "picture", results) as bar:
             return [place for place, is_good in zip(places, bar) if not is_good]
     finally:

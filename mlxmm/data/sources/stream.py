@@ -11,7 +11,8 @@ import attrs
 import numpy as np
 
 from mlxmm.data.sources.formats import RANDOM, SPLIT_OF, SPLITS, name_of_label, split_of_label
-from mlxmm.data.sources.rows import CaptionRows, report_labels
+from mlxmm.data.sources.row_splits import report_labels
+from mlxmm.data.sources.rows import CaptionRows
 from mlxmm.data.sources.tables import (
     Columns,
     captions_in_row,
@@ -84,7 +85,7 @@ class StreamRows:
             say(f"{name} of {self.source} is in train and in {split}: what is measured on it is remembered")
 
     def _captions(self, values: dict) -> list[str]:
-        return captions_in_row(values, self.columns, self.table.features)
+        return captions_in_row(values, self.columns, self.table.features[self.columns.caption])
 
 
 class UnusableRow(Exception):
@@ -165,4 +166,4 @@ def _first_rows(table, column: str, most: dict[str, int]) -> dict[str, list[dict
 
 def _held_out(source: str, rows: list[dict], like, columns: Columns) -> CaptionRows:
     rows = [values | {columns.image: with_bytes(values[columns.image], source)} for values in rows]
-    return CaptionRows(in_memory(rows, like), np.arange(len(rows)), columns)
+    return CaptionRows.of(in_memory(rows, like), np.arange(len(rows)), columns)

@@ -8,7 +8,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import attrs
+import numpy as np
 
+from mlxmm.data.sources.arrow_columns import selected_rows
 from mlxmm.data.sources.caption_tables import TEXT_FILES, Entry, entries_of, is_text_table, text_rows
 from mlxmm.data.sources.captions import captions_at, matching, texts_in
 from mlxmm.data.sources.formats import (
@@ -24,11 +26,13 @@ from mlxmm.data.sources.formats import (
     split_of,
     split_of_label,
 )
+from mlxmm.data.sources.picture_column import PictureColumn
 from mlxmm.data.sources.where import Condition, all_met
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import SUFFIXES
 from mlxmm.storage.hub import card_configs, go_offline_without_network, is_hub_id, is_offline, split_revision
+from mlxmm.storage.remembered import state_of_files
 from mlxmm.storage.retries import reading
 from mlxmm.terminal import counted, say
 
@@ -88,7 +92,19 @@ def open_tables(source: str, columns: Columns, *, streaming: bool = False, **opt
     tables = {name: _with_pictures(source, table, columns.image, streaming) for name, table in tables.items()}
     if streaming:  # otherwise images on the Hub are decoded before `cast_column` applies
         tables = {name: table.decode(False) for name, table in tables.items()}
-    return {name: table.cast_column(columns.image, datasets.Image(decode=False)) for name, table in tables.items()}
+    return {name: _undecoded(table, columns.image) for name, table in tables.items()}
+
+
+def _undecoded(table, column: str):
+    """The table whose pictures are {"bytes", "path"} when they are read."""
+    import datasets
+
+    kind, is_stream = datasets.Image(decode=False), isinstance(table, datasets.IterableDataset)
+    if is_stream or table.data.schema.field(column).type != kind.pa_type or selected_rows(table) is not None:
+        return table.cast_column(column, kind)
+    info = table.info.copy()  # `cast_column` would go through all chunks, though only a name changes
+    info.features[column] = kind
+    return datasets.Dataset(table.data, info, table.split, fingerprint=f"{table._fingerprint}-undecoded")
 
 
 def _holds_captions(kind) -> bool:
@@ -185,24 +201,20 @@ def _folder_of(source: str) -> Path:
 
 def _with_own_files(source: str, table, column: str):
     """The table whose pictures without bytes are files in the folder of `source`."""
-    import datasets
-
-    cells = table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
     if table.info.builder_name == "imagefolder" and not is_hub_id(source):
-        return _with_names_on_disk(table, cells, column)
+        return _with_names_on_disk(table, _undecoded(table, column), column)
     if table.info.builder_name in ("imagefolder", None) or is_hub_id(source) and _is_image_folder(table):
         return table  # datasets itself made sure of it; or it is a list, of which `formats.py` did
-    paths = []
-    for chunk in cells.with_format("arrow")[:][column].chunks if len(table) else ():
-        without = chunk.field("bytes").is_null()
-        paths += chunk.field("path").filter(without).drop_null().to_pylist()
+    pictures = PictureColumn.of(table, column)
+    rows = np.flatnonzero(pictures.num_bytes < 0).tolist()
+    paths = [path for row in rows if (path := pictures.paths[row]) is not None]
     if not paths:
         return table
     if is_hub_id(source) or len(paths) < len(table):
         raise UserError(
             f"column {column!r} of {source} has names of files, as {paths[0]!r}, and not the pictures themselves"
         )
-    return with_columns(table, {column: [_cell(source, cell["path"]) for cell in cells[column]]})
+    return with_columns(table, {column: [_cell(source, path) for path in pictures.paths]})
 
 
 def _with_names_on_disk(table, cells, column: str):
@@ -229,7 +241,7 @@ def _load(
     import datasets
 
     if os.path.isdir(source) and (files_by_split := _files_of_card(Path(source), config_name)):
-        return datasets.load_dataset("parquet", data_files=files_by_split, **options)
+        return _read_files("parquet", files_by_split, **options)
     if (found := find_local(source, image_folder, caption, streaming=options.get("streaming", False))) is not None:
         _check_no_config(source, config_name)
         return _local_tables(source, found, **options)
@@ -243,19 +255,27 @@ def _load(
 
 
 def _local_tables(source: str, found: Files | Listed, streaming: bool = False) -> dict:
-    import datasets
-
     if streaming and isinstance(found, Listed):
         raise UserError(
             f"{source} is not streamed: files, folders and data sets on the Hub are; leave out --data.streaming"
         )
     if isinstance(found, Listed):
-        report_restval(label for columns in found.by_split.values() for label in columns.get("split", ()))
+        report_restval(is_restval(one) for columns in found.by_split.values() for one in columns.get("split", ()))
         return {split: _listed_table(dict(columns)) for split, columns in found.by_split.items()}
     files = {split: list(names) for split, names in found.by_split.items()}
-    tables = datasets.load_dataset(found.builder, data_files=files, streaming=streaming)
+    tables = _read_files(found.builder, files, streaming=streaming)
     is_one_folder = found.builder == "imagefolder" and len(tables) == 1 and not streaming
     return _by_folder(tables, Path(source)) if is_one_folder else tables
+
+
+def _read_files(builder: str, files: dict[str, list[str]], **options) -> dict:
+    """The tables of files by split. `datasets` finds what it converted by the names and times of files: their sizes are
+    told as a description, a part of the name in its cache. Of pictures in a folder it reads the names alone."""
+    import datasets
+
+    if builder != "imagefolder" and not options.get("streaming"):
+        options["description"] = state_of_files([path for own in files.values() for path in own]).hex()
+    return datasets.load_dataset(builder, data_files=files, **options)
 
 
 def _listed_table(columns: dict[str, list]):
@@ -352,9 +372,14 @@ def tell(line: str) -> None:
         say(line)
 
 
-def report_restval(labels: Iterable) -> None:
-    """Print how many rows of Karpathy's restval are trained on: others leave them out."""
-    if number := sum(str(label).lower() == "restval" for label in labels):
+def is_restval(label) -> bool:
+    """Whether a label is Karpathy's restval: rows of COCO's val that are trained on."""
+    return str(label).lower() == "restval"
+
+
+def report_restval(numbers: Iterable[int]) -> None:
+    """Print how many rows of restval are trained on, of these numbers the sum: others leave them out."""
+    if number := sum(numbers):
         tell(f"trained on: {counted(number, 'row')} of restval")
 
 
@@ -382,12 +407,12 @@ def commit_of(table) -> str | None:
     return next((name for name in folders if re.fullmatch("[0-9a-f]{40}", name)), None)
 
 
-def captions_in_row(values: dict, columns: Columns, features: dict) -> list[str]:
-    """The captions of the row with these `values` that the conditions of `columns` leave."""
+def captions_in_row(values: dict, columns: Columns, kind) -> list[str]:
+    """The captions of the row with these `values` that the conditions of `columns` leave; `kind` is their feature."""
     cell, met = values[columns.caption], columns.met(values)
     if isinstance(cell, list):
         cell = [text for text, is_met in zip(cell, met) if is_met]
-    return captions_in_cell(cell if any(met) else None, features[columns.caption])
+    return captions_in_cell(cell if any(met) else None, kind)
 
 
 def captions_in_cell(value, kind) -> list[str]:

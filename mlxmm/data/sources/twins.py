@@ -6,9 +6,9 @@ A picture is known by its file, or by its name and bytes where the table has the
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
-import attrs
 import numpy as np
 
+from mlxmm.data.sources.picture_column import PictureColumn
 from mlxmm.data.sources.tables import tell, with_columns
 from mlxmm.terminal import counted
 
@@ -16,9 +16,15 @@ PLAIN = (str, bool, int, float, type(None))
 MAX_SHOWN = 5
 
 
-def picture_numbers(cells: Iterable) -> np.ndarray:
-    """For each cell {"bytes", "path"} the number of its picture, whatever its name, by first appearance."""
-    return _numbers([(picture_key(cell),) for cell in cells])
+def picture_numbers(pictures: PictureColumn) -> np.ndarray:
+    """For each row the number of its picture, whatever its name, by first appearance."""
+    rows = np.arange(len(pictures))
+    return rows if _all_differ([(pictures, rows)]) else _numbers([(d or path,) for path, d in _known(pictures, rows)])
+
+
+def picture_key(cell) -> bytes | str | None:
+    """What a picture is known by in all splits: its bytes, or its file; None if there is none."""
+    return content(cell) or cell["path"] if isinstance(cell, dict) else None
 
 
 def content(cell: Mapping) -> bytes | None:
@@ -26,15 +32,18 @@ def content(cell: Mapping) -> bytes | None:
     return None if cell["bytes"] is None else hashlib.sha256(cell["bytes"]).digest()
 
 
-def _picture(cell) -> tuple[str | None, bytes | None]:
+def _known(pictures: PictureColumn, rows: np.ndarray) -> list[tuple[str | None, bytes | None]]:
     """What rows of one picture have in common: the name of a file, and its bytes where the table has them."""
-    return (cell["path"], content(cell)) if isinstance(cell, dict) else (None, None)
+    return [(pictures.paths[row], pictures.digest(row)) for row in rows.tolist()]
 
 
-def picture_key(cell) -> bytes | str | None:
-    """What a picture is known by in all splits: its bytes, or its file; None if there is none."""
-    path, digest = _picture(cell)
-    return digest or path
+def _all_differ(parts: Sequence[tuple[PictureColumn, np.ndarray]]) -> bool:
+    """Whether it is plain that no picture is there twice: the first bytes of all checksums differ."""
+    if not all((pictures.num_bytes[rows] >= 0).all() for pictures, rows in parts):
+        return False
+    heads = np.concatenate([pictures.digests[rows, :8].copy().view(np.uint64)[:, 0] for pictures, rows in parts])
+    heads.sort()
+    return bool((heads[1:] != heads[:-1]).all())
 
 
 def _numbers(pictures: Sequence[tuple]) -> np.ndarray:
@@ -51,7 +60,9 @@ def grouped(source: str, rows: Mapping) -> dict:
     measured on these is no generalisation. Columns that differ between captions become lists, as those of tables with
     lists of captions are.
     """
-    pictures = {split: [_picture(cell) for cell in part.cells()] for split, part in rows.items()}
+    if _all_differ([(part.pictures, part.indices) for part in rows.values()]):
+        return dict(rows)
+    pictures = {split: _known(part.pictures, part.indices) for split, part in rows.items()}
     numbers = {split: _numbers(own) for split, own in pictures.items()}
     num_rows, num_pictures = sum(map(len, numbers.values())), sum(len(set(own.tolist())) for own in numbers.values())
     if num_pictures < num_rows:
@@ -78,7 +89,7 @@ def _grouped(rows, numbers: np.ndarray):
         groups.setdefault(number, []).append(place)
     if len(groups) == len(numbers):
         return rows
-    captions, first = rows.caption_lists(), rows.indices[[own[0] for own in groups.values()]]
+    captions, first = list(rows.caption_lists()), rows.indices[[own[0] for own in groups.values()]]
 
     def column(values: Iterable[list]) -> list[list]:
         cells: list[list] = [[] for _ in range(len(rows.table))]
@@ -95,7 +106,7 @@ def _grouped(rows, numbers: np.ndarray):
         if values and all(isinstance(value, PLAIN) for value in values) and _differs(values, groups):
             own_values = ([values[place] for place in own for _ in captions[place]] for own in groups.values())
             columns[name] = column(own_values)
-    return attrs.evolve(rows, table=with_columns(rows.table, columns), indices=first)
+    return rows.of(with_columns(rows.table, columns), first, rows.columns)
 
 
 def _differs(values: Sequence, groups: Mapping) -> bool:
