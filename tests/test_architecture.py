@@ -51,6 +51,7 @@ DOORS = {  # each outside package is imported by one file, or by one folder
     "wandb": "mlxmm/training/trackers.py",
     "trackio": "mlxmm/training/trackers.py",
     "huggingface_hub": "mlxmm/storage/hub.py",
+    "xxhash": "mlxmm/storage/frozen_weights.py",
     "mlx_vlm": "mlxmm/captioners/mlx_vlm_child.py",
     "openai": "mlxmm/captioners/chat_server.py",
     "starlette": "mlxmm/serving/app.py",

@@ -27,6 +27,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxmm.compute.deterministic import repeats_to_the_bit
+from mlxmm.storage import checkpoint
 from mlxmm.training.logger import repeatable
 
 ALIGN = """
@@ -262,7 +263,7 @@ def agree(one, other, exact: bool) -> bool:
 
 
 def arrays(run: Path, name: str) -> dict[str, mx.array]:
-    return mx.load(str(run / f"checkpoints/last/{name}.safetensors"))
+    return checkpoint.load(run / "checkpoints/last")[name]
 
 
 def rows(run: Path) -> list[dict]:

@@ -183,8 +183,8 @@ def results(root: Path, use: str, out: str) -> dict:
     folder = root / ("run" if use == "resume" else "results")
     summary = json.loads((folder / "summary.json").read_text())
     found = {name: value for name, value in summary.items() if not name.startswith(LOGGED)}
-    weights = folder / "checkpoints/last/weights.safetensors"
-    return found | ({"weights": hashlib.sha256(weights.read_bytes()).hexdigest()} if weights.exists() else {})
+    files = [folder / f"checkpoints/last/{name}.safetensors" for name in ("weights", "frozen")]
+    return found | {file.stem: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.exists()}
 
 
 # ---- a recipe in a process of its own, forked from this one, so that a crash is an outcome too

@@ -105,7 +105,9 @@ def sizes(work: Path, layouts: Path) -> dict[str, int]:
 
 
 def size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    """The bytes of all files; what several checkpoints share counts once."""
+    stats = [path.stat() for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return sum({stat.st_ino: stat.st_size for stat in stats}.values())
 
 
 def print_report(report: dict, disk: dict[str, int]) -> None:

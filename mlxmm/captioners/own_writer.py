@@ -11,6 +11,8 @@ from mlxmm.modules.captioning_module import CaptioningModule
 from mlxmm.modules.loading import load_captioner
 from mlxmm.storage.atomic import sha256
 from mlxmm.storage.checkpoint import WEIGHTS
+from mlxmm.storage.checksums import checksum_of_values
+from mlxmm.storage.frozen_weights import FROZEN
 from mlxmm.storage.hub import local_folder
 
 
@@ -71,5 +73,6 @@ class TrainingWriter(OwnWriter):
 
 def checksum(folder: Path) -> str:
     """Which version of a captioner is in `folder`: a checksum of its weights."""
-    files = [folder / WEIGHTS, *sorted(folder.glob("model*.safetensors"))]
-    return next(sha256(path) for path in files if path.exists())[:16]
+    own = [path for name in (WEIGHTS, FROZEN) if (path := folder / name).exists()]
+    sums = [sha256(path) for path in own or sorted(folder.glob("model*.safetensors"))[:1]]
+    return (sums[0] if len(sums) == 1 else checksum_of_values(sums))[:16]

@@ -110,7 +110,7 @@ class CaptionDecoder(CaptioningModule):
         config, vision = from_json(CaptionDecoderConfig, values["captioner"]), build_vision_tower(values["vision"])
         processor = ImageProcessor.from_pretrained(folder)
         module = cls(config, vision, values["vision"], processor, load_tokenizer(folder))
-        checkpoint.load_weights(folder / checkpoint.WEIGHTS, module)
+        checkpoint.load_weights(folder, module)
         module.lineage = Lineage.read(folder)
         return module
 

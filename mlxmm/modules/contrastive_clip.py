@@ -112,7 +112,7 @@ class ContrastiveCLIP(Module):
         folder = local_folder(path_or_id, revision)
         module = cls(read_clip_config(folder), load_tokenizer(folder), ImageProcessor.from_pretrained(folder))
         if (folder / checkpoint.WEIGHTS).exists():
-            checkpoint.load_weights(folder / checkpoint.WEIGHTS, module)
+            checkpoint.load_weights(folder, module)
         else:
             weights = KINDS[module.config.model_type].from_hub(read_weights(folder))
             checkpoint.load_arrays(folder, weights, module.network)

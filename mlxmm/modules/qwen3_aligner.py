@@ -39,7 +39,7 @@ from mlxmm.optimizers import OptimizerConfig, grouped
 from mlxmm.preprocessing.images import ImageProcessor
 from mlxmm.preprocessing.tokenizers import end_token, load_tokenizer, require_rows, start_tokens
 from mlxmm.storage import checkpoint
-from mlxmm.storage.atomic import new_folder, read_arrays
+from mlxmm.storage.atomic import new_folder
 from mlxmm.storage.hub import local_folder, settings_folder
 from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.pretrained import read_config, read_weights, require_parts, write_settings
@@ -158,12 +158,11 @@ class Qwen3Aligner(CaptioningModule):
             values["language_model"],
             load_tokenizer(folder),
         )
-        path = folder if is_llava else folder / checkpoint.WEIGHTS
-        weights = llava.own_weights(read_weights(folder), module) if is_llava else read_arrays(path)
+        weights = llava.own_weights(read_weights(folder), module) if is_llava else checkpoint.read_weights(folder)
         quantize_as(module, weights)
         set_dtype(module.language_model, values["language_model"])
         module.lm_config = with_dtype(module.lm_config, module.language_model)
-        checkpoint.load_arrays(path, weights, module)
+        checkpoint.load_arrays(folder, weights, module)
         module.lineage = Lineage.read(folder)
         return module
 

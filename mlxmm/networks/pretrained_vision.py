@@ -9,7 +9,7 @@ from mlxmm.errors import UserError
 from mlxmm.networks import clip, siglip, vit
 from mlxmm.networks.towers import VisionTower, tower_values
 from mlxmm.storage import checkpoint
-from mlxmm.storage.atomic import read_arrays, write_json
+from mlxmm.storage.atomic import write_json
 from mlxmm.storage.pretrained import read_config, read_weights, write_arrays
 
 KINDS = {"clip_vision_model": clip, "siglip_vision_model": siglip, "vit": vit}
@@ -31,7 +31,7 @@ def load_vision_tower(folder: Path) -> tuple[VisionTower, dict]:
     values = vision_values(read_config(folder), folder)
     tower = build_vision_tower(values)
     if (folder / checkpoint.WEIGHTS).exists():  # a checkpoint of ContrastiveCLIP
-        weights = _under(f"network.{PREFIX}", read_arrays(folder / checkpoint.WEIGHTS))
+        weights = _under(f"network.{PREFIX}", checkpoint.read_weights(folder))
     else:
         weights = read_weights(folder)
         weights = from_hub(_under(PREFIX, weights) or weights, values)

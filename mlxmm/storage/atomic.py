@@ -124,6 +124,8 @@ def replace_link(link: Path, target: Path) -> None:
 
     On a file system without links (exFAT, some network shares) it is a file that holds the name, as in Git.
     """
+    if link.is_symlink() and link.readlink() == Path(target.name):
+        return
     temporary = link.with_name(f"{TEMPORARY}{os.getpid()}-{link.name}")
     temporary.unlink(missing_ok=True)
     if link.is_dir() and not link.is_symlink():

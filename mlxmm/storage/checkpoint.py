@@ -1,6 +1,7 @@
 """Checkpoints: a folder of safetensors files and a state.json, complete or absent.
 
-weights.safetensors     every parameter of the module, by its dotted name
+weights.safetensors     the parameters that are trained or change otherwise, by their dotted names
+frozen.safetensors      all others, if there are any: checkpoints of a run may share this file
 optimizer.safetensors   moments, step counts, learning rates
 state.json              counters, names of trainable parameters, callbacks, loggers, a checksum of each file and its own
 ...                     what the module's `from_pretrained` needs beside the weights
@@ -9,9 +10,10 @@ state.json              counters, names of trainable parameters, callbacks, logg
 import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
+import attrs
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
@@ -19,11 +21,12 @@ from mlxmm.compute.named_arrays import unflatten_like
 from mlxmm.compute.precision import HALF, widen
 from mlxmm.errors import UserError
 from mlxmm.storage.atomic import atomic_folder, follow_link, read_arrays, write_arrays, write_json
-from mlxmm.storage.checksums import check_files, checksum_of_values, checksums
+from mlxmm.storage.checksums import check_files, checksum_of_values, checksums, identity
+from mlxmm.storage.frozen_weights import FROZEN, FrozenWeights
 from mlxmm.storage.json_values import decode
 from mlxmm.terminal import say
 
-FORMAT = 2
+FORMAT, READ_FORMATS = 3, (2, 3)  # of format 2, all parameters are in weights.safetensors
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 ADVICE = "take another checkpoint"
 NAMES = ("last", "best")  # links to checkpoints, beside them
@@ -31,20 +34,57 @@ NAMES = ("last", "best")  # links to checkpoints, beside them
 
 def contents(module, optimizer, state: dict) -> dict[str, dict]:
     """The contents of a checkpoint: arrays by dotted names, and JSON values. Later updates do not change them."""
-    weights, moments = (dict(tree_flatten(tree)) for tree in (module.parameters(), optimizer.state))
+    # `copy.copy` shares the numbers: `array[...] = x` gives others to the object in the module, and not to this one.
+    trees = module.parameters(), optimizer.state
+    weights, moments = ({name: copy.copy(array) for name, array in tree_flatten(tree)} for tree in trees)
     return {"weights": weights, "optimizer": moments, "state": copy.deepcopy(state)}
 
 
-def save(folder: Path, checkpoint: dict[str, dict], save_config: Callable[[Path], None]) -> None:
-    """Write `folder`, replacing it as a whole: "state" as JSON, every other flat dict of arrays as safetensors."""
+def save(
+    folder: Path,
+    checkpoint: dict[str, dict],
+    save_config: Callable[[Path], None],
+    earlier: FrozenWeights | None = None,
+    apart_from: Path | None = None,
+) -> FrozenWeights:
+    """Write `folder`, replacing it as a whole: "state" as JSON, every other flat dict of arrays as safetensors.
+
+    The file of frozen weights is a link to the one of the checkpoint before, whose save returned `earlier`, if they are
+    the same; but `folder` shares no file with the checkpoint `apart_from`.
+    """
+    weights, state = checkpoint.get("weights", {}), checkpoint["state"]
+    frozen = FrozenWeights.of(weights, state.get("trainable", weights), earlier)
     with atomic_folder(folder) as temporary:
-        for name, arrays in checkpoint.items():
-            if name != "state":
-                write_arrays(temporary / f"{name}.safetensors", arrays)
+        known = _share(temporary, frozen, earlier, apart_from)
+        for name, arrays in _files(checkpoint, frozen.shared).items():
+            if name not in known:
+                write_arrays(temporary / name, arrays)
         save_config(temporary)
-        state = {"format": FORMAT, **checkpoint["state"], "files": checksums(temporary)}
+        files = checksums(temporary, known)
+        state = {"format": FORMAT, **state, "files": files}
         state = json.loads(json.dumps(state))  # as a reader gets it: keys are texts
         write_json(temporary / STATE, state | {"checksum": checksum_of_values(state)})
+        as_written = {"identity": identity(temporary / FROZEN), "checksum": files[FROZEN]} if frozen.shared else {}
+    return attrs.evolve(frozen, file=folder / FROZEN, **as_written)
+
+
+def _share(
+    folder: Path, frozen: FrozenWeights, earlier: FrozenWeights | None, apart_from: Path | None
+) -> dict[str, str]:
+    """Link the frozen weights of the checkpoint before into `folder` if they are `frozen`; the file's checksum then."""
+    if earlier is None or not frozen.shared or frozen.shared != earlier.shared:
+        return {}
+    linked = earlier.link(folder / FROZEN, apart_from and apart_from / FROZEN)
+    return {FROZEN: earlier.checksum} if linked else {}
+
+
+def _files(checkpoint: dict[str, dict], shared: Collection[str]) -> dict[str, dict[str, mx.array]]:
+    """The arrays of a checkpoint by the names of the files that hold them; `shared` are those of frozen weights."""
+    files = {f"{name}.safetensors": arrays for name, arrays in checkpoint.items() if name != "state"}
+    if shared:
+        files[WEIGHTS] = {name: array for name, array in checkpoint["weights"].items() if name not in shared}
+        files[FROZEN] = {name: checkpoint["weights"][name] for name in shared}
+    return files
 
 
 def load(folder: Path) -> dict[str, dict]:
@@ -52,7 +92,15 @@ def load(folder: Path) -> dict[str, dict]:
     folder = follow_link(folder)
     state = read_state(folder)
     files = [folder / name for name in state["files"] if name.endswith(".safetensors")]
-    return {"state": state} | {path.stem: mx.load(str(path)) for path in files}
+    loaded = {path.stem: mx.load(str(path)) for path in files}
+    frozen = loaded.pop(Path(FROZEN).stem, {}) if state["format"] == FORMAT else {}
+    return {"state": state} | loaded | ({"weights": frozen | loaded["weights"]} if frozen else {})
+
+
+def read_weights(folder: Path) -> dict[str, mx.array]:
+    """Every parameter in a checkpoint's folder, by its dotted name. Raises `UserError` if it is missing or damaged."""
+    frozen = read_arrays(folder / FROZEN) if (folder / FROZEN).exists() else {}
+    return frozen | read_arrays(folder / WEIGHTS)
 
 
 def read_state(folder: Path) -> dict:
@@ -68,11 +116,15 @@ def read_state(folder: Path) -> dict:
 
 def check_model(folder: Path) -> None:
     """Raise `UserError` where a file of a checkpoint is damaged that a model is made of; a folder that is no checkpoint
-    passes. What is missing is not said: of a checkpoint on the Hub not all is fetched."""
+    passes. Of what a checkpoint on the Hub has beside weights not all is fetched, so that it may be missing."""
     if (folder / STATE).is_file() and (folder / WEIGHTS).is_file():
         files = _read_state(folder)["files"]
-        fetched = {name: sum for name, sum in files.items() if name != OPTIMIZER and (folder / name).exists()}
+        fetched = {name: sum for name, sum in files.items() if _is_fetched(folder / name)}
         check_files(folder, fetched, ADVICE)
+
+
+def _is_fetched(path: Path) -> bool:
+    return path.name == FROZEN or (path.name != OPTIMIZER and path.exists())
 
 
 def _read_state(folder: Path) -> dict:
@@ -87,16 +139,16 @@ def _read_state(folder: Path) -> dict:
         raise UserError(f"{path} is damaged; {ADVICE}") from None
     if not isinstance(state, dict) or not {"format", "files", "global_step"} <= state.keys():
         raise UserError(f"{path} is no checkpoint's")
-    if state["format"] != FORMAT:
+    if state["format"] not in READ_FORMATS:
         raise UserError(f"{path} has format {state['format']}, expected was {FORMAT}: use the mlxmm that wrote it")
     if state.pop("checksum", None) != checksum_of_values(state):
         raise UserError(f"{path} is damaged; {ADVICE}")
     return json.loads(text, object_hook=decode)
 
 
-def load_weights(path: Path, module) -> None:
-    """Load a safetensors file into `module`. Raises `UserError` unless names and shapes are the module's."""
-    load_arrays(path, read_arrays(path), module)
+def load_weights(folder: Path, module) -> None:
+    """Load the weights of a checkpoint into `module`. Raises `UserError` unless names and shapes are the module's."""
+    load_arrays(folder, read_weights(folder), module)
 
 
 def load_arrays(path: Path, weights: dict[str, mx.array], module) -> None:

@@ -15,7 +15,8 @@ from mlxmm.storage.retries import reading, writing
 from mlxmm.terminal import say
 
 NOT_CACHED = "it is not in the cache, and the Hub is not asked (no network, or offline by a setting)"
-WEIGHTS = ["model*.safetensors", "weights.safetensors"]  # of transformers and mlx-lm, and of a checkpoint
+# Of transformers and mlx-lm, and of a checkpoint.
+WEIGHTS = ["model*.safetensors", "weights.safetensors", "frozen.safetensors"]
 SETTINGS = ["*.json", "*.txt", "*.model", "*.jinja"]
 NEEDED = [*WEIGHTS, *SETTINGS]  # no other frameworks' weights
 WRITTEN = [*NEEDED, "README.md", "mlx_vlm_*.py"]  # of an exported model: nothing else is uploaded

@@ -89,11 +89,13 @@ def _check_index(index: Path, files: list[Path]) -> None:
 
 
 def require_weights(folder: Path) -> None:
-    """Raise `UserError` unless `folder` has all files of its weights: that of a checkpoint, or those of `weight_files`.
+    """Raise `UserError` unless `folder` has all files of its weights: those of a checkpoint, or of `weight_files`.
 
     Of safetensors files the headers are read.
     """
-    whole = folder / checkpoint.WEIGHTS
-    for file in [whole] if whole.exists() else weight_files(folder):
+    if (folder / checkpoint.WEIGHTS).exists():
+        checkpoint.read_weights(folder)
+        return
+    for file in weight_files(folder):
         if file.suffix == ".safetensors":
             read_arrays(file)

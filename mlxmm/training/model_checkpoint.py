@@ -20,6 +20,7 @@ from mlxmm.storage.atomic import remove_leftovers
 from mlxmm.storage.checkpoint import by_step
 from mlxmm.storage.checkpoint_folder import go_back, name_checkpoint, newest_state
 from mlxmm.storage.disk import is_of_the_machine
+from mlxmm.storage.frozen_weights import FrozenWeights
 from mlxmm.terminal import say
 from mlxmm.training.callback import Callback
 from mlxmm.training.monitors import check_monitor, validates, without_validation
@@ -44,6 +45,9 @@ class ModelCheckpoint(Callback):
     except the one that the run was resumed from. In the `background`, a thread writes the arrays of that moment while
     training continues. Where the disk is full, a line says so and training goes on: the checkpoints before stay, and
     the next one is tried; but a run whose last checkpoint cannot be written fails.
+
+    What is frozen is written once: later checkpoints link to that file, as long as the weights are the same to the bit.
+    A file that is damaged costs `last` or `best`, and not both, where they are two: these share none.
 
     Each of several needs a `dirpath` of its own. Raises `UserError` if nothing logs `monitor`.
     """
@@ -72,6 +76,7 @@ class ModelCheckpoint(Callback):
     _validated: bool = attrs.field(default=False, init=False)
     _is_fitting: bool = attrs.field(default=False, init=False)  # and rank 0, which writes
     _writing: Future | None = attrs.field(default=None, init=False)
+    _frozen: FrozenWeights | None = attrs.field(default=None, init=False)  # as the newest checkpoint has them
     _written: tuple[int | None, dict[int, float]] = attrs.field(factory=lambda: (None, {}), init=False)  # before that
 
     def __attrs_post_init__(self):
@@ -124,7 +129,7 @@ class ModelCheckpoint(Callback):
             self.dirpath.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.dirpath)
             self._resumed_from = trainer.ckpt_path and trainer.ckpt_path.resolve()
-            self._is_fitting = True
+            self._is_fitting, self._frozen = True, None
 
     def check_run(self, trainer) -> None:
         """Raise `UserError` where the folder has checkpoints of another run than the one that is resumed."""
@@ -222,7 +227,8 @@ class ModelCheckpoint(Callback):
             del self.scores[max(self.scores, key=self._rank)]
 
     def _write(self, step: int, contents: dict, save_config, best: int | None, old: set[int]) -> None:
-        checkpoint.save(self._folder(step), contents, save_config)
+        apart_from = None if best in (step, None) else self._folder(best)
+        self._frozen = checkpoint.save(self._folder(step), contents, save_config, self._frozen, apart_from)
         self._name(step, best)
         self._delete(old)
 

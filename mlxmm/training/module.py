@@ -81,7 +81,7 @@ class Module(nn.Module):
             told = f"give the arguments of {cls.__name__} again, {error}"
             raise UserError(f"{cls.__name__}.load_from_checkpoint: {told}") from None
         module = cls(*args, **kwargs)
-        checkpoint.load_weights(folder / checkpoint.WEIGHTS, module)
+        checkpoint.load_weights(folder, module)
         return module
 
     @property

@@ -33,6 +33,8 @@ def dump(trainer, on_save: Callable[[dict], object]) -> dict[str, dict]:
     }
     contents = checkpoint.contents(trainer.module, trainer.optimizer, state)
     on_save(contents)
+    if "frozen" in contents:
+        raise UserError("a checkpoint has frozen weights of its own: a callback must name its arrays otherwise")
     return contents | {"state": encode(contents["state"])}
 
 

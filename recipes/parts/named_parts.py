@@ -14,7 +14,6 @@ from mlxmm.networks.pretrained_vision import vision_values
 from mlxmm.preprocessing.images import ImageProcessor
 from mlxmm.preprocessing.tokenizers import end_token, load_tokenizer
 from mlxmm.storage import checkpoint
-from mlxmm.storage.atomic import read_arrays
 from mlxmm.storage.hub import local_folder
 from mlxmm.storage.pretrained import read_config, require_weights
 
@@ -63,7 +62,7 @@ def _check_captioner(folder: Path) -> None:
     if kind == "llava":
         require_weights(folder)
     else:
-        read_arrays(folder / checkpoint.WEIGHTS)
+        checkpoint.read_weights(folder)
     ImageProcessor.from_pretrained(folder)
     load_tokenizer(folder)
 

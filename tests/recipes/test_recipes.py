@@ -14,6 +14,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from mlxmm.storage import checkpoint
+
 ROOT = Path(__file__).parents[2]
 TINY = ["--preset", "tiny"]
 
@@ -132,7 +134,7 @@ def test_tensorboard_reads_what_a_clip_takes_for_similar_and_which_objects_it_co
 
 
 def test_frozen_parts_stay_and_exactly_the_opened_layers_change(finished, cache):
-    weights = mx.load(str(finished[0] / "checkpoints/last/weights.safetensors"))
+    weights = checkpoint.load(finished[0] / "checkpoints/last")["weights"]
     (tower,), (lm,) = cache.glob("tower-*"), cache.glob("language-model-*")
     before = mx.load(str(lm / "model.safetensors"))
     changed = {name for name in before if not mx.array_equal(weights[f"language_model.{name}"], before[name])}

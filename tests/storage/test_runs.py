@@ -166,7 +166,7 @@ def test_a_run_that_fails_has_no_summary(tmp_path):
 
 def test_a_checkpoint_is_hashed_once_from_the_flags_to_the_first_update(tmp_path, monkeypatch):
     folder, hashed = checkpoints(tmp_path / "r"), []
-    checksums._checksum_of.cache_clear()
+    checksums._known.clear()
     sha256 = checksums.sha256
     monkeypatch.setattr(checksums, "sha256", lambda path: hashed.append(path.name) or sha256(path))
     config = parse_config("test", PRESETS, ["--resume", "last", "--run-dir", str(folder)])
@@ -298,7 +298,7 @@ def test_a_state_of_another_format_is_named(tmp_path):
     folder = checkpoints(tmp_path / "r") / "checkpoints" / "last"
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"format": "x"}))
-    with pytest.raises(UserError, match="state.json has format x, expected was 2: use the mlxmm that wrote it"):
+    with pytest.raises(UserError, match="state.json has format x, expected was 3: use the mlxmm that wrote it"):
         checkpoint.read_state(folder)
 
 

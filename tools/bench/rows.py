@@ -32,6 +32,11 @@ def _clip(name: str, size: str) -> Row:
     return Row(name=name, **sides, peer="transformers", needs=TRANSFORMERS, goal=0.91, aim=1.11, options=options)
 
 
+def _checkpoint(name: str, which: str, goal: float) -> Row:
+    sides = {"ours": f"checkpoints:ours{which}", "theirs": f"checkpoints:theirs{which}"}
+    return Row(name=name, **sides, peer="torch.save", needs=("torch",), goal=goal, clock="wall")
+
+
 ROWS = (
     Row(
         name="trainer, a nearly free step",
@@ -90,15 +95,8 @@ ROWS = (
         goal=1.2,
     ),
     Row(name="head of 151,936", ours="head:ours", theirs="head:theirs", peer="plain MLX", goal=2, also=("mb",)),
-    Row(
-        name="checkpoint of 100M",
-        ours="checkpoints:ours",
-        theirs="checkpoints:theirs",
-        peer="torch.save",
-        needs=("torch",),
-        goal=1,
-        clock="wall",
-    ),
+    _checkpoint("checkpoint of 100M", "", goal=1),
+    _checkpoint("checkpoint, 1 of 60 trained", "_partly_trained", goal=3),
     Row(
         name="first start, 100,000 rows",
         ours="startup:first_100_000",
