@@ -137,13 +137,21 @@ def _read_state(folder: Path) -> dict:
         raise UserError(f"{folder} holds no checkpoint: {STATE} is missing") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged; {ADVICE}") from None
-    if not isinstance(state, dict) or not {"format", "files", "global_step"} <= state.keys():
+    if not _is_state(state):
         raise UserError(f"{path} is no checkpoint's")
     if state["format"] not in READ_FORMATS:
         raise UserError(f"{path} has format {state['format']}, expected was {FORMAT}: use the mlxmm that wrote it")
     if state.pop("checksum", None) != checksum_of_values(state):
         raise UserError(f"{path} is damaged; {ADVICE}")
     return json.loads(text, object_hook=decode)
+
+
+def _is_state(values) -> bool:
+    """Whether JSON values are those of a state.json, of whatever format."""
+    if not isinstance(values, dict) or "format" not in values or type(values.get("global_step")) is not int:
+        return False
+    files = values.get("files")
+    return isinstance(files, dict) and all(isinstance(checksum, str) for checksum in files.values())
 
 
 def load_weights(folder: Path, module) -> None:
