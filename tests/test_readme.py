@@ -78,7 +78,8 @@ def test_a_flag_of_a_page_is_a_flag_of_a_recipe_or_of_a_tool():
 def test_what_a_page_names_is_there():
     paths = re.findall(r"`((?:mlxmm|callbacks|recipes|tools|tests|docs)/[\w/.-]*|\w+\.md)`", ALL)
     paths += re.findall(r"python (tools/\w+\.py)", ALL)
-    paths += [f"tools/{name}.py" for name in re.findall(r"python -m tools\.(\w+)", ALL)]
+    modules = [name.replace(".", "/") for name in re.findall(r"python -m (tools(?:\.\w+)+)", ALL)]
+    paths += [f"{name}/__main__.py" if (ROOT / name).is_dir() else f"{name}.py" for name in modules]
     written = {"recipes/train_colours.py"}  # by the reader of write-a-recipe.md
     exists = lambda path: path in written or (ROOT / path).exists() or (ROOT / f"{path}.py").exists()
     assert len(paths) > 30 and not [path for path in paths if not exists(path)]
