@@ -99,10 +99,10 @@ class TrainStep:
         """Clip, update, and add the gradients' norm to the metrics. With the `weight` of their batch, the gradients are
         `counted` after they were clipped: the update's kernel does it, which spares a pass over them all."""
         norm = global_norm(grads, self.strategy)
-        metrics["grad_norm"] = norm = norm if weight is None else counted(norm, weight)
+        metrics["grad_norm"] = norm = counted(norm, weight)
         if self.config.gradient_clip_val:
             grads = clip(grads, norm, self.config.gradient_clip_val, self.config.gradient_clip_algorithm)
-        self.optimizer.update(self.module, grads if weight is None else counted(grads, weight))
+        self.optimizer.update(self.module, counted(grads, weight))
         self.module.after_update()
         return metrics
 
@@ -118,9 +118,10 @@ class TrainStep:
         """Means of one process; sums of several, which `_averaged` divides. A lone process spares that division."""
         step = self.module.training_step
         with self._step_of(batch), explained(step, batch):
-            sums = weighted_sums(check_outputs(step, step(batch), needs_loss=True))
+            outputs = check_outputs(step, step(batch), needs_loss=True)
+            sums = weighted_sums(outputs)
         measured = sums if collectives.world_size() > 1 else average_sums(sums)[0]
-        return measured["loss"], (measured, sums["weight"])
+        return measured["loss"], (measured, sums["weight"] if "weight" in outputs else None)
 
     @contextlib.contextmanager
     def _step_of(self, batch) -> Iterator[None]:
@@ -180,17 +181,19 @@ def weighted_sums(outputs: dict) -> dict:
     """Turn a batch's means into sums, which is what can be added across batches. Of a batch of weight 0, whose means
     may be anything, they are 0."""
     weight = mx.array(outputs.get("weight", 1.0), dtype=mx.float32)
-    means = {name: mean for name, mean in outputs.items() if name != "weight"}
-    sums = {name: mx.where(weight == 0, 0, mean * weight) for name, mean in means.items()}
+    sums = {name: mean * weight for name, mean in outputs.items() if name != "weight"}
+    if "weight" in outputs:
+        sums = {name: mx.where(weight == 0, 0, total) for name, total in sums.items()}
     # MLX cannot compile a gradient beside two results that are computed alike (0.32): slices are never alike.
     if others := [name for name in sums if name != "loss"]:
         sums |= zip(others, mx.stack([sums[name] for name in others]))
     return sums | {"weight": weight}
 
 
-def counted(grads, weight: mx.array):
-    """The gradients of a batch; zeros where its `weight` is 0, since those of a mean of nothing may be nan."""
-    return tree_map(lambda grad: mx.where(weight == 0, 0, grad), grads)
+def counted(grads, weight: mx.array | None):
+    """The gradients of a batch; zeros where its `weight` is 0, since those of a mean of nothing may be nan. A step that
+    returns no weight, None, spares the pass over them."""
+    return grads if weight is None else tree_map(lambda grad: mx.where(weight == 0, 0, grad), grads)
 
 
 def add_sums(total: dict | None, sums: dict) -> dict:
