@@ -15,6 +15,7 @@ from mlxmm.training.tqdm_progress_bar import TQDMProgressBar
 
 from .batch_size_finder import BatchSizeFinder
 from .cached_features import CachedFeatures
+from .cached_pixels import CachedPixels
 from .device_stats_monitor import DeviceStatsMonitor
 from .early_stopping import EarlyStopping
 from .ema_weight_averaging import EMAWeightAveraging
@@ -40,6 +41,7 @@ from .zero_shot_evaluation import ZeroShotEvaluation
 __all__ = [
     "BatchSizeFinder",
     "CachedFeatures",
+    "CachedPixels",
     "DeviceStatsMonitor",
     "EMAWeightAveraging",
     "EarlyStopping",
