@@ -2,7 +2,7 @@
 
     python tools/benchmark_overhead.py
 
-The two take turns, step by step, so that both feel whatever else the machine does. Prints, for a module whose step
+The two take turns, 20 updates at a time, so that both feel whatever else the machine does. Prints, for a module whose step
 is nearly free and for one of about 20 ms, the time of a bare step and what `fit` adds to it (means over a run; their
 median, least and most over runs), and whether the losses are equal to the last bit. Where torch and lightning are
 installed, the same for Lightning against a bare torch loop.
@@ -30,7 +30,8 @@ from mlxmm.training.randomness import step_seed
 from mlxmm.training.train_step import clip, global_norm
 
 LOG_EVERY = 50
-DROPPED = 10  # first steps: compiling, and caches that fill
+TURN = 20  # updates of a loop before it is the other's turn
+DROPPED = 1  # first turns: compiling, and caches that fill
 SIZES = {"nearly free": (8, 1, 4), "about 20 ms": (512, 4, 96)}  # width, depth, rows of a batch
 
 
@@ -87,20 +88,24 @@ def bare_step(module: MLP):
 
 
 class Stopwatch:
-    """Times each turn of a loop, and after it the same step of a bare loop: both feel what else the machine does."""
+    """Times turns of a loop, and after them as many steps of a bare loop: both feel what else the machine does."""
 
-    def __init__(self, step, batches: list[dict]):
+    def __init__(self, step, batches: list[dict], wait=lambda loss: None):
         self.fit_times, self.bare_times, self.fit_losses, self.bare_losses = [], [], [], []
-        self._step, self._batches = step, iter(batches)
+        self._step, self._batches, self._wait = step, iter(batches), wait
         self._last = time.perf_counter()
 
     def lap(self, loss) -> None:
-        batch, middle = next(self._batches), time.perf_counter()
-        self.bare_losses.append(self._step(batch))
-        end = time.perf_counter()
-        self.fit_times.append(middle - self._last)
-        self.bare_times.append(end - middle)
+        """Note the end of an update. `wait` waits for its loss, once in a turn: a loop may be ahead of the device."""
         self.fit_losses.append(loss)
+        if len(self.fit_losses) % TURN:
+            return
+        self._wait(loss)
+        middle = time.perf_counter()
+        self.bare_losses += [self._step(batch) for batch in itertools.islice(self._batches, TURN)]
+        end = time.perf_counter()
+        self.fit_times.append((middle - self._last) / TURN)
+        self.bare_times.append((end - middle) / TURN)
         self._last = time.perf_counter()
 
 
@@ -116,7 +121,7 @@ class Laps(Callback):
 
 def run_mlxmm(width: int, depth: int, batches: list[dict]) -> Stopwatch:
     """`Trainer.fit` with everything that people switch on."""
-    watch = Stopwatch(bare_step(MLP(width, depth)), batches)
+    watch = Stopwatch(bare_step(MLP(width, depth)), batches, wait=mx.eval)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         trainer = Trainer(
             max_steps=len(batches),

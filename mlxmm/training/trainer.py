@@ -41,6 +41,7 @@ from mlxmm.training.checks import (
 )
 from mlxmm.training.datamodule import DataModule, as_datamodule, stage_loader, train_loader, why_empty
 from mlxmm.training.default_callbacks import with_defaults
+from mlxmm.training.dispatch import Dispatch
 from mlxmm.training.eval_loop import Evaluator
 from mlxmm.training.loader_randomness import epoch_seed
 from mlxmm.training.logger import Logger
@@ -101,6 +102,7 @@ class Trainer(TrainerProperties):
         self._hooks = hook_table(self.callbacks, self, None)
         self._train_step: Any = None  # the compiled update
         self._traced: Any = None  # what it was traced with
+        self._dispatch = Dispatch()
         self.locks = contextlib.ExitStack()  # on the folders that a fit writes
         self._request = Request()  # the signal that asks for the end
         self._peak_warning = memory.PeakWarning()
@@ -277,7 +279,7 @@ class Trainer(TrainerProperties):
             collectives.enter_collective()
             self.strategy.check_micro_batches(len(group))
             metrics = self._train_step(group)
-            mx.eval(metrics, self.module.state, self.optimizer.state)
+            self._dispatch(metrics, self.module.state, self.optimizer.state)
         self.progress.finish_update(len(group), metrics)
         if self.global_step % self.config.log_every_n_steps == 0:
             self._peak_warning.check()
