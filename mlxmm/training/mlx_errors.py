@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxmm.training import lightning_words
+from mlxmm.training import lightning_words, torch_words
 
 TORCH_KEYWORDS = {
     "dim": "axis",
@@ -34,7 +34,9 @@ def _note(error: Exception, batch) -> str | None:
     match error:
         case KeyError() if isinstance(batch, Mapping):
             return f"The batch holds {', '.join(map(repr, batch))}."
-        case AttributeError(obj=nn.Module() | mx.array() as owner, name=str() as name):
+        case AttributeError() if "no attribute 'requires_grad'" in str(error):  # set, which gives no `name`
+            return "mlxmm: parameters() is a dict of arrays: write part.freeze(), or part.unfreeze()."
+        case AttributeError(obj=owner, name=str() as name):
             return _of_attribute(owner, name)
         case TypeError():
             return _of_keywords(str(error))
@@ -44,7 +46,13 @@ def _note(error: Exception, batch) -> str | None:
 
 
 def _of_attribute(owner, name: str) -> str | None:
-    answers = lightning_words.TENSORS if isinstance(owner, mx.array) else lightning_words.LAYERS
+    match owner:
+        case mx.array():
+            answers = lightning_words.TENSORS
+        case nn.Module():
+            answers = lightning_words.LAYERS
+        case _:
+            answers = torch_words.PACKAGES.get(getattr(owner, "__name__", ""), {})
     return f"mlxmm: {answers[name]}." if name in answers else None
 
 
