@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import re
+import types
 from collections.abc import Iterator, Mapping
 
 import mlx.core as mx
@@ -51,13 +52,18 @@ def _of_attribute(owner, name: str) -> str | None:
             answers = lightning_words.TENSORS
         case nn.Module():
             answers = lightning_words.LAYERS
+        case types.ModuleType(__name__=package):
+            answers = torch_words.PACKAGES.get(package, {})
         case _:
-            answers = torch_words.PACKAGES.get(getattr(owner, "__name__", ""), {})
+            return None
     return f"mlxmm: {answers[name]}." if name in answers else None
 
 
 def _of_keywords(text: str) -> str | None:
     """Of an argument that torch names otherwise: MLX lists all that it got, Python names the one that it refuses."""
+    own = re.match(r"(?:\w+\.)*(\w+)\.__init__\(\)", text)
+    if own and not hasattr(nn, own[1]):  # of a class of the user's, whose names are not MLX's
+        return None
     given = re.findall(r"(\w+): ", text.partition("kwargs = {")[2]) + re.findall(r"keyword argument '(\w+)'", text)
     told = [f"{TORCH_KEYWORDS[name]}= in place of {name}=" for name in given if name in TORCH_KEYWORDS]
     return f"mlxmm: MLX has {', '.join(told)}." if told else None

@@ -1,5 +1,6 @@
 """Names of torch's that MLX does not have: a note says what to write, while a module is made and in a run."""
 
+import inspect
 import re
 
 import mlx.core as mx
@@ -47,6 +48,19 @@ def test_freezing_by_requires_grad_gets_a_note():
     with pytest.raises(AttributeError) as error:
         made("self.a = nn.Linear(2, 2)\n        for p in self.a.parameters(): p.requires_grad = False")
     assert note(error) == "mlxmm: parameters() is a dict of arrays: write part.freeze(), or part.unfreeze()."
+
+
+def test_an_argument_of_the_modules_own_gets_no_note():
+    with pytest.raises(TypeError) as error:
+        type(made("pass"))(dim=3)
+    assert not hasattr(error.value, "__notes__")
+
+
+def test_a_module_shows_the_signature_of_its_constructor():
+    class Sized(Module):
+        def __init__(self, size: int = 3): ...
+
+    assert str(inspect.signature(Sized)) == "(size: int = 3)"
 
 
 @pytest.mark.parametrize("package", PACKAGES)
