@@ -2,8 +2,8 @@
 
     python tools/benchmark_overhead.py
 
-The two take turns, 20 updates at a time, so that both feel whatever else the machine does. Prints, for a module whose step
-is nearly free and for one of about 20 ms, the time of a bare step and what `fit` adds to it (means over a run; their
+The two take turns of 20 updates, so that both feel whatever else the machine does. Prints, for a module whose step is
+nearly free and for one of about 20 ms, the time of a bare step and what `fit` adds to it (means over a run; their
 median, least and most over runs), and whether the losses are equal to the last bit. Where torch and lightning are
 installed, the same for Lightning against a bare torch loop.
 """

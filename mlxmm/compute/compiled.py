@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlxmm.compute import kernel_header
 from mlxmm.compute.reads import Reads
-from mlxmm.errors import warn
+from mlxmm.errors import UserError, warn
 
 
 class Compiled:
@@ -44,12 +44,13 @@ class Compiled:
             return variant(*args)
         if mx.default_device() == mx.cpu:
             kernel_header.precompile()
-        restore, key = snapshot(self._state), mx.random.state[0]
+        restore, key, names = snapshot(self._state), mx.random.state[0], _names(self._state)
         # MLX identifies a compiled function by the object it was made from: each variant needs an object of its own.
         variant = mx.compile(functools.partial(self._function), inputs=self._state, outputs=self._state)
         try:
             with self._reads.recorded([tree for tree in self._state if isinstance(tree, nn.Module)], self._others):
                 outputs = variant(*args)  # traces: this is the call that runs `function` as Python
+            _check_names(self._state, names)
             if mx.default_device() == mx.cpu:
                 mx.eval(outputs, self._state)  # calls the C++ compiler, which Ctrl-C in a terminal ends too
         except BaseException:
@@ -116,14 +117,34 @@ def warn_of_plain_python() -> None:
 
 
 def snapshot(tree) -> Callable[[], None]:
-    """Record every array in nested dicts and lists; return a function that restores them in place."""
-    places = [(node, key, node[key]) for node in _nodes(tree) for key in _keys(node)]
+    """Record what nested dicts and lists hold; return a function that restores it in place."""
+    contents = [(node, dict(node) if isinstance(node, dict) else list(node)) for node in _nodes(tree)]
 
     def restore() -> None:
-        for node, key, array in places:
-            node[key] = array
+        for node, held in contents:
+            if isinstance(node, dict):  # a module's own `update` is of parameters
+                dict.clear(node)
+                dict.update(node, held)
+            else:
+                node[:] = held
 
     return restore
+
+
+def _names(state: list) -> set[str]:
+    """The names of the arrays in the trees of a compiled function."""
+    return {name for name, leaf in tree_flatten(state) if isinstance(leaf, mx.array)}
+
+
+def _check_names(state: list, names: set[str]) -> None:
+    """Raise `UserError` where a function has added arrays to its state, or taken some out: MLX finds those that it
+    had by their number, and from then on nothing can be computed in this process."""
+    if changed := sorted(_names(state) ^ names):
+        place = changed[0].partition(".")[2]
+        raise UserError(
+            f"a step changes which arrays its module has ({place}): it is compiled, may replace arrays and add none. "
+            'Return what is measured, {"loss": loss, "mine": x.mean()}: callbacks get it'
+        )
 
 
 def _nodes(tree):
@@ -131,11 +152,6 @@ def _nodes(tree):
         yield tree
         for child in tree.values() if isinstance(tree, dict) else tree:
             yield from _nodes(child)
-
-
-def _keys(node):
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    return [key for key, value in items if isinstance(value, mx.array)]
 
 
 def _shape(leaf):

@@ -117,6 +117,13 @@ def stage_loader(datamodule: DataModule, stage: str):
     return loader
 
 
+def needed_loader(datamodule: DataModule, stage: str):
+    """The `stage_loader` of a stage that is about to run. Raises `UserError` where there is none."""
+    if (loader := stage_loader(datamodule, stage)) is None:
+        raise UserError(f"there are no {stage} data: give dataloaders, or a datamodule with {stage}_dataloader")
+    return loader
+
+
 def train_loader(datamodule: DataModule, seed: int = 0):
     """The training loader, whose making draws from `seed`. Raises `UserError` where there is none."""
     with OwnRandomState(seed)():

@@ -40,8 +40,8 @@ class Evaluator:
             with collectives.off_gpu():
                 means = {} if total is None else average_sums(total)[0]
                 metrics = Metrics({f"{prefix}/{name}": float(value) for name, value in means.items()})
-            self.call(f"on_{stage}_epoch_end")
             trainer.log(metrics)
+            self.call(f"on_{stage}_epoch_end")
             self.call(f"on_{stage}_end", metrics)
         mx.clear_cache()  # its arrays have other shapes than those of training
         return metrics

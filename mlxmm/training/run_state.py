@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import mlx.core as mx
+
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
@@ -33,9 +35,19 @@ def dump(trainer, on_save: Callable[[dict], object]) -> dict[str, dict]:
     }
     contents = checkpoint.contents(trainer.module, trainer.optimizer, state)
     on_save(contents)
+    _check_contents(contents)
+    return contents | {"state": encode(contents["state"])}
+
+
+def _check_contents(contents: dict) -> None:
+    """What callbacks may add to a checkpoint: values to its "state", and dicts of arrays by names of their own."""
     if "frozen" in contents:
         raise UserError("a checkpoint has frozen weights of its own: a callback must name its arrays otherwise")
-    return contents | {"state": encode(contents["state"])}
+    for name, part in contents.items():
+        is_arrays = isinstance(part, dict) and all(isinstance(value, mx.array) for value in part.values())
+        if name != "state" and not is_arrays:
+            told = f"write checkpoint['state'][{name!r}] = ..., and read it there in on_load_checkpoint"
+            raise UserError(f"on_save_checkpoint: checkpoint[{name!r}] is no dict of arrays: {told}")
 
 
 def restore(trainer, saved: dict[str, dict], on_load: Callable[[], None]) -> None:

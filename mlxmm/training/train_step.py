@@ -111,7 +111,7 @@ class TrainStep:
     def _weighted_loss(self, batch):
         step = self.module.training_step
         with self._step_of(batch), explained(step, batch):
-            sums = weighted_sums(check_outputs(step, step(batch), needs_loss=True))
+            sums = weighted_sums(check_outputs(step, step(batch), needs_loss=True), num_examples(batch))
         return sums["loss"], sums
 
     def _loss(self, batch):
@@ -119,8 +119,9 @@ class TrainStep:
         step = self.module.training_step
         with self._step_of(batch), explained(step, batch):
             outputs = check_outputs(step, step(batch), needs_loss=True)
-            sums = weighted_sums(outputs)
-        measured = sums if collectives.world_size() > 1 else average_sums(sums)[0]
+        is_alone = collectives.world_size() == 1
+        sums = weighted_sums(outputs, 1 if is_alone else num_examples(batch))
+        measured = average_sums(sums)[0] if is_alone else sums
         return measured["loss"], (measured, sums["weight"] if "weight" in outputs else None)
 
     @contextlib.contextmanager
@@ -143,7 +144,7 @@ def build_eval_step(module, step: Callable, config, compiler: Compiler) -> Calla
 
     def eval_step(batch):
         with autocast(module, config.precision), indices.noted(batch), explained(step, batch):
-            return weighted_sums(check_outputs(step, step(batch), needs_loss=False))
+            return weighted_sums(check_outputs(step, step(batch), needs_loss=False), num_examples(batch))
 
     compiled = compiler(eval_step, state=[module.state, mx.random.state])
 
@@ -177,10 +178,15 @@ def checked_twice(train_step: Callable, module, optimizer) -> Callable:
     return run
 
 
-def weighted_sums(outputs: dict) -> dict:
-    """Turn a batch's means into sums, which is what can be added across batches. Of a batch of weight 0, whose means
-    may be anything, they are 0."""
-    weight = mx.array(outputs.get("weight", 1.0), dtype=mx.float32)
+def num_examples(batch) -> int:
+    """The examples of a batch: the length of the first axis of its first array that has one."""
+    return next((array.shape[0] for _, array in tree_flatten(batch) if isinstance(array, mx.array) and array.ndim), 1)
+
+
+def weighted_sums(outputs: dict, num_examples: int) -> dict:
+    """Turn a batch's means into sums, which is what can be added across batches. It counts by its "weight", or else by
+    its examples. Of a batch of weight 0, whose means may be anything, they are 0."""
+    weight = mx.array(outputs.get("weight", num_examples), dtype=mx.float32)
     sums = {name: mean * weight for name, mean in outputs.items() if name != "weight"}
     if "weight" in outputs:
         sums = {name: mx.where(weight == 0, 0, total) for name, total in sums.items()}

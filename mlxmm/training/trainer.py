@@ -40,7 +40,14 @@ from mlxmm.training.checks import (
     checked_arguments,
     warn_of_zero_rate,
 )
-from mlxmm.training.datamodule import DataModule, as_datamodule, stage_loader, train_loader, why_empty
+from mlxmm.training.datamodule import (
+    DataModule,
+    as_datamodule,
+    needed_loader,
+    stage_loader,
+    train_loader,
+    why_empty,
+)
 from mlxmm.training.default_callbacks import with_defaults
 from mlxmm.training.dispatch import Dispatch
 from mlxmm.training.ending import why_ended
@@ -155,10 +162,12 @@ class Trainer(TrainerProperties):
     ) -> dict[str, float]:
         """The means of `validation_step` over the validation data, as "val/…", which are printed too if `verbose`.
 
-        Without `model`, it is of the module fitted before; with `ckpt_path`, with the weights of that checkpoint.
-        With `enable_progress_bar=False` nothing is printed.
+        Without `model`, it is of the module fitted before, and without data, on the data of that fit; with `ckpt_path`,
+        with the weights of that checkpoint. With `enable_progress_bar=False` nothing is printed. Raises `UserError` where
+        there are no such data.
         """
-        with self._stage("validate", model, as_datamodule(datamodule, val=dataloaders), ckpt_path):
+        with self._stage("validate", model, self._held_out("val", datamodule, dataloaders), ckpt_path):
+            needed_loader(self.datamodule, "train" if self.config.overfit_batches else "val")
             metrics = self._validate()
         return self._printed(metrics, verbose)
 
@@ -173,8 +182,8 @@ class Trainer(TrainerProperties):
         verbose: bool = True,
     ) -> dict[str, float]:
         """The means of `test_step` over the test data, as "test/…"; arguments as of `validate`."""
-        with self._stage("test", model, as_datamodule(datamodule, test=dataloaders), ckpt_path):
-            loader = stage_loader(self.datamodule, "test")
+        with self._stage("test", model, self._held_out("test", datamodule, dataloaders), ckpt_path):
+            loader = needed_loader(self.datamodule, "test")
             metrics = self._evaluator.measure("test", loader, self.config.limit_test_batches)
         return self._printed(metrics, verbose)
 
@@ -183,8 +192,8 @@ class Trainer(TrainerProperties):
         self, model: Module | None = None, dataloaders=None, *, datamodule=None, ckpt_path: Path | str | None = None
     ) -> list:
         """What `predict_step` returns for each batch; arguments as of `validate`."""
-        with self._stage("predict", model, as_datamodule(datamodule, predict=dataloaders), ckpt_path):
-            loader = stage_loader(self.datamodule, "predict")
+        with self._stage("predict", model, self._held_out("predict", datamodule, dataloaders), ckpt_path):
+            loader = needed_loader(self.datamodule, "predict")
             return self._evaluator.predict(loader, self.config.limit_predict_batches)
 
     def save_checkpoint(self, folder: Path | str) -> None:
@@ -401,6 +410,12 @@ class Trainer(TrainerProperties):
                 module.trainer = outer
         self._leave("finished")
         self._finalize("success")
+
+    def _held_out(self, kind: str, datamodule, loaders) -> DataModule:
+        """The data that were given for a stage, or else those of the stage before."""
+        if datamodule is None and loaders is None and self.datamodule is not None:
+            return self.datamodule
+        return as_datamodule(datamodule, **{kind: loaders})
 
     def _restart(self) -> None:
         """Set what a run counts and measures to its beginning."""
