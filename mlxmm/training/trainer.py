@@ -163,8 +163,8 @@ class Trainer(TrainerProperties):
         """The means of `validation_step` over the validation data, as "val/…", which are printed too if `verbose`.
 
         Without `model`, it is of the module fitted before, and without data, on the data of that fit; with `ckpt_path`,
-        with the weights of that checkpoint. With `enable_progress_bar=False` nothing is printed. Raises `UserError` where
-        there are no such data.
+        with the weights of that checkpoint. With `enable_progress_bar=False` nothing is printed. Raises `UserError` for
+        want of such data.
         """
         with self._stage("validate", model, self._held_out("val", datamodule, dataloaders), ckpt_path):
             needed_loader(self.datamodule, "train" if self.config.overfit_batches else "val")
