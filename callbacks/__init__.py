@@ -72,4 +72,4 @@ __all__ = [
 
 def __getattr__(name: str):
     """For names that are not there, what to write instead."""
-    raise lightning_words.missing("mlxmm.callbacks", name, lightning_words.CALLBACKS, __all__)
+    raise lightning_words.missing_in("mlxmm.callbacks", name, lightning_words.CALLBACKS, __all__)
