@@ -88,15 +88,15 @@ class PixelFile:
 
     def write(self, place: int, pixels: np.ndarray) -> None:
         """Keep the pixels of a row. After a disk has failed, which a line says, no more are written."""
-        data = pixels.tobytes()
+        data = np.ascontiguousarray(pixels)
         with self._lock, going_on("more pixels of decoded pictures"), naming(self.path):
             if not self._has_failed:
                 self._has_failed = True
-                os.pwrite(self._descriptor, data + _checksum(data, place), place * num_bytes(1, self.side))
+                os.pwritev(self._descriptor, [data, _checksum(data, place)], place * num_bytes(1, self.side))
                 self._has_failed = False
 
 
-def _checksum(pixels: bytes | memoryview, place: int) -> bytes:
+def _checksum(pixels: np.ndarray | memoryview, place: int) -> bytes:
     """The CRC-32 of the pixels that belong to a place."""
     return zlib.crc32(pixels, place).to_bytes(NUM_CHECKSUM_BYTES, "little")
 
