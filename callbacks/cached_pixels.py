@@ -25,7 +25,8 @@ class CachedPixels(Callback):
     They are found again by the pictures and the preprocessing: where one of these changes, so does the file. Files take
     `max_gib` at most (0: nothing is kept), so those opened longest ago are deleted. Pixels that would take more, or
     more than half of what the disk has free, are not kept, which a line says. Not kept either are those of training
-    with `random_crop`, of streams, and of pictures that another callback draws or adds (`SyntheticRefresh`).
+    with `random_crop`, of streams, of `fast_dev_run`, and of pictures that another callback draws or adds
+    (`SyntheticRefresh`).
     `CachedFeatures` comes before this.
 
     Needs a `CaptionData`, a module with a `processor`, and a transform that takes the pixels of a row by
@@ -50,7 +51,7 @@ class CachedPixels(Callback):
     def on_train_epoch_start(self, trainer, module):
         rows = {split: trainer.datamodule.rows[split] for split in self.splits}
         rows = {split: own for split, own in rows.items() if _can_be_kept(trainer.datamodule, split, own)}
-        if not rows or not self.max_gib or self._has_failed:
+        if not rows or not self.max_gib or self._has_failed or trainer.config.fast_dev_run:
             return
         try:
             files = self._open(rows, module.processor)
