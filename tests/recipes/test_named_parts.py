@@ -10,15 +10,12 @@ import sys
 import threading
 from pathlib import Path
 
-import attrs
 import mlx.core as mx
 import pytest
 from huggingface_hub import constants
-from mlx.utils import tree_flatten
-from small_modules import VISION, small_aligner, small_clip, tokenizer
+from small_modules import save_aligner, small_clip, tokenizer
 
 from mlxmm.networks.language_model import Qwen3Config, build_language_model, save_language_model
-from mlxmm.storage.pretrained import write_arrays
 from recipes.parts.named_parts import check_parts
 
 ROOT = Path(__file__).parents[2]
@@ -49,15 +46,6 @@ def parts(tmp_path_factory):
     save_aligner(root / "captioner")
     kinds = {"tower": "clip", "tokenizer": "language_model"}
     return {kind: root / kinds.get(kind, kind) for _, _, kind in NAMED}
-
-
-def save_aligner(folder: Path) -> None:
-    """The folder of a checkpoint of a Qwen3Aligner, without what training needs."""
-    aligner = small_aligner()
-    folder.mkdir()
-    aligner.vision_config = {"model_type": "clip_vision_model"} | attrs.asdict(VISION)
-    aligner.save_config(folder)
-    write_arrays(folder / "weights.safetensors", dict(tree_flatten(aligner.parameters())))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from mlxmm.data.sources.rows import CaptionRows
 from mlxmm.data.sources.tables import Columns, check_splits, column_names, concatenated, open_tables, reading_errors
 from mlxmm.data.sources.twins import grouped
 from mlxmm.errors import UserError
-from mlxmm.preprocessing.images import SUFFIXES
+from mlxmm.preprocessing.picture_folder import files_below, is_picture
 
 NOT_UNASKED = f", which are not trained on unasked: --data.split-column {RANDOM} divides all rows anew"
 
@@ -90,7 +90,7 @@ def _joined_tables(source: str, columns: Columns, join: Join | None, **which) ->
 
 def unlisted_pictures(folder: Path, tables: Sequence, column: str) -> list[Path]:
     """The images in a folder that its metadata do not name: `datasets` ignores them."""
-    pictures = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES] if folder.is_dir() else []
+    pictures = list(filter(is_picture, files_below(folder))) if folder.is_dir() else []
     listed = {path for table in tables if pictures for path in PictureColumn.of(table, column).paths if path}
     if all(os.path.abspath(path) in listed for path in pictures):  # without asking the disk about each
         return []
