@@ -131,3 +131,33 @@ def test_ctrl_c_keeps_the_captions_and_names_the_command_that_goes_on(
     last = capsys.readouterr().err.splitlines()[-1]
     assert "kept 1 caption in c.csv; go on with: " in last and last.endswith(f"{holiday} --to c.csv --append")
     assert names_in(Path("c.csv")) == ["holiday/a.png"]
+
+
+def test_what_write_captions_fails_on_is_named_with_its_reason_and_equal_files_are_counted(run, captioner, holiday):
+    for i in range(7):
+        (holiday / f"broken{i}.png").write_text(f"no picture {i}")
+    (holiday / "copy.png").write_bytes((holiday / "a.png").read_bytes())
+    code, told, errors = run(
+        "write_captions", "--captioner.model", captioner, "--data.source", holiday, "--run-dir", "w"
+    )
+    assert code == 0, errors
+    lines = [line for line in told.splitlines() if line.startswith("failed, ")]
+    assert len(lines) == 6 and lines[-1] == "failed, and 2 captions more"
+    assert all("broken" in line and "the picture cannot be decoded: " in line for line in lines[:-1])
+    assert "10 pictures, 10 captions" in told
+    assert "1 more, equal to one of these, are captioned with it" in told
+
+
+@pytest.mark.parametrize("recipe", ["caption", "serve"])
+def test_a_run_without_a_model_is_unfinished_and_one_that_has_some_names_it(run, recipe, holiday, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.json").write_text(json.dumps({"run_dir": "mine", "seed": 0, "data": {}}))
+    flags = ["--module", "mine", holiday] if recipe == "caption" else ["mine"]
+    code, _, errors = run(recipe, *flags)
+    assert code == 2 and errors.splitlines()[-1].startswith("error: mine is the folder of a run that has no model yet")
+    assert errors.endswith("--run-dir mine --resume last\n")
+
+
+def test_a_folder_that_is_not_there_is_said_before_what_the_hub_said(run):
+    errors = run("serve", "runs/nosuch")[2]
+    assert errors.startswith("error: runs/nosuch is no folder here, and not to be had from the Hub: ")

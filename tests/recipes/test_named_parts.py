@@ -75,7 +75,7 @@ def refused(result, message: str, folder: Path) -> None:
 
 @pytest.mark.parametrize(("recipe", "flags", "kind"), NAMED)
 def test_a_part_that_is_not_to_be_had_is_named_before_data_are_opened(run, recipe, flags, kind, tmp_path):
-    refused(run(recipe, flags, MISSING), f"{MISSING} is neither a folder nor to be had from the Hub", tmp_path)
+    refused(run(recipe, flags, MISSING), f"{MISSING} is no folder here, and not to be had from the Hub", tmp_path)
 
 
 def rewrite(path: Path, **values) -> None:
@@ -165,7 +165,7 @@ def test_a_part_is_taken_from_the_hub_at_the_revision_in_its_id(run, parts, reci
     if recipe != "caption":
         message = "not a picture" if recipe == "zero_shot" else "nowhere.parquet is not there"
         refused(run(recipe, flags, f"some/part@{revision}"), message, tmp_path)
-    refused(run(recipe, flags, "some/part@v1"), "some/part@v1 is neither a folder nor to be had", tmp_path)
+    refused(run(recipe, flags, "some/part@v1"), "some/part@v1 is no folder here, and not to be had", tmp_path)
 
 
 def test_pytorchs_weights_are_enough_for_a_tower(run, parts, tmp_path):

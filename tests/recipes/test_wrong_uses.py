@@ -34,7 +34,7 @@ WRONG = [
     ("align_qwen3 --module.projector resampler", "'projector' must be in ('linear', 'mlp', 'pixel_shuffle')"),
     ("align_qwen3 --module.vision nowhere", "nowhere is not there: neither a folder nor a Hub id"),
     ("align_qwen3 --module.vision ./pictures", "pictures holds no model: it has no config.json"),
-    ("align_qwen3 --module.lm user/absent", "user/absent is neither a folder nor to be had from the Hub"),
+    ("align_qwen3 --module.lm user/absent", "user/absent is no folder here, and not to be had from the Hub"),
     ("align_qwen3 --tower.hidden-size 64 --module.vision pictures", "Unrecognized options: --tower.hidden-size"),
     ("align_qwen3 --data.source nowhere.parquet", "nowhere.parquet is not there"),
     ("align_qwen3 --data.source '~/absent'", "absent is not there"),
