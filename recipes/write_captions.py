@@ -95,7 +95,7 @@ def write(config: Config, run: Run, pictures, prompts: dict, shard: Shard, write
         run.print(f"{counts}, {len(wanted)} of them to be written")
         if shard == Shard() and len(hashes) < len(pictures):
             run.print(f"{len(pictures) - len(hashes):,} more, equal to one of these, are captioned with it")
-        with progress_bar("captions", len(wanted), "caption") as bar:
+        with progress_bar("captions", len(wanted), "caption", shown=bool(wanted)) as bar:
             progress = write_captions(pictures, wanted, prompts, writer, journal, config.sampling, shown_on(bar))
         entries = list(journal.entries())
     except WriterFailed as error:

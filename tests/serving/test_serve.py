@@ -157,7 +157,7 @@ def with_url(url):
 
 
 WRONG = [
-    (b"{", 400, "the body is not JSON"),
+    (b"{", 400, "the body is not JSON: a request is JSON, with the picture in it as a data URL"),
     (b"[]", 400, "the body is not a JSON object"),
     (b"[" * 100_000, 400, "the body is not JSON"),
     ({}, 400, "messages must hold one of the role user"),
@@ -250,9 +250,10 @@ def test_a_key_is_asked_for_and_never_printed(module):
             client(address, "wrong").models.list()
         assert post(address, "/v1/chat/completions", GOOD, Authorization="Bearer secret-7")[0] == 200
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=20)
     assert "secret-7" not in output + errors
+    assert (process.returncode, output.splitlines()[-1], errors) == (128 + signal.SIGTERM, "stopped", "")
 
 
 def test_wrong_uses_are_one_line(module, tmp_path):
