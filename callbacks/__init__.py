@@ -15,6 +15,7 @@ from mlxmm.training.tqdm_progress_bar import TQDMProgressBar
 
 from .batch_size_finder import BatchSizeFinder
 from .cached_features import CachedFeatures
+from .cached_pixels import CachedPixels
 from .device_stats_monitor import DeviceStatsMonitor
 from .early_stopping import EarlyStopping
 from .ema_weight_averaging import EMAWeightAveraging
@@ -40,6 +41,7 @@ from .zero_shot_evaluation import ZeroShotEvaluation
 __all__ = [
     "BatchSizeFinder",
     "CachedFeatures",
+    "CachedPixels",
     "DeviceStatsMonitor",
     "EMAWeightAveraging",
     "EarlyStopping",
@@ -70,4 +72,4 @@ __all__ = [
 
 def __getattr__(name: str):
     """For names that are not there, what to write instead."""
-    raise lightning_words.missing("mlxmm.callbacks", name, lightning_words.CALLBACKS, __all__)
+    raise lightning_words.missing_in("mlxmm.callbacks", name, lightning_words.CALLBACKS, __all__)

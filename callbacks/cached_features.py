@@ -84,8 +84,9 @@ class CachedFeatures(Callback):
         for name, array in sorted(tree_flatten(module[self.tower].parameters())):
             weights.update(name.encode() + np.array(array).tobytes())
         key = cache_key(weights=weights.digest(), pictures=rows.fingerprint(), settings=module.feature_settings())
-        pixels = lambda row: module.processor.pixels(row["image"])
         compute = lambda pixels: module.features(module.processor.normalize(pixels))
         with evaluating(module):
             num_threads = datamodule.source.config.num_decoding_threads
-            return cached_features(self.folder / key, rows, pixels, compute, num_threads=num_threads)
+            return cached_features(
+                self.folder / key, rows, module.processor.pixels_of, compute, num_threads=num_threads
+            )

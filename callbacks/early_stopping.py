@@ -84,7 +84,7 @@ class EarlyStopping(Callback):
             return f"{told} is worse than divergence_threshold={diverged}"
         counted = "validations" if self._validates else "epochs"
         if self.wait_count and self.wait_count >= self.patience:
-            return f"{self.monitor} did not improve in {self.wait_count} {counted}; the best was {self.best_score}"
+            return f"{self.monitor} did not improve in {self.wait_count} {counted}; the best was {self.best_score:.6g}"
         return None
 
     def _is_better(self, score: float, than: float | None) -> bool:

@@ -31,6 +31,7 @@ class Timer(Callback):
         validator=optional(trainer_config.is_duration),
     )
     interval: str = attrs.field(default="step", validator=in_(("step", "epoch")), kw_only=True)
+    stopping_reason: str | None = attrs.field(default=None, init=False)
     _elapsed: dict[str, float] = attrs.field(factory=lambda: dict.fromkeys(STAGES, 0.0), init=False)
     _started: dict[str, float] = attrs.field(factory=dict, init=False)  # start times of the stages that are running
 
@@ -46,6 +47,7 @@ class Timer(Callback):
         return None if self.duration is None else trainer_config.duration(self.duration) - self.time_elapsed(stage)
 
     def on_train_start(self, trainer, module):
+        self.stopping_reason = None
         self._start("train")
         self._stop_when_late(trainer)  # a resumed run may have no time left
 
@@ -92,7 +94,8 @@ class Timer(Callback):
         if self.duration is not None:
             late = mx.array(float(self.time_remaining() <= 0))
             # Clocks differ, and a process that stopped alone would leave the others waiting.
-            trainer.should_stop |= collectives.all_sum(late).item() > 0
+            if collectives.all_sum(late).item() > 0:
+                trainer.should_stop, self.stopping_reason = True, f"duration={self.duration} is over"
 
     def state_dict(self):
         return {stage: self.time_elapsed(stage) for stage in STAGES}

@@ -55,4 +55,4 @@ def __getattr__(name: str):
         return version.installed_version()
     if name in ("callbacks", "loggers"):
         return importlib.import_module(f"mlxmm.{name}")
-    raise lightning_words.missing("mlxmm", name, lightning_words.PACKAGE, __all__)
+    raise lightning_words.missing_in("mlxmm", name, lightning_words.PACKAGE, __all__)

@@ -8,4 +8,4 @@ __all__ = ["JSONLLogger", "TensorBoardLogger", "TrackioLogger", "WandbLogger"]
 
 def __getattr__(name: str):
     """For names that are not there, what to write instead."""
-    raise lightning_words.missing("mlxmm.loggers", name, lightning_words.PACKAGE, __all__)
+    raise lightning_words.missing_in("mlxmm.loggers", name, lightning_words.PACKAGE, __all__)

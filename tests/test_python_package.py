@@ -44,3 +44,21 @@ def test_a_bar_moves_in_the_kernel_of_a_notebook_without_widgets_and_warnings(mo
     bar = progress_bar("fit", 3, "step", iter("abc"))
     assert list(bar) == list("abc") and (type(bar) is tqdm) is shown and in_notebook() is shown
     assert ("fit: 100%" in err.getvalue()) is shown is ("fit: 3/3" not in err.getvalue()) and not list(recwarn)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("from mlxmm import LightningModule", "mlxmm has no LightningModule: write mlxmm.Module"),
+        (
+            "from mlxmm.callbacks import RichProgressBar",
+            "mlxmm.callbacks has no RichProgressBar: write TQDMProgressBar",
+        ),
+        ("from mlxmm.loggers import CSVLogger", "mlxmm.loggers has no CSVLogger: write mlxmm.JSONLLogger"),
+    ],
+)
+def test_an_import_of_lightnings_is_answered_too(line, told):
+    with pytest.raises(ImportError, match=f"^{told}$"):
+        exec(line)
+    package = sys.modules[line.split()[1]]
+    assert not hasattr(package, line.split()[-1])

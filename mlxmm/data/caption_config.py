@@ -32,6 +32,9 @@ class BatchConfig:
         0, f"threads that decode pictures; 0: as many as this process has cores, at most {MAX_THREADS}", ge(0)
     )
     random_crop: bool = option(False, "train on a random square of each picture, not on its middle")
+    pixel_cache_gib: float = option(
+        8.0, "most disk for decoded pictures, which later epochs and runs read; 0: none", ge(0), rare=True
+    )
     shuffle_buffer: int = option(1_000, "pictures of a stream that the next one is drawn from", ge(1), rare=True)
 
     @property

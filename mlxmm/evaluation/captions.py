@@ -130,6 +130,6 @@ def perplexities(captioner: CaptioningModule, rows: Sequence[dict], batch_size: 
         batch_size=min(batch_size, len(rows)),
         collate=captioner.collate,
     )
-    means = Trainer(logger=False, enable_model_summary=False).test(captioner, dataloaders=loader)
+    means = Trainer(logger=False, enable_model_summary=False).test(captioner, dataloaders=loader, verbose=False)
     names = {"perplexity": "test/loss", f"perplexity{CONTROL}": "test/loss_shuffled"}
     return {name: caption_metrics.perplexity(means[loss], 1) for name, loss in names.items()}

@@ -68,7 +68,7 @@ class CaptioningModule(Module):
         """An example: uint8 pixels (H, W, 3), tokens (T,) and a mask (T,), which is 0 where tokens are padding.
 
         T is `max_new_tokens`. A longer caption is truncated and still ends with the end token. A row with cached
-        "features" (P, E) gives these instead of pixels.
+        "features" (P, E) gives these instead of pixels; one with cached "pixels" is not decoded.
         """
         length = self.max_new_tokens
         ids = plain_ids(self.tokenizer, caption)[: length - 1] + [self.stop_id]
@@ -77,7 +77,7 @@ class CaptioningModule(Module):
         mask = (np.arange(length) < len(ids)).astype(np.float32)
         if "features" in row:
             return {"features": row["features"], "tokens": tokens, "mask": mask}
-        return {"pixels": self.processor.pixels(row["image"]), "tokens": tokens, "mask": mask}
+        return {"pixels": self.processor.pixels_of(row), "tokens": tokens, "mask": mask}
 
     def collate(self, batch: dict) -> dict:
         """Cut padding that the whole batch shares; with a large vocabulary, add the "positions" that get logits."""

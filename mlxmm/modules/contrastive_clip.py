@@ -181,7 +181,7 @@ class ContrastiveCLIP(Module):
 
     def transform(self, row: dict, caption: str) -> dict:
         """An example: uint8 pixels (H, W, 3) and tokens (L,)."""
-        return {"pixels": self.processor.pixels(row["image"]), "tokens": self._tokens([caption])[0]}
+        return {"pixels": self.processor.pixels_of(row), "tokens": self._tokens([caption])[0]}
 
     def encode_image(self, images) -> mx.array:
         """(B, H, W, 3) floats, or B PIL images or paths, to (B, E), unit length."""

@@ -40,7 +40,7 @@ MAX_PIXELS = 100_000_000  # 20,000 x 5,000: larger files are refused as decompre
 STRIP_PIXELS = 4_000_000  # pixels that are converted at once: of large pictures a strip at a time
 # Pillow reads forty formats more: rarer code, and EPS starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-# What an image that was decoded once depends on; the first number counts the changes of `decode_image`.
+# What an image that was decoded once depends on; the first number counts the changes of `decode_image` and `pixels`.
 DECODER = f"3, Pillow {PIL.__version__}, at most {MAX_PIXELS} pixels"
 # How to turn a picture upright, by its orientation in EXIF, and where Pillow keeps that.
 TURNS = dict(zip(range(2, 9), (Image.Transpose[name] for name in TURN_NAMES)))
@@ -334,6 +334,10 @@ class ImageProcessor:
         if (width, height) != (self.image_size, self.image_size):
             image = image.crop((left, top, left + self.image_size, top + self.image_size))
         return np.asarray(image)
+
+    def pixels_of(self, row: dict) -> np.ndarray:
+        """The `pixels` of a row's "image"; those that it has where they are cached."""
+        return row["pixels"] if "pixels" in row else self.pixels(row["image"])
 
     def normalize(self, pixels: mx.array) -> mx.array:
         """(B, H, W, 3) uint8 to float32, normalised by mean and std."""

@@ -30,6 +30,7 @@ FORMAT, READ_FORMATS = 3, (2, 3)  # of format 2, all parameters are in weights.s
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 ADVICE = "take another checkpoint"
 NAMES = ("last", "best")  # links to checkpoints, beside them
+INSIDE = ("checkpoints/last", "last")  # of the folder of a run, and of its checkpoints
 
 
 def contents(module, optimizer, state: dict) -> dict[str, dict]:
@@ -134,7 +135,8 @@ def _read_state(folder: Path) -> dict:
         text = path.read_text()
         state = json.loads(text)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} holds no checkpoint: {STATE} is missing") from None
+        told = next((f"; write {path}" for name in INSIDE if follow_link(path := folder / name).is_dir()), "")
+        raise UserError(f"{folder} holds no checkpoint: {STATE} is missing{told}") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged; {ADVICE}") from None
     if not _is_state(state):

@@ -21,7 +21,7 @@ from mlxmm.distributed import collectives
 from mlxmm.distributed.signals import Ended
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
-from mlxmm.storage.atomic import follow_link, remove_leftovers, write_json
+from mlxmm.storage.atomic import TEMPORARY, follow_link, remove_leftovers, write_json
 from mlxmm.storage.checkpoint_folder import named
 from mlxmm.storage.lineage import DATA, Lineage, require_unchanged
 from mlxmm.storage.lock import locked
@@ -195,8 +195,14 @@ def find_run(recipe: str, resume: str, run_dir: Path | None) -> Path:
 def _open(config: RunConfig, recipe: str, lock: contextlib.ExitStack) -> tuple[Path, Path | None]:
     resume = getattr(config, "resume", None)
     if resume is None:
-        folder = _make(config, recipe)
+        folder = _make(config.run_dir, recipe)
         lock.enter_context(locked(folder))
+        remove_leftovers(folder)
+        try:
+            _write_config(config, folder)
+        except OSError:  # the disk is full
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         return folder, None
     folder = find_run(recipe, resume, config.run_dir) if resume == "last" else None
     folder = folder or config.run_dir or find_run(recipe, resume, None)
@@ -211,16 +217,17 @@ def _open(config: RunConfig, recipe: str, lock: contextlib.ExitStack) -> tuple[P
     return _reopen(folder, ckpt_path)
 
 
-def _make(config: RunConfig, recipe: str) -> Path:
+def _make(run_dir: Path | None, recipe: str) -> Path:
+    if run_dir is not None and _is_empty(run_dir):
+        return run_dir
     now = RUNS / recipe / time.strftime("%Y-%m-%d_%H-%M-%S")
     same_second = (now.with_name(f"{now.name}_{number}") for number in count(2))
-    folder = make_first([config.run_dir] if config.run_dir else chain([now], same_second))
-    try:
-        _write_config(config, folder)
-    except OSError:  # the disk is full
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return folder
+    return make_first([run_dir] if run_dir else chain([now], same_second))
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder is there and holds nothing, but for what a process left that was killed at its beginning."""
+    return folder.is_dir() and all(path.name.startswith(TEMPORARY) for path in folder.iterdir())
 
 
 def make_first(folders: Iterable[Path]) -> Path:

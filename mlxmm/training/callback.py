@@ -20,6 +20,7 @@ class Callback(metaclass=lightning_words.AnswersArguments):
     reads_rows = False  # such callbacks come after those that replace rows
     reads_metrics = False  # such callbacks come after those that log metrics of their own
     saves_checkpoints = False  # such callbacks come last: what they save includes what the others did
+    stopping_reason: str | None = None  # of one that sets `trainer.should_stop`: the Trainer prints it at the end
 
     def __init__(self) -> None:
         """Takes nothing: the arguments of `object` are anything."""

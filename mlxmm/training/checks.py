@@ -1,7 +1,8 @@
 """Checks of what a Trainer is given: each raises `UserError`, one line that says what to write."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -129,7 +130,7 @@ def check_optimizer(module, compiles: bool = False) -> optim.Optimizer:
     try:
         optimizer = module.configure_optimizers()
     except (TypeError, ValueError) as error:
-        if "argument 'lr'" in str(error) or "Invalid type dict" in str(error):  # torch's Adam(parameters, lr=1e-3)
+        if "argument 'lr'" in str(error) or _got_parameters(error):  # torch's Adam(parameters, lr=1e-3)
             raise UserError(f"{call}: {lightning_words.NO_PARAMETERS}") from error
         raise
     if isinstance(optimizer, optim.MultiOptimizer):
@@ -141,6 +142,13 @@ def check_optimizer(module, compiles: bool = False) -> optim.Optimizer:
         raise UserError(f"{call} returned a {type(optimizer).__name__}: {lightning_words.ONE_OPTIMIZER}")
     kind = "None" if optimizer is None else f"{type(optimizer).__module__}.{type(optimizer).__name__}"
     raise UserError(f"{call} returned {kind}: {AN_OPTIMIZER}")
+
+
+def _got_parameters(error: Exception) -> bool:
+    """Whether an optimizer of MLX that raised `error` was given parameters in the place of its learning rate."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    own = [frame for frame in frames if frame.f_globals.get("__name__", "").startswith("mlx.optimizers")]
+    return any(isinstance(frame.f_locals.get("learning_rate"), dict | list | Iterator) for frame in own)
 
 
 def warn_of_zero_rate(optimizer: optim.Optimizer, num_updates: int) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import attrs
 
-from mlxmm.config import to_json
 from mlxmm.errors import UserError
+from mlxmm.training import lightning_words
 from mlxmm.training.batches import has_epochs
 from mlxmm.training.loader_randomness import OwnRandomState
 
@@ -18,11 +18,16 @@ class DataModule:
 
     trainer: Any = None  # the Trainer whose stage it serves; `trainer.module` is the module
 
+    def __getattr__(self, name: str):
+        """For names of Lightning's, what to write instead."""
+        if name in lightning_words.DATAMODULE:
+            raise lightning_words.missing(type(self).__name__, name, lightning_words.DATAMODULE)
+        return super().__getattribute__(name)
+
     @property
     def hparams(self) -> dict:
         """The settings that loggers write: those of `config`, if the data have one."""
-        config = vars(self).get("config")
-        return to_json(config) if attrs.has(type(config)) else {}
+        return lightning_words.settings_of(self)
 
     def __getstate__(self) -> dict:
         """What copies and pickles have: not the trainer, which is not theirs."""

@@ -5,6 +5,7 @@ The tables map a name of Lightning's to that answer. docs/from-lightning.md show
 
 import abc
 import difflib
+import dis
 import functools
 import inspect
 import sys
@@ -14,9 +15,10 @@ from pathlib import Path
 import attrs
 import mlx.core as mx
 
-from mlxmm.config import exactly, plain
+from mlxmm.config import exactly, plain, to_json
 from mlxmm.distributed import collectives
 from mlxmm.errors import Faults, UserError, warn
+from mlxmm.terminal import counted
 from mlxmm.training.trainer_config import TrainerConfig, duration_text
 
 LOG = 'return {"loss": loss, "name": value} from the step; a callback calls trainer.log({"name": value})'
@@ -41,6 +43,7 @@ CHECKPOINTS = "write callbacks=[ModelCheckpoint(...)]; enable_checkpointing=Fals
 MODULE = {  # attributes and methods of a LightningModule
     "log": LOG,
     "log_dict": LOG,
+    "hparams_initial": "write self.hparams",
     "save_hyperparameters": "write self.lr = lr; or self.config = config, an attrs class, which loggers write",
     "state_dict": "write dict(mlx.utils.tree_flatten(part.parameters()))",
     "load_state_dict": "write part.load_weights(list(arrays.items()))",
@@ -68,6 +71,11 @@ MODULE = {  # attributes and methods of a LightningModule
     "example_input_array": NOT_NEEDED,
     "to_onnx": "write save_pretrained(folder), of the modules that have it",
     "to_torchscript": "write save_pretrained(folder), of the modules that have it",
+}
+DATAMODULE = {  # attributes and methods of a LightningDataModule
+    "save_hyperparameters": MODULE["save_hyperparameters"],
+    "hparams_initial": "write data.hparams",
+    "load_from_checkpoint": "make it by its class: a checkpoint has what state_dict returned, for load_state_dict",
 }
 TRAINER = {  # attributes and methods of Lightning's Trainer
     "model": "write trainer.module",
@@ -141,7 +149,6 @@ LAYERS = {name: MODULE[name] for name in ("state_dict", "load_state_dict", "to",
     name: MODULE[name] for name in ("register_buffer", "named_parameters", "named_children", "requires_grad_")
 }
 CALLS = {  # of fit, validate, test and predict
-    "verbose": "leave it out, the metrics are returned: print them",
     "weights_only": "leave it out, a checkpoint holds arrays and JSON, and is never unpickled",
     "return_predictions": "leave it out, predict returns what predict_step returned for each batch",
     "train_dataloader": "write train_dataloaders=...",
@@ -149,13 +156,23 @@ CALLS = {  # of fit, validate, test and predict
     "test_dataloaders": "write dataloaders=...",
     "module": "write model=..., or the first argument",
 }
+LOADING = {  # arguments of load_from_checkpoint, but for map_location and weights_only, which change nothing here
+    "strict": "leave it out, all weights must fit; mlxmm.storage.checkpoint.load(folder)['weights'] are the arrays, "
+    "for net.load_weights(list(arrays.items()), strict=False)",
+    "hparams_file": "leave it out, and give the arguments of __init__ by name",
+}
 CALLBACK = {  # methods of a LightningModule that Lightning lends to callbacks
     "log": 'write trainer.log("name", value)',
     "log_dict": 'write trainer.log({"name": value})',
 }
 LOGGER = {  # attributes of Lightning's loggers
-    "experiment": "the writer of TensorBoard's is that of TensorBoardLogger, one of trainer.loggers; "
-    "log_images, log_text and log_histogram write to all loggers",
+    "experiment": 'write trainer.log({"name": value}) for scalars, to all loggers; each has log_images, log_text and '
+    "log_histogram; the writer of TensorBoard's is that of TensorBoardLogger, one of trainer.loggers",
+    "add_scalar": 'write trainer.log({"name": value})',
+    "add_image": "write log_images(name, images, step)",
+    "add_images": "write log_images(name, images, step)",
+    "add_text": "write log_text(name, text, step)",
+    "add_histogram": "write log_histogram(name, values, step)",
     "log_dir": "write trainer.log_dir",
     "save_dir": "write trainer.log_dir",
     "log_image": "write log_images(name, images, step)",
@@ -174,6 +191,7 @@ NO_OP_VALUES: dict[str, tuple] = {  # arguments of Lightning's callbacks and log
     "logging_interval": ("step",),
     "log_momentum": (False,),
 }
+NO_OP_LOADING = {"strict": True, "hparams_file": None}
 CONSTRUCTORS = {  # arguments of Lightning's callbacks and loggers
     "verbose": "leave it out",
     "filename": "leave it out, checkpoints are named step=N, and the links best and last point to them",
@@ -193,6 +211,14 @@ CONSTRUCTORS = {  # arguments of Lightning's callbacks and loggers
     "version": "leave it out: folder=... is the whole path",
     "name": "leave it out: folder=... is the whole path",
     "swa_lrs": "write EMAWeightAveraging(decay=0.999)",
+}
+POSITIONS = {  # the first arguments of Lightning's callbacks and loggers, in their order
+    "EarlyStopping": ("monitor", "min_delta", "patience", "verbose", "mode"),
+    "ModelCheckpoint": ("dirpath", "filename", "monitor", "verbose", "save_last", "save_top_k"),
+    "LearningRateMonitor": ("logging_interval", "log_momentum"),
+    "ModelSummary": ("max_depth",),
+    "TQDMProgressBar": ("refresh_rate",),
+    "TensorBoardLogger": ("save_dir", "name", "version"),
 }
 HOOKS = {  # methods of Lightning's that nobody calls here
     "training_epoch_end": "write on_train_epoch_end, when trainer.callback_metrics has the means",
@@ -241,6 +267,11 @@ CALLBACKS = {  # Lightning's, that have another name here
     "RichModelSummary": "write ModelSummary",
     "ModelPruning": "leave it out, MLX has no pruning",
     "Callback": "write mlxmm.Callback",
+    "BasePredictionWriter": "write a mlxmm.Callback with on_predict_batch_end, which gets the outputs of a batch",
+    "SpikeDetection": "write LossSpikeGuard",
+    "ProgressBar": "write TQDMProgressBar",
+    "Checkpoint": "write ModelCheckpoint",
+    "AsyncCheckpoint": "write ModelCheckpoint, which writes in the background",
 }
 PACKAGE = {  # names that people look for in `mlxmm`, or in `lightning`
     "LightningModule": "write mlxmm.Module",
@@ -248,6 +279,10 @@ PACKAGE = {  # names that people look for in `mlxmm`, or in `lightning`
     "CSVLogger": "write mlxmm.JSONLLogger",
     "Tuner": "write the callbacks LearningRateFinder and BatchSizeFinder",
     "Fabric": "write mlxmm.Trainer, or a loop of your own with mlx.nn.value_and_grad",
+    "rank_zero_only": "write `if trainer.is_global_zero:`",
+    "rank_zero_info": "write print(...) under `if trainer.is_global_zero:`",
+    "rank_zero_warn": "write warnings.warn(...) under `if trainer.is_global_zero:`",
+    "LightningCLI": "write a recipe, whose flags are the settings of an attrs class: docs/write-a-recipe.md",
     "CaptionData": "write from mlxmm.data.caption_data import CaptionData",
 } | {
     name: f"write from mlxmm.callbacks import {name}"
@@ -271,6 +306,18 @@ def missing(owner: str, name: str, answers: Mapping[str, str], known: Iterable[s
     return UnknownName(f"{owner} has no {name}{_answer(name, answers, known)}")
 
 
+class UnknownImport(UserError, ImportError):
+    """A name that `from … import` does not find: an ImportError too, as everywhere."""
+
+
+def missing_in(package: str, name: str, answers: Mapping[str, str], known: Iterable[str]) -> UserError:
+    """The exception for the `__getattr__` of a package. `from package import name` would hide an AttributeError."""
+    frame = sys._getframe(2)
+    is_import = dis.opname[frame.f_code.co_code[frame.f_lasti]] == "IMPORT_FROM"
+    error = missing(package, name, answers, known)
+    return UnknownImport(str(error)) if is_import else error
+
+
 def refuse_arguments(call: str, function: Callable, arguments: Iterable[str], answers: Mapping[str, str]) -> None:
     """Raise `UserError` for all of the named `arguments` that `function` does not take."""
     parameters = inspect.signature(function).parameters
@@ -287,10 +334,27 @@ class AnswersArguments(abc.ABCMeta):
     def __call__(cls, *args, **settings):
         if any(map(_is_ours, cls.__mro__)):
             own = inspect.signature(cls.__init__).parameters
+            args, settings = _by_name(cls, args, settings)
             dropped = [name for name, value in settings.items() if name not in own and _changes_nothing(name, value)]
             settings = {name: value for name, value in settings.items() if name not in dropped}
         refuse_arguments(cls.__name__, cls.__init__, settings, CONSTRUCTORS)
         return super().__call__(*args, **settings)
+
+
+def _by_name(kind: type, args: tuple, settings: dict) -> tuple[tuple, dict]:
+    """Arguments by position as `kind` takes them; further ones have the names of Lightning's. Raises `UserError`."""
+    parameters = [*inspect.signature(kind.__init__).parameters.values()][1:]  # type: ignore[misc]
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return args, settings
+    count = sum(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters)
+    names = POSITIONS.get(kind.__name__, ())[count : len(args)]
+    if len(names) < len(args) - count:
+        others = ", ".join(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+        told = f"{kind.__name__} takes {counted(count, 'argument')} by position, not {len(args)}"
+        raise UserError(told + (f": write the others by name, {others}" if others else ""))
+    if settings.keys() & names:
+        return args, settings  # Python says which is given twice
+    return args[:count], settings | dict(zip(names, args[count:]))
 
 
 def _changes_nothing(name: str, value) -> bool:
@@ -305,6 +369,16 @@ def _is_ours(kind: type) -> bool:
     return is_inside and kind.__name__ not in ("Callback", "Logger")
 
 
+def loading_arguments(call: str, kind: type, arguments: Mapping) -> dict:
+    """The arguments of `load_from_checkpoint` that are of `kind`: those of Lightning's that change nothing here are
+    dropped, others of Lightning's are answered with a `UserError`."""
+    own = {name: value for name, value in arguments.items() if name in inspect.signature(kind).parameters}
+    rest = {name: value for name, value in arguments.items() if name not in {*own, "map_location", "weights_only"}}
+    changing = [name for name in LOADING if rest.get(name, NO_OP_LOADING[name]) not in (None, NO_OP_LOADING[name])]
+    Faults(str(missing(call, f"argument {name}", {f"argument {name}": LOADING[name]})) for name in changing).refuse()
+    return own | {name: value for name, value in rest.items() if name not in LOADING}
+
+
 class Settings(dict):
     """Settings by name, or as attributes."""
 
@@ -312,6 +386,12 @@ class Settings(dict):
         if name in self:
             return self[name]
         raise UnknownName(f"hparams has no {name}: {SETTINGS}")
+
+
+def settings_of(part) -> Settings:
+    """The settings of a module or of data that loggers write: those of its `config`, if it has one."""
+    config = vars(part).get("config")
+    return Settings(to_json(config) if attrs.has(type(config)) else {})
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.8) -> str | None:

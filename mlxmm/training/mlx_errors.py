@@ -3,12 +3,13 @@
 import ast
 import contextlib
 import re
+import types
 from collections.abc import Iterator, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxmm.training import lightning_words
+from mlxmm.training import lightning_words, torch_words
 
 TORCH_KEYWORDS = {
     "dim": "axis",
@@ -34,7 +35,9 @@ def _note(error: Exception, batch) -> str | None:
     match error:
         case KeyError() if isinstance(batch, Mapping):
             return f"The batch holds {', '.join(map(repr, batch))}."
-        case AttributeError(obj=nn.Module() | mx.array() as owner, name=str() as name):
+        case AttributeError() if "no attribute 'requires_grad'" in str(error):  # set, which gives no `name`
+            return "mlxmm: parameters() is a dict of arrays: write part.freeze(), or part.unfreeze()."
+        case AttributeError(obj=owner, name=str() as name):
             return _of_attribute(owner, name)
         case TypeError():
             return _of_keywords(str(error))
@@ -44,12 +47,23 @@ def _note(error: Exception, batch) -> str | None:
 
 
 def _of_attribute(owner, name: str) -> str | None:
-    answers = lightning_words.TENSORS if isinstance(owner, mx.array) else lightning_words.LAYERS
+    match owner:
+        case mx.array():
+            answers = lightning_words.TENSORS
+        case nn.Module():
+            answers = lightning_words.LAYERS
+        case types.ModuleType(__name__=package):
+            answers = torch_words.PACKAGES.get(package, {})
+        case _:
+            return None
     return f"mlxmm: {answers[name]}." if name in answers else None
 
 
 def _of_keywords(text: str) -> str | None:
     """Of an argument that torch names otherwise: MLX lists all that it got, Python names the one that it refuses."""
+    own = re.match(r"(?:\w+\.)*(\w+)\.__init__\(\)", text)
+    if own and not hasattr(nn, own[1]):  # of a class of the user's, whose names are not MLX's
+        return None
     given = re.findall(r"(\w+): ", text.partition("kwargs = {")[2]) + re.findall(r"keyword argument '(\w+)'", text)
     told = [f"{TORCH_KEYWORDS[name]}= in place of {name}=" for name in given if name in TORCH_KEYWORDS]
     return f"mlxmm: MLX has {', '.join(told)}." if told else None

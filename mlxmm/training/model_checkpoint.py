@@ -107,8 +107,9 @@ class ModelCheckpoint(Callback):
 
     @property
     def best_model_path(self) -> Path | None:
-        """The folder of the best checkpoint."""
-        return None if self.best_step is None else self._folder(self.best_step)
+        """The folder of the best checkpoint; without `monitor`, of the newest."""
+        step = self.last_step if self.monitor is None else self.best_step
+        return None if step is None else self._folder(step)
 
     def setup(self, trainer, module, stage):
         self._enabled = trainer.config.enable_checkpointing

@@ -1,27 +1,41 @@
 """Module: a network, its loss and its optimizer, in one object that a Trainer fits."""
 
+import abc
 import contextlib
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import attrs
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxmm.compute.blas_threads import threads_for
 from mlxmm.compute.named_arrays import is_differentiable, put_arrays
 from mlxmm.compute.precision import ComputeDtypes
-from mlxmm.config import to_json
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
 from mlxmm.storage.atomic import follow_link
 from mlxmm.storage.lineage import Lineage
-from mlxmm.training import lightning_words
+from mlxmm.storage.runs import model_of
+from mlxmm.training import lightning_words, mlx_errors
 
 
-class Module(nn.Module):
+class NotedErrors(abc.ABCMeta):
+    """The class of modules: an error of MLX while one is made gets a note of what is meant."""
+
+    def __call__(cls, *args, **kwargs):
+        with mlx_errors.noted():
+            return super().__call__(*args, **kwargs)
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """That of `__init__`: `inspect` would show the one of `__call__`."""
+        init = inspect.signature(cls.__init__)
+        return init.replace(parameters=[*init.parameters.values()][1:])
+
+
+class Module(nn.Module, metaclass=NotedErrors):
     """What a `Trainer` fits: Lightning's `LightningModule` on MLX.
 
     Steps take a batch, a tree of arrays, and return a dict of scalar means: "loss", other metrics, and where batches
@@ -68,10 +82,11 @@ class Module(nn.Module):
         """A module with the weights of a checkpoint.
 
         It is what `from_pretrained` gives where the class has one; else it is made by `cls(*args, **kwargs)`: these
-        arguments are not part of a checkpoint. Raises `UserError` if they do not fit, or it is no checkpoint of this
-        class.
+        arguments are not part of a checkpoint. Of a run's folder it is the best checkpoint, or else the last. Raises
+        `UserError` if the arguments do not fit, or it is no checkpoint of this class.
         """
-        folder = follow_link(Path(checkpoint_path))
+        kwargs = lightning_words.loading_arguments(f"{cls.__name__}.load_from_checkpoint", cls, kwargs)
+        folder = follow_link(Path(model_of(checkpoint_path)))
         checkpoint.read_state(folder)
         if hasattr(cls, "from_pretrained") and not (args or kwargs):
             return cls.from_pretrained(folder)
@@ -87,8 +102,7 @@ class Module(nn.Module):
     @property
     def hparams(self) -> dict:
         """The settings that loggers write: those of `config`, if the module has one."""
-        config = vars(self).get("config")
-        return lightning_words.Settings(to_json(config) if attrs.has(type(config)) else {})
+        return lightning_words.settings_of(self)
 
     @hparams.setter
     def hparams(self, value) -> None:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Collection, Iterable
 
 from mlxmm.distributed import collectives
-from mlxmm.errors import UserError
+from mlxmm.errors import Faults, UserError
 from mlxmm.training.callback import HOOKS
 from mlxmm.training.lightning_words import closest
 
@@ -15,8 +15,23 @@ class UnknownMetric(UserError, KeyError):
     __str__ = ValueError.__str__  # that of KeyError shows quotes
 
 
+class Metric(float):
+    """A number, with the method of torch's tensors, which Lightning's metrics are."""
+
+    def item(self) -> float:
+        """The number itself."""
+        return float(self)
+
+
 class Metrics(dict):
     """Metrics by name. Of a stage, Lightning returns a list of such dicts, one for each loader."""
+
+    def __getitem__(self, name):
+        return Metric(super().__getitem__(name))
+
+    def get(self, name, default=None):
+        """The metric, or `default` where nothing measured it."""
+        return self[name] if name in self else default
 
     def __missing__(self, name):
         near = meant(str(name), self)
@@ -38,12 +53,13 @@ def check_before_training(trainer, measured: Collection[str]) -> None:
     has_hooks = any(hasattr(type(trainer.module), hook) for hook in HOOKS)
     if not measured or None in logged or has_hooks or not trainer.compiler.enabled:
         return
-    for callback in trainer.callbacks:
-        monitor = getattr(callback, "monitor", None) or "train/"
-        if monitor not in measured and not monitor.startswith(("train/", *itertools.chain(*logged))):
+    others, faults = ("train/", *itertools.chain(*logged)), Faults()
+    for owner, monitor in _monitors(trainer):
+        if monitor not in measured and not monitor.startswith(others):
             near = meant(monitor, measured)
             told = f"did you mean {near}?" if near else f"validation gives {', '.join(sorted(measured))}"
-            raise UserError(f"{type(callback).__name__}: nothing logs {monitor!r}; {told}")
+            faults.append(f"{owner}: nothing logs {monitor!r}; {told}")
+    faults.refuse()
 
 
 def validates(trainer) -> bool:
@@ -59,10 +75,23 @@ def without_validation(owner: str, monitor: str, validates: bool) -> str | None:
 
 
 def check_monitor(trainer, owner: str, monitor: str) -> None:
-    """Raise `UserError` if `monitor` is due, and nothing logs it. Training metrics are due once any is logged."""
-    known = trainer.callback_metrics
+    """Raise `UserError` if `monitor` is due, and nothing logs it; it tells of other callbacks' monitors too. Training
+    metrics are due once any is logged."""
+    fault = _fault(trainer.callback_metrics, owner, monitor)
+    others = (_fault(trainer.callback_metrics, *other) for other in _monitors(trainer))
+    Faults(filter(None, [fault])).refuse(also=filter(None, others))
+
+
+def _monitors(trainer) -> list[tuple[str, str]]:
+    """The callbacks that watch a metric, by the names of their classes, each with its metric."""
+    pairs = [(type(callback).__name__, getattr(callback, "monitor", None)) for callback in trainer.callbacks]
+    return [(owner, monitor) for owner, monitor in pairs if isinstance(monitor, str)]
+
+
+def _fault(known: Collection[str], owner: str, monitor: str) -> str | None:
     is_early = monitor.startswith("train/") and not any(name.startswith("train/") for name in known)
-    if monitor not in known and not is_early:
-        near = meant(monitor, known)
-        told = f"did you mean {near}?" if near else f"there are {', '.join(sorted(known)) or 'no metrics'}"
-        raise UserError(f"{owner}: nothing logs {monitor!r}; {told}")
+    if monitor in known or is_early:
+        return None
+    near = meant(monitor, known)
+    told = f"did you mean {near}?" if near else f"there are {', '.join(sorted(known)) or 'no metrics'}"
+    return f"{owner}: nothing logs {monitor!r}; {told}"

@@ -76,11 +76,21 @@ def begin(trainer, state: dict | None) -> None:
         callback.check_run(trainer)
     for callback in savers:
         callback.go_back(trainer)
+    _tell_of_branch(trainer, [saver for saver in savers if saver.dirpath])
     positions = list(state["loggers"])
     for logger in trainer.loggers:
         of_kind = [one for one in positions if one[0] == type(logger).__qualname__]
         logger.rewind(of_kind[0][1] if of_kind else None, trainer.global_step)
         positions = [one for one in positions if one not in of_kind[:1]]
+
+
+def _tell_of_branch(trainer, savers: list[ModelCheckpoint]) -> None:
+    """Say so where a run goes on from a checkpoint of another folder, which it leaves as it is."""
+    folders = [saver.dirpath for saver in savers]
+    if not folders or not trainer.is_global_zero or trainer.ckpt_path.resolve().parent in map(Path.resolve, folders):
+        return
+    chosen = ": best is chosen anew, of the checkpoints that are saved there" if any(s.monitor for s in savers) else ""
+    say(f"the run goes on from {trainer.ckpt_path} in {folders[0]}{chosen}")
 
 
 def _checkpoint_folders(trainer, root: Path | None) -> list[Path]:

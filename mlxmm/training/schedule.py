@@ -49,10 +49,17 @@ class Schedule:
 
     def is_done(self, should_stop: bool) -> bool:
         """Whether training ends here: a limit is reached, or a stop was requested and is allowed."""
+        return self.limit is not None or self.time_is_up or (should_stop and self._may_stop())
+
+    @property
+    def limit(self) -> str | None:
+        """The limit of updates or epochs that the run has come to, as "max_steps=10"."""
         config, progress = self.config, self.progress
-        if 0 <= config.max_steps <= progress.global_step or 0 <= config.max_epochs <= progress.current_epoch:
-            return True
-        return self.time_is_up or (should_stop and self._may_stop())
+        if 0 <= config.max_steps <= progress.global_step:
+            return f"max_steps={config.max_steps}"
+        if 0 <= config.max_epochs <= progress.current_epoch:
+            return f"max_epochs={config.max_epochs}"
+        return None
 
     def _may_stop(self) -> bool:
         config, progress = self.config, self.progress

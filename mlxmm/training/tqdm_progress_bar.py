@@ -11,7 +11,7 @@ class TQDMProgressBar(Callback):
 
     logs = ()
 
-    def __init__(self, name: str = "fit", refresh_seconds: float = 0.2):
+    def __init__(self, *, name: str = "fit", refresh_seconds: float = 0.2):
         self.name, self.refresh_seconds = name, refresh_seconds
         self._bar: Any = None
         self._is_first = True  # update of this process, which compiles what it needs
@@ -37,6 +37,8 @@ class TQDMProgressBar(Callback):
         self._bar.update()
 
     def on_train_end(self, trainer, module):
+        if self._bar is not None and self._bar.n == self._bar.initial:  # there is no rate, and nothing to look at
+            self._bar.leave = False
         self._close()
 
     def on_exception(self, trainer, module, exception):

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from mlxmm.compute.named_arrays import is_differentiable, own_arrays, put_arrays
 from mlxmm.compute.quantized import is_quantized
 from mlxmm.errors import UserError
+from mlxmm.training.lightning_words import closest
 from mlxmm.training.module import Module
 
 
@@ -67,21 +68,36 @@ def match_parameters(module: nn.Module, pattern: str) -> list[str]:
     integers = {name for name, array in tree_flatten(module.parameters()) if not is_differentiable(array)}
     names = [name for name in found if not name.startswith(packed) and name not in integers]
     if not names:
-        parts = ", ".join(sorted({*module.children(), *groups}))
-        raise UserError(
-            f"{pattern!r} matches no parameter to train in {type(module).__name__}, whose parts are {parts}"
-        )
+        told = f"{pattern!r} matches no parameter to train in {type(module).__name__}"
+        raise UserError(f"{told}{_meant(module, pattern) or _parts(module, groups)}")
     return names
+
+
+def _meant(module: nn.Module, pattern: str) -> str | None:
+    """The part that `pattern` most likely means: the layers of a Sequential are in its list `layers`."""
+    names = [prefix for prefix, part in module.named_modules() if prefix and part.parameters()]
+    names += [name for name, _ in tree_flatten(module.parameters())]
+    without_layers = {re.sub(r"\.layers\b", "", name): name for name in names}
+    near = without_layers.get(pattern) or closest(pattern, names)
+    return f": did you mean {near}?" if near and near != pattern else None
+
+
+def _parts(module: nn.Module, groups: Iterable[str]) -> str:
+    return f", whose parts are {', '.join(sorted({*module.children(), *groups}))}"
 
 
 def _expand(module: nn.Module, pattern: str) -> str:
     """`pattern` as a regular expression, with slices replaced by the layers they select."""
     expression, part = "", module
-    for word in re.findall(r"[^.\[\]]+|\[[^\]]*\]", pattern):
+    for found in re.finditer(r"[^.\[\]]+|\[[^\]]*\]", pattern):
+        word, before = found[0], pattern[: found.start()]
         if not word.startswith("["):
             expression += ("\\." if expression else "") + re.escape(word)
             part = part.get(word, {}) if isinstance(part, dict) else {}
             continue
+        if isinstance(part, nn.Module):
+            told = f"write {before}.layers{word}" if "layers" in part else f"its parts are {', '.join(part.children())}"
+            raise UserError(f"{pattern!r}: {before} is no list of layers: {told}")
         chosen = _choose(word[1:-1], len(part))
         expression += rf"\.({'|'.join(map(str, chosen)) or 'none'})"
         part = part[chosen[0]] if chosen else {}

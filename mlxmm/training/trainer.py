@@ -20,6 +20,7 @@ from mlxmm.distributed import collectives
 from mlxmm.distributed.signals import Interrupted, Request, end_requests
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
+from mlxmm.storage.runs import table
 from mlxmm.terminal import say
 from mlxmm.training import batches, lightning_words, mlx_errors, run_folder, run_state
 from mlxmm.training.anomaly import DivergenceWarning, assert_finite
@@ -49,6 +50,7 @@ from mlxmm.training.datamodule import (
 )
 from mlxmm.training.default_callbacks import with_defaults
 from mlxmm.training.dispatch import Dispatch
+from mlxmm.training.ending import why_ended
 from mlxmm.training.eval_loop import Evaluator
 from mlxmm.training.loader_randomness import epoch_seed
 from mlxmm.training.logger import Logger
@@ -141,33 +143,49 @@ class Trainer(TrainerProperties):
             self._call("on_fit_start")
             self._sanity_check()
             self._call("on_train_start")
+            first_step = self.global_step
             self._train()
-            if self.schedule.time_is_up and self.is_global_zero:
-                say(f"max_time={self.config.max_time} is over after {self.global_step} updates")
             self._call("on_train_end")
+            if self.is_global_zero and (told := why_ended(self, first_step)):
+                say(told)
             self._call("on_fit_end")
 
     @lightning_words.answers_calls
     def validate(
-        self, model: Module | None = None, dataloaders=None, *, datamodule=None, ckpt_path: Path | str | None = None
+        self,
+        model: Module | None = None,
+        dataloaders=None,
+        *,
+        datamodule=None,
+        ckpt_path: Path | str | None = None,
+        verbose: bool = True,
     ) -> dict[str, float]:
-        """The means of `validation_step` over the validation data, as "val/…".
+        """The means of `validation_step` over the validation data, as "val/…", which are printed too if `verbose`.
 
         Without `model`, it is of the module fitted before, and without data, on the data of that fit; with `ckpt_path`,
-        with the weights of that checkpoint. Raises `UserError` where there are no such data.
+        with the weights of that checkpoint. With `enable_progress_bar=False` nothing is printed. Raises `UserError` for
+        want of such data.
         """
         with self._stage("validate", model, self._held_out("val", datamodule, dataloaders), ckpt_path):
             needed_loader(self.datamodule, "train" if self.config.overfit_batches else "val")
-            return self._validate()
+            metrics = self._validate()
+        return self._printed(metrics, verbose)
 
     @lightning_words.answers_calls
     def test(
-        self, model: Module | None = None, dataloaders=None, *, datamodule=None, ckpt_path: Path | str | None = None
+        self,
+        model: Module | None = None,
+        dataloaders=None,
+        *,
+        datamodule=None,
+        ckpt_path: Path | str | None = None,
+        verbose: bool = True,
     ) -> dict[str, float]:
         """The means of `test_step` over the test data, as "test/…"; arguments as of `validate`."""
         with self._stage("test", model, self._held_out("test", datamodule, dataloaders), ckpt_path):
             loader = needed_loader(self.datamodule, "test")
-            return self._evaluator.measure("test", loader, self.config.limit_test_batches)
+            metrics = self._evaluator.measure("test", loader, self.config.limit_test_batches)
+        return self._printed(metrics, verbose)
 
     @lightning_words.answers_calls
     def predict(
@@ -335,6 +353,11 @@ class Trainer(TrainerProperties):
             return self._evaluator.measure("validation", train_loader(self.datamodule), self.config.overfit_batches)
         loader, limit = stage_loader(self.datamodule, "val"), self.config.limit_val_batches
         return self._evaluator.measure("validation", loader, limit)
+
+    def _printed(self, metrics: dict[str, float], verbose: bool) -> dict[str, float]:
+        if verbose and metrics and self.config.enable_progress_bar and self.is_global_zero:
+            say(*table(metrics).split("\n"))
+        return metrics
 
     def _sanity_check(self) -> None:
         loader, limit = stage_loader(self.datamodule, "val"), self.config.num_sanity_val_steps

@@ -8,6 +8,7 @@ from mlxmm.training import batches, lightning_words
 from mlxmm.training.callback import Callback
 from mlxmm.training.logger import Logger
 from mlxmm.training.model_checkpoint import ModelCheckpoint
+from mlxmm.training.monitors import Metrics
 from mlxmm.training.trainer_config import TrainerConfig
 
 
@@ -19,6 +20,8 @@ class TrainerProperties:
 
     def __getattr__(self, name: str):
         config = {setting: f"write trainer.config.{setting}" for setting in TrainerConfig.__annotations__}
+        for limit in ("max_epochs", "max_steps"):
+            config[limit] += "; for a schedule, trainer.estimated_stepping_batches, as schedules count updates"
         raise lightning_words.missing("Trainer", name, lightning_words.TRAINER | config)
 
     def __reduce_ex__(self, protocol):
@@ -47,7 +50,8 @@ class TrainerProperties:
     @property
     def logged_metrics(self) -> dict[str, float]:
         """What was logged since the newest update."""
-        return {n: value for n, value in self.callback_metrics.items() if self.logged_at.get(n) == self.global_step}
+        newest = (name for name in self.callback_metrics if self.logged_at.get(name) == self.global_step)
+        return Metrics({name: self.callback_metrics[name] for name in newest})
 
     @property
     def enable_validation(self) -> bool:

@@ -3,7 +3,7 @@
 import attrs
 
 from mlxmm import Callback, Trainer
-from mlxmm.callbacks import CachedFeatures, SampleCaptions
+from mlxmm.callbacks import CachedFeatures, CachedPixels, SampleCaptions
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionSource
 from mlxmm.data.overview import training_warnings
@@ -65,6 +65,7 @@ def fit(
                 *refresh,
                 *callbacks,
                 *features,
+                CachedPixels(max_gib=source.config.pixel_cache_gib),
                 *monitors(name),
                 SampleCaptions(source.rows["val"]),
                 *checkpoints(config.trainer, every_n_train_steps=config.checkpoint_every, monitor="val/loss"),

@@ -23,7 +23,8 @@ from mlxmm.training.logger import repeatable
 
 def monitors(title: str) -> list[Callback]:
     """A summary, a bar of this title, the learning rate, speed and memory."""
-    return [ModelSummary(), LearningRateMonitor(), ThroughputMonitor(), DeviceStatsMonitor(), TQDMProgressBar(title)]
+    bar = TQDMProgressBar(name=title)
+    return [ModelSummary(), LearningRateMonitor(), ThroughputMonitor(), DeviceStatsMonitor(), bar]
 
 
 def checkpoints(config: TrainerConfig, **settings) -> list[Callback]:

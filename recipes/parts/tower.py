@@ -5,7 +5,7 @@ import mlx.core as mx
 from attrs.validators import ge
 
 from mlxmm import Callback, Trainer, TrainerConfig
-from mlxmm.callbacks import EmbeddingProjector, SimilarityMatrix, ZeroShotEvaluation
+from mlxmm.callbacks import CachedPixels, EmbeddingProjector, SimilarityMatrix, ZeroShotEvaluation
 from mlxmm.config import checked, option, section, to_json
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionSource
@@ -102,6 +102,7 @@ def train(
             attrs.evolve(config.trainer, seed=seed, default_root_dir=run.folder),
             callbacks=[
                 *callbacks,
+                CachedPixels(max_gib=source.config.pixel_cache_gib),
                 *monitors("tower"),
                 *pictures(config, source, seed),
                 # The loss may rise with the temperature while more and more pictures find their captions.

@@ -432,7 +432,7 @@ def test_the_clock_of_one_process_ends_all_at_the_same_update(tmp_path):
     (zero, one), _ = run("out_of_time", tmp_path)
     [told, updates] = zero[1].splitlines()
     assert zero[0] == one[0] == 0 and updates == one[1].strip() and int(updates) > 0
-    assert told == f"max_time=10:00 is over after {updates} updates"
+    assert told == f"training ended after {int(updates):,} updates of 6,000: max_time=10:00 is over"
 
 
 @divides_cores

@@ -122,10 +122,21 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_its_metrics_again_when
 
 def test_a_folder_that_exists_is_no_new_run(tmp_path):
     (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "notes").touch()
     with pytest.raises(UserError, match="exists: name another --run-dir, or add --resume last"):
         with open_run(RunConfig(run_dir=tmp_path / "r"), "test"):
             pass
-    assert not list((tmp_path / "r").iterdir())
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["notes"]
+
+
+@pytest.mark.parametrize("left", [[], [".tmp-4194304999-config.json"]], ids=["empty", "killed at its beginning"])
+def test_a_folder_in_which_nothing_was_begun_may_be_a_new_run(left, tmp_path):
+    for name in left:
+        (tmp_path / name).write_text("{")
+    with open_run(TrainingRunConfig(run_dir=tmp_path), "test"):
+        assert {path.name for path in tmp_path.iterdir()} == {"config.json"}
+    with pytest.raises(UserError, match="exists"), open_run(TrainingRunConfig(run_dir=tmp_path), "test"):
+        pass
 
 
 def test_a_new_run_that_fails_before_it_wrote_anything_leaves_no_folder(tmp_path):

@@ -9,10 +9,11 @@ from conftest import DistinctBatches, TinyRegression
 from mlx.utils import tree_flatten
 
 from callbacks import EMAWeightAveraging, FreezeSchedule
-from mlxmm import Callback
+from mlxmm import Callback, Module
 from mlxmm.compute.gradcache import call_in_chunks
 from mlxmm.errors import UserError
 from mlxmm.optimizers import AdamW, grouped
+from mlxmm.training.trainable import match_parameters
 
 
 class Net(TinyRegression):
@@ -349,3 +350,24 @@ def test_a_constant_schedule_is_a_rate(make_trainer):
     trainer = make_trainer(max_steps=3)
     trainer.fit(Scheduled(), train_dataloaders=DistinctBatches())
     assert trainer.optimizer.learning_rate.item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "told"),
+    [
+        ("backbone.1", "matches no parameter to train in Net: did you mean backbone.layers.1\\?$"),
+        ("backbone.1.bias", "matches no parameter to train in Net: did you mean backbone.layers.1.bias\\?$"),
+        ("bakbone", "matches no parameter to train in Net: did you mean backbone\\?$"),
+        ("backbone[1]", r"^'backbone\[1\]': backbone is no list of layers: write backbone.layers\[1\]$"),
+        ("decoder", "matches no parameter to train in Net, whose parts are backbone, head$"),
+    ],
+)
+def test_a_part_that_is_named_otherwise_is_answered_with_its_name(pattern, told):
+    class Net(Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+            self.head = nn.Linear(2, 1)
+
+    with pytest.raises(UserError, match=told):
+        match_parameters(Net(), pattern)

@@ -167,3 +167,27 @@ def test_what_was_logged_since_the_newest_update_is_known_after_a_resume_too(fit
     fit(ModelCheckpoint(), max_steps=4)
     trainer = fit(ModelCheckpoint(), max_steps=4, ckpt_path="last")
     assert trainer.logged_metrics.keys() == {"train/loss", "train/loss_epoch", "train/grad_norm", "val/loss"}
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_wrong_monitors_of_two_callbacks_are_told_together(fit, late):
+    watchers = [EarlyStopping("val_loss"), ModelCheckpoint(monitor="val/los")]
+    with pytest.raises(UserError) as error:
+        fit(*watchers, *[Callback()] * late, max_epochs=2)  # which may log them, so that it takes a validation to know
+    assert error.value.faults == [
+        "EarlyStopping: nothing logs 'val_loss'; did you mean val/loss?",
+        "ModelCheckpoint: nothing logs 'val/los'; did you mean val/loss?",
+    ]
+
+
+def test_metrics_have_torchs_item(fit):
+    trainer = fit(max_epochs=1)
+    value = trainer.callback_metrics["val/loss"]
+    assert type(value.item()) is float and value.item() == value == trainer.callback_metrics.get("val/loss").item()
+    assert trainer.logged_metrics["val/loss"].item() == value and trainer.callback_metrics.get("other") is None
+
+
+def test_without_a_monitor_the_newest_checkpoint_is_the_path_of_the_best(fit, tmp_path):
+    keep = ModelCheckpoint()
+    fit(keep, max_epochs=1)
+    assert keep.best_model_path == tmp_path / "checkpoints/step=4" and keep.best_model_path.is_dir()

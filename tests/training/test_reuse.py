@@ -236,3 +236,37 @@ def test_a_loader_whose_length_raises_is_a_loader_without_length():
     trainer = Trainer(max_epochs=2, logger=False, enable_checkpointing=False, enable_model_summary=False)
     trainer.fit(TinyRegression(), Loader())  # and the bar has no end to show
     assert trainer.global_step == 12
+
+
+def test_a_run_that_goes_on_from_another_folder_says_that_its_best_is_chosen_anew(capsys):
+    run = lambda **settings: Trainer(callbacks=callbacks.ModelCheckpoint(monitor="val/loss"), **QUIET | settings)
+    fit(run(max_epochs=1))
+    first = RUNS / "TinyRegression/version_0/checkpoints"
+    fit(run(max_epochs=2), ckpt_path=first / "last")
+    assert capsys.readouterr().out.splitlines() == [
+        f"the run goes on from {first}/last in {RUNS}/TinyRegression/version_1/checkpoints: "
+        "best is chosen anew, of the checkpoints that are saved there"
+    ]
+    assert sorted(path.name for path in first.iterdir()) == ["best", "last", "step=6"]
+    fit(run(max_epochs=3), ckpt_path="last")
+    assert "goes on" not in capsys.readouterr().out
+
+
+def test_the_folder_of_a_run_stands_for_its_best_checkpoint_or_is_answered_with_its_last():
+    trainer = Trainer(max_epochs=2, callbacks=callbacks.ModelCheckpoint(monitor="val/loss"), **QUIET)
+    fit(trainer)
+    loaded = TinyRegression.load_from_checkpoint(trainer.log_dir, map_location="cpu", strict=True, weights_only=True)
+    assert equal(weights(loaded), weights(TinyRegression.load_from_checkpoint(trainer.log_dir / "checkpoints/best")))
+    with pytest.raises(UserError, match="state.json is missing; write runs/TinyRegression/version_0/checkpoints/last$"):
+        fit(Trainer(max_epochs=3, **QUIET), ckpt_path=trainer.log_dir)
+
+
+def test_an_argument_of_the_modules_own_goes_to_it_whatever_lightning_calls_so():
+    class Strict(TinyRegression):
+        def __init__(self, strict):
+            super().__init__()
+            self.kept = strict
+
+    trainer = Trainer(max_epochs=1, **QUIET)
+    trainer.fit(Strict(True), DATA)
+    assert Strict.load_from_checkpoint(trainer.log_dir, strict=False).kept is False

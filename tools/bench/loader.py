@@ -1,4 +1,9 @@
-"""An epoch over JPEGs of 500 x 375 pixels: decoded, resized, cropped to 224 and stacked by as many workers."""
+"""An epoch over JPEGs of 500 x 375 pixels: decoded, resized, cropped to 224 and stacked by as many workers.
+
+Ours keeps the pixels, as `train_clip` does: the first epoch writes them, the later ones read them.
+"""
+
+import os
 
 from tools.bench.aligner import jpegs
 from tools.bench.child import Case
@@ -9,10 +14,26 @@ def num_pictures(case: Case) -> int:
 
 
 def ours(case: Case):
+    epoch, path = _epoch(case)
+
+    def turn() -> dict:
+        os.truncate(path, 0)
+        return epoch()
+
+    return turn
+
+
+def our_later_epoch(case: Case):
+    return _epoch(case)[0]
+
+
+def _epoch(case: Case):
+    """A turn, and the file of the pixels, which it fills or reads."""
     import datasets
 
     from mlxmm.data.caption_data import CaptionData
     from mlxmm.data.caption_source import CaptionDataConfig, open_source
+    from mlxmm.data.pixel_cache import PixelFile, PixelRows
     from mlxmm.preprocessing.images import ImageProcessor
 
     count = num_pictures(case)
@@ -21,10 +42,11 @@ def ours(case: Case):
     path = str(case.folder / "pictures.parquet")
     datasets.Dataset.from_dict({"image": images, "caption": split, "split": split}).to_parquet(path)
     config = CaptionDataConfig(source=path, split_column="split", batch_size=32, num_threads=case.threads)
-    processor = ImageProcessor.square(224)
-    transform = lambda row, caption: {"pixels": processor.pixels(row["image"])}
-    loader = CaptionData(open_source(config, 0), transform=transform).train_dataloader()
-    return lambda: {"check": [sum(len(batch["pixels"]) for batch in loader.epoch(0))]}
+    processor, file = ImageProcessor.square(224), PixelFile(case.folder / "pixels", 224)
+    data = CaptionData(open_source(config, 0), transform=lambda row, caption: {"pixels": processor.pixels_of(row)})
+    data.replace_rows("train", PixelRows(data.rows["train"], processor.pixels_of, file))
+    loader = data.train_dataloader()
+    return lambda: {"check": [sum(len(batch["pixels"]) for batch in loader.epoch(0))]}, file.path
 
 
 def theirs(case: Case):

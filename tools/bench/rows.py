@@ -37,6 +37,11 @@ def _checkpoint(name: str, which: str, goal: float) -> Row:
     return Row(name=name, **sides, peer="torch.save", needs=("torch",), goal=goal, clock="wall")
 
 
+def _loader(name: str, ours: str) -> Row:
+    sides = {"ours": f"loader:{ours}", "theirs": "loader:theirs"}
+    return Row(name=name, **sides, peer="torch DataLoader", needs=("torch",), goal=1.2)
+
+
 ROWS = (
     Row(
         name="trainer, a nearly free step",
@@ -86,14 +91,8 @@ ROWS = (
         goal=1.5,
         aim=3,
     ),
-    Row(
-        name="loader, JPEGs",
-        ours="loader:ours",
-        theirs="loader:theirs",
-        peer="torch DataLoader",
-        needs=("torch",),
-        goal=1.2,
-    ),
+    _loader("loader, JPEGs, epoch 1", "ours"),
+    _loader("loader, JPEGs, epoch 2", "our_later_epoch"),
     Row(name="head of 151,936", ours="head:ours", theirs="head:theirs", peer="plain MLX", goal=2, also=("mb",)),
     _checkpoint("checkpoint of 100M", "", goal=1),
     _checkpoint("checkpoint, 1 of 60 trained", "_partly_trained", goal=3),
