@@ -161,3 +161,17 @@ def test_a_run_without_a_model_is_unfinished_and_one_that_has_some_names_it(run,
 def test_a_folder_that_is_not_there_is_said_before_what_the_hub_said(run):
     errors = run("serve", "runs/nosuch")[2]
     assert errors.startswith("error: runs/nosuch is no folder here, and not to be had from the Hub: ")
+
+
+def test_an_evaluation_names_its_split_and_warns_of_few_pictures(run, captioner, holiday):
+    assert run("caption", "--module", captioner, holiday, "--to", holiday / "metadata.csv")[0] == 0
+    code, told, errors = run("evaluate_captions", "--module", captioner, "--data.source", holiday, "--run-dir", "e")
+    assert code == 0, errors
+    assert "evaluating on test, 1 picture\nwarning: test has 1 picture: what is measured on so few says little" in told
+
+
+def test_a_job_with_nothing_left_to_write_shows_no_bar(run, captioner, holiday):
+    flags = ["--captioner.model", captioner, "--data.source", holiday, "--run-dir", "w"]
+    assert run("write_captions", *flags)[0] == 0
+    code, told, errors = run("write_captions", "--run-dir", "w", "--resume", "last")
+    assert code == 0 and "0 of them to be written" in told and "0/0" not in told + errors, errors
