@@ -31,6 +31,8 @@ from mlxmm.terminal import Forgiving, discard
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 COLUMN = 42  # where the explanations of flags begin
 MAX_WIDTH = 120
+UNKNOWN = "Unrecognized options:"  # tyro's words
+MEANT = {"data": "data.source", "model": "module"}  # other words for flags, where a recipe has these
 
 
 def run_recipe(recipe: str, main: Callable, presets: Mapping[str, Preset]) -> None:
@@ -115,10 +117,23 @@ def _parse(default, flags: Sequence[str]):
         with contextlib.redirect_stderr(explanation):
             return tyro.cli(type(default), default=default, args=flags, add_help=False, registry=_registry(default))
     except SystemExit:
-        told = re.split("; (?:Perhaps you meant|Argument helptext)", _unboxed(explanation.getvalue()))[0]
-        raise UserError(
-            re.sub(r"^Error parsing (?:Config: )?|\b\w*Config: ", "", told) + _suggestion(default, flags)
-        ) from None
+        told = re.split("; (?:Perhaps you meant|Arguments? (?:similar|helptext))", _unboxed(explanation.getvalue()))[0]
+        told = re.sub(r"^Error parsing (?:Config: )?|\b\w*Config: ", "", told)
+        raise UserError(_plainly(told, default, flags) + _suggestion(default, flags)) from None
+
+
+def _plainly(told: str, default, words: Sequence[str]) -> str:
+    """What tyro says of flags that it does not know, without the words beside them; and of values, without Python's."""
+    told = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"a whole number is wanted, not \1", told)
+    told = re.sub(r"could not convert string to float: (.*)", r"a number is wanted, not \1", told)
+    if not told.startswith(UNKNOWN):
+        return told
+    names = [word.partition("=")[0] for word in words if word.startswith("-")]
+    unknown = [name for name in dict.fromkeys(names) if re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", told)]
+    if unknown:
+        return f"{UNKNOWN} {', '.join(unknown)}"
+    has_source = any(flag.name == "data.source" for flag in flags_of(default))
+    return told + ("; pictures are named by --data.source" if has_source else "")
 
 
 def _suggestion(default, words: Sequence[str]) -> str:
@@ -133,7 +148,7 @@ def _suggestion(default, words: Sequence[str]) -> str:
 
 def _nearest(word: str, known: "Sequence[Flag]") -> list[str]:
     """At most two flags whose names, or their last parts, are like `word`: of equals those used most, or short."""
-    word = word.removeprefix("--")
+    word = MEANT.get(word.removeprefix("--"), word.removeprefix("--"))
     words = lambda name: {part.rstrip("s") for part in name.split("-")}
     likeness = lambda name: 0.9 if words(word) <= words(name) else difflib.SequenceMatcher(None, word, name).ratio()
     used = lambda flag: (flag.is_first, not flag.rare, -flag.name.count("-"))

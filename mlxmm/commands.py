@@ -34,11 +34,9 @@ def tool(name: str) -> str | None:
 
 
 def is_recipe() -> bool:
-    """Whether this process is that of a recipe: run by the command `mlxmm`, or by `python -m`."""
-    if Path(sys.argv[0]).name == "mlxmm":
-        return True
-    called = sys.orig_argv[sys.orig_argv.index("-m") + 1 :] if "-m" in sys.orig_argv else []
-    return bool(called) and (called[0] == "mlxmm" or called[0].startswith(("recipes.", "mlxmm.recipes.")))
+    """Whether this process is that of a recipe: run by the command `mlxmm`, which changes `sys.argv`, or by `-m`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec is not None and spec.name.startswith(("recipes.", "mlxmm.recipes."))
 
 
 def _is_installed() -> bool:

@@ -89,7 +89,7 @@ def main(config: Config) -> None:
             llava.check(aligner)
         stages = {0: "projector", config.unfreeze_step: ("projector", unfrozen_part(config, aligner))}
         report_memory(config, aligner, source, run)
-        fit(config, aligner, source, run, plan, "align", FreezeSchedule(stages, unit="step"))
+        fit(config, aligner, source, run, plan, "captioner", FreezeSchedule(stages, unit="step"))
         if run.is_global_zero:
             evaluate(config, aligner, source, run, plan)
             suggest_captioner(run, config.data, config.seed)

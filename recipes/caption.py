@@ -2,19 +2,20 @@
 
 python -m recipes.caption --module runs/align_qwen3/mine holiday.jpg FOLDER
 python -m recipes.caption --module runs/align_qwen3/mine FOLDER --to captions.csv
+
+Folders are captioned with their subfolders. `--to FOLDER/metadata.csv` makes FOLDER a source to train on.
 """
 
-import csv
-import io
-import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import attrs
 from attrs.validators import optional
 
 from mlxmm.cli import run_recipe
+from mlxmm.commands import command
 from mlxmm.config import Preset, checked, option, positional, section
 from mlxmm.distributed.signals import Ended
 from mlxmm.errors import UserError
@@ -23,19 +24,18 @@ from mlxmm.modules.captioning_module import CaptioningModule
 from mlxmm.modules.loading import load_captioner
 from mlxmm.networks.generation import GenerationConfig
 from mlxmm.preprocessing.images import SUFFIXES, UndecodableImage, decode_image
-from mlxmm.storage.atomic import write_text
+from mlxmm.preprocessing.picture_folder import files_below, is_picture, left_out
 from mlxmm.storage.runs import model_of
 from mlxmm.terminal import counted
 
+from .parts.caption_table import CaptionTable
 from .parts.named_parts import check_parts
 
 
 def is_table(instance, attribute, value) -> None:
-    """The name of a new file whose kind is known."""
+    """The name of a file whose kind is known."""
     if value.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"{attribute.name!r} must end in .csv or .jsonl: {value}")
-    if value.exists():
-        raise ValueError(f"{value} exists: name another file")
 
 
 @attrs.frozen(kw_only=True, field_transformer=checked)
@@ -52,8 +52,15 @@ class Config:
         optional(is_table),
         first=True,
     )
+    append: bool = option(False, "keep the captions that the table has, and skip their pictures", first=True)
     prompt: str = option("", "text between image and caption; none: the one that the model was trained with")
     generation: GenerationConfig = section(GenerationConfig())
+
+    def __attrs_post_init__(self):
+        if self.append and self.to is None:
+            raise UserError("--append needs --to, which names the table")
+        if self.to is not None and self.to.exists() and not self.append:
+            raise UserError(f"{self.to} exists: name another file, or add --append, which captions what it lacks")
 
 
 def main(config: Config) -> None:
@@ -62,45 +69,62 @@ def main(config: Config) -> None:
     paths = find_images(config.images)
     module = model_of(config.module)
     check_parts(captioner=module)
-    captioner, captions = load_captioner(module), {}
+    table = None if config.to is None else CaptionTable.open(config.to)
+    if table is not None and table.captions:
+        paths = without_captioned(paths, table)
+    if paths:
+        caption_all(paths, load_captioner(module), config, table)
+
+
+def without_captioned(paths: Sequence[Path], table: CaptionTable) -> list[Path]:
+    """The pictures that the table lacks; how many it has is printed."""
+    missing = [path for path in paths if path not in table]
+    print(f"{table.path} has {len(paths) - len(missing)} of {counted(len(paths), 'picture')}", file=sys.stderr)
+    return missing
+
+
+def caption_all(paths: Sequence[Path], captioner: CaptioningModule, config: Config, table: CaptionTable | None) -> None:
+    """Print the caption of each picture, and write them into the table, also those made before a signal or a failure.
+
+    Raises `UserError` if none can be captioned.
+    """
+    num_captions = 0
     try:
         for path in paths:
             try:
-                captions[path] = tell(path, pieces(captioner, decode_image(str(path)), config))
+                caption = tell(path, pieces(captioner, decode_image(str(path)), config))
             except UndecodableImage as error:
                 print(f"skipped, {visible(path)}: {visible(error)}", file=sys.stderr)
+                continue
+            num_captions += 1
+            if table is not None:
+                table.add(path, caption)
     except (KeyboardInterrupt, Ended) as error:
-        if config.to is not None and captions:
-            error.add_note(f"kept {counted(len(captions), 'caption')} in {config.to}")
+        if table is not None and table.num_added:
+            error.add_note(f"kept {counted(table.num_added, 'caption')} in {table.path}; go on with: {go_on()}")
         raise
     finally:
-        if config.to is not None and captions:
-            write_text(config.to, table_of(captions, config.to.suffix))
-    if not captions:
+        if table is not None:
+            table.write()
+    if not num_captions:
         raise UserError("none of these could be captioned")
 
 
+def go_on() -> str:
+    """The command that captions the pictures that are left."""
+    return command("caption", *(word for word in sys.argv[1:] if word != "--append"), "--append")
+
+
 def tell(path: Path, caption: Iterator[str]) -> str:
-    """Print the caption of a file piece by piece; returns it."""
+    """Print the caption of a file piece by piece; returns it. What is warned of comes before the line begins."""
+    first = next(caption, "")
     print(f"{visible(path)}: ", end="", flush=True)
     text = ""
-    for piece in caption:
+    for piece in chain([first], caption):
         print(visible(piece), end="", flush=True)
         text += piece
     print()
     return text
-
-
-def table_of(captions: Mapping[Path, str], suffix: str) -> str:
-    """CSV or JSON lines with the columns "file_name" and "caption"."""
-    rows = [{"file_name": str(path), "caption": text.strip()} for path, text in captions.items()]
-    if suffix == ".jsonl":
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    file = io.StringIO()
-    writer = csv.DictWriter(file, ["file_name", "caption"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
 
 
 def pieces(captioner: CaptioningModule, image, config: Config) -> Iterator[str]:
@@ -112,11 +136,14 @@ def pieces(captioner: CaptioningModule, image, config: Config) -> Iterator[str]:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The files in `paths`, and the images in its folders, sorted by name. Raises `UserError` if there are none."""
+    """The files in `paths`, and the images in its folders and in those below them, sorted by name. Names on standard
+    error what these hold besides. Raises `UserError` if there are none."""
     if missing := [path for path in paths if not path.exists()]:
         raise UserError(f"{missing[0]} is not there")
-    inside = lambda folder: sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    found = [file for path in paths for file in (inside(path) if path.is_dir() else [path])]
+    inside = {path: files_below(path) for path in paths if path.is_dir()}
+    found = [file for path in paths for file in (filter(is_picture, inside[path]) if path in inside else [path])]
+    if told := left_out([file for files in inside.values() for file in files]):
+        print(visible(told), file=sys.stderr)
     if not found:
         where = f" in {', '.join(map(str, paths))}" if paths else ""
         raise UserError(f"no pictures{where}: name files, or folders that hold {', '.join(SUFFIXES)}")

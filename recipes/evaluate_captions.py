@@ -20,6 +20,7 @@ from mlxmm.storage.atomic import write_text
 from mlxmm.storage.json_values import dumps
 from mlxmm.storage.runs import RunConfig, model_of, open_run
 
+from .parts.monitoring import report_split
 from .parts.named_parts import check_parts
 
 
@@ -49,6 +50,7 @@ def main(config: Config) -> None:
         run.save_lineage(source.lineage)
         source.require_split(config.split)
         rows = source.rows[config.split]
+        report_split(config.split, rows, run)
         if clip is not None:
             require_room(clip, [text for i in range(len(rows)) for text in rows[i]["captions"]])
         settings = attrs.asdict(config.generation)

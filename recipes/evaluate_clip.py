@@ -28,6 +28,7 @@ from mlxmm.evaluation.zero_shot import ZeroShotClassifier
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.storage.runs import RunConfig, model_of, open_run
 
+from .parts.monitoring import report_split
 from .parts.named_parts import check_parts
 
 
@@ -62,6 +63,7 @@ def main(config: Config) -> None:
         run.save_lineage(source.lineage)
         source.require_split(config.split)
         _check(config, source)
+        report_split(config.split, source.rows[config.split], run)
         run.report(evaluate(config, clip, source))
 
 

@@ -59,6 +59,7 @@ def main(config: Config) -> None:
         write_text(run.folder / "report.txt", "\n".join(lines) + "\n")
         with atomic_file(run.folder / "samples.png") as path:
             contact_sheet(_samples(opened, looked, config), legend=LEGEND).save(path)
+        run.print(f"report: {run.folder / 'report.txt'}")
         run.report({f"{split}/pictures": len(one.names) for splits in looked.values() for split, one in splits.items()})
 
 

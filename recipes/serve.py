@@ -16,6 +16,7 @@ from PIL import Image
 from mlxmm.cli import run_recipe
 from mlxmm.config import Preset, checked, from_json, option, positional
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
+from mlxmm.distributed.signals import Ended
 from mlxmm.errors import UserError
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.modules.loading import KINDS, load_captioner
@@ -64,6 +65,9 @@ def main(config: Config) -> None:
         serve(served, bound)
     except KeyboardInterrupt:
         say("stopped")
+    except Ended as error:  # as a service manager ends it
+        say("stopped")
+        raise SystemExit(error.code) from None
 
 
 def load(folder: Path):

@@ -8,15 +8,17 @@ Stop it at any moment: with `--resume last` it goes on, and asks for no caption 
 3/16` writes every sixteenth picture, so that many machines share the work; `recipes.merge_captions` joins the shards.
 """
 
+from collections.abc import Mapping
+
 import attrs
 
 from mlxmm.captioners.caption_writer import CaptionWriter, WriterFailed
 from mlxmm.captioners.job import Progress, Shard, hashes_of, journal_name, requests, write_captions
-from mlxmm.captioners.journal import Journal
+from mlxmm.captioners.journal import Entry, Journal
 from mlxmm.captioners.prompts import find_prompts
 from mlxmm.cli import run_recipe
 from mlxmm.config import Preset, checked, option
-from mlxmm.data.pictures import ALL, open_split
+from mlxmm.data.pictures import ALL, Pictures, open_split
 from mlxmm.errors import UserError
 from mlxmm.progress_bar import progress_bar
 from mlxmm.storage.runs import Run, TrainingRunConfig, model_of, open_run
@@ -24,6 +26,8 @@ from mlxmm.terminal import counted
 
 from .parts.captioners import JobConfig, check_captioner, open_captioner, provenance, with_prompts
 from .parts.publishing import Captions, DatasetConfig, check_dataset, make_dataset
+
+MAX_NAMED = 5  # captions that could not be written
 
 
 @attrs.frozen(kw_only=True, field_transformer=checked)
@@ -89,18 +93,30 @@ def write(config: Config, run: Run, pictures, prompts: dict, shard: Shard, write
         kind = f"{counted(len(hashes), 'picture')}{of_split}{' without a caption' * config.only_missing}"
         counts = f"{kind}, {counted(len(hashes) * len(prompts), 'caption')}"
         run.print(f"{counts}, {len(wanted)} of them to be written")
-        with progress_bar("captions", len(wanted), "caption") as bar:
+        if shard == Shard() and len(hashes) < len(pictures):
+            run.print(f"{len(pictures) - len(hashes):,} more, equal to one of these, are captioned with it")
+        with progress_bar("captions", len(wanted), "caption", shown=bool(wanted)) as bar:
             progress = write_captions(pictures, wanted, prompts, writer, journal, config.sampling, shown_on(bar))
         entries = list(journal.entries())
     except WriterFailed as error:
         raise UserError(f"{writer.name} writes no more captions: {error}; --resume last goes on from here") from None
     finally:
         journal.close()
-    num_failed = sum(bool(entry.reason) for entry in entries)
+    num_failed = report_failures([entry for entry in entries if entry.reason], pictures, hashes, run)
     run.report({"pictures": len(hashes), "captions": len(entries) - num_failed, "failed": num_failed})
     run.report(progress.rates())
     run.save()
     return Captions(entries, pictures, hashes, provenance(writer, config.sampling))
+
+
+def report_failures(failed: list[Entry], pictures: Pictures, hashes: Mapping[str, int], run: Run) -> int:
+    """Print what could not be captioned, and why; returns how many captions that are."""
+    for entry in failed[:MAX_NAMED]:
+        name = pictures.name(hashes[entry.image]) if entry.image in hashes else entry.image
+        run.print(f"failed, {name}: {entry.reason}")
+    if len(failed) > MAX_NAMED:
+        run.print(f"failed, and {counted(len(failed) - MAX_NAMED, 'caption')} more")
+    return len(failed)
 
 
 def shown_on(bar):

@@ -1,8 +1,11 @@
 """The two multimodal modules, as small as they come, and a batch for either."""
 
 import functools
+from pathlib import Path
 
+import attrs
 import numpy as np
+from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlxmm import ContrastiveCLIP, Qwen3Aligner, seed_everything
@@ -12,6 +15,7 @@ from mlxmm.networks.clip import CLIPVisionTower, TextConfig, VisionConfig
 from mlxmm.networks.language_model import Qwen3Config, build_language_model
 from mlxmm.preprocessing.images import ImageProcessor
 from mlxmm.preprocessing.tokenizers import train_tokenizer
+from mlxmm.storage.pretrained import write_arrays
 
 CAPTIONS = ["a small red circle", "a large blue square", "a red square", "a blue circle"]
 VISION = VisionConfig(hidden_size=32, num_hidden_layers=2, intermediate_size=64, image_size=16)
@@ -40,6 +44,15 @@ def small_aligner() -> Qwen3Aligner:
     module = Qwen3Aligner(config, tower, {}, processor, build_language_model(hub), hub, tokens)
     module.unfreeze()
     return module
+
+
+def save_aligner(folder: Path) -> None:
+    """The folder of a checkpoint of a Qwen3Aligner, without what training needs."""
+    aligner = small_aligner()
+    folder.mkdir()
+    aligner.vision_config = {"model_type": "clip_vision_model"} | attrs.asdict(VISION)
+    aligner.save_config(folder)
+    write_arrays(folder / "weights.safetensors", dict(tree_flatten(aligner.parameters())))
 
 
 def small_batch(module) -> dict:

@@ -12,6 +12,7 @@ import pytest
 from mlxmm.cli import flags_of, help_text, parse_config
 from mlxmm.config import Preset, from_json, internal, option, section, to_json
 from mlxmm.data.caption_config import CaptionDataConfig
+from mlxmm.data.sources.shapes import ShapesConfig
 from mlxmm.errors import UserError
 from recipes.parts.next_steps import data_flags
 
@@ -172,6 +173,12 @@ def test_the_data_of_a_suggested_command_are_those_of_the_run():
     assert (config.data, config.seed) == (data, 3)
 
 
+def test_what_is_drawn_is_no_part_of_the_command_for_pictures_of_ones_own():
+    drawn = CaptionDataConfig(shapes=ShapesConfig(num_train=64))
+    assert data_flags(drawn, 0) == ["--data.shapes.num-train", "64"]
+    assert data_flags(attrs.evolve(drawn, source="pics"), 0) == ["--data.source", "pics"]
+
+
 @pytest.mark.parametrize(
     ("flag", "meant"),
     [
@@ -182,5 +189,28 @@ def test_the_data_of_a_suggested_command_are_those_of_the_run():
     ],
 )
 def test_a_flag_that_is_not_there_comes_with_the_one_that_was_meant(flag, meant):
-    with pytest.raises(UserError, match=f"{flag}, 2; did you mean {meant}\\?$"):
+    with pytest.raises(UserError, match=f": {flag}; did you mean {meant}\\?$"):
         parse_config("align_qwen3", presets("align_qwen3"), [flag, "2"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "told"),
+    [
+        ("caption", "--modul runs/x holiday", "Unrecognized options: --modul; did you mean --module?"),
+        ("caption", "--modul=runs/x holiday", "Unrecognized options: --modul; did you mean --module?"),
+        ("caption", "--model runs/x", "Unrecognized options: --model; did you mean --module?"),
+        ("train_captioner", "--data pics", "Unrecognized options: --data; did you mean --data.source?"),
+        ("train_captioner", "pics", "Unrecognized options: pics; pictures are named by --data.source"),
+        (
+            "evaluate_captions",
+            "--model x --data pics",
+            "Unrecognized options: --model, --data; did you mean --module or --data.source?",
+        ),
+        ("train_captioner", "--max-steps ten", "--max-steps/--trainer.max-steps: a whole number is wanted, not 'ten'"),
+    ],
+)
+def test_a_flag_that_is_not_there_is_named_alone_with_the_one_that_was_meant(recipe, words, told):
+    config = importlib.import_module(f"recipes.{recipe}").Config()
+    with pytest.raises(UserError) as caught:
+        parse_config(recipe, {"default": Preset("", config)}, words.split())
+    assert str(caught.value) == told

@@ -155,3 +155,19 @@ def test_a_command_names_the_interpreter_that_runs_by_the_shortest_name_that_wor
     monkeypatch.chdir("/usr")
     monkeypatch.setenv("PATH", "/usr/bin")
     assert commands.command("caption") == f"{beside}/python -m recipes.caption"
+
+
+@pytest.mark.parametrize("called", ["-m mlxmm caption", "-m recipes.caption", "script caption"])
+def test_a_recipe_knows_that_it_is_one_however_it_is_called(called, tmp_path):
+    """So that Ctrl-C ends it with the one line of recipes, and not with that of scripts too."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import mlxmm.cli\nfrom mlxmm.commands import is_recipe\nmlxmm.cli.run_recipe = lambda *_: print(is_recipe())\n"
+    )
+    script = tmp_path / "bin" / "mlxmm"
+    script.parent.mkdir()
+    script.write_text("from mlxmm.__main__ import main\nmain()\n")
+    words = [str(script) if word == "script" else word for word in called.split()]
+    command = [sys.executable, *words]
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.stdout == "True\n", done

@@ -15,7 +15,9 @@ from mlxmm.data.sources.mixed import MixedRows
 from mlxmm.data.sources.rows import CaptionRows, Rows, is_stream
 from mlxmm.distributed import collectives
 from mlxmm.preprocessing.images import UndecodableImage, decode_image
+from mlxmm.terminal import counted
 
+FEW = 8  # pictures: of fewer, all may be right by chance
 LEAK = "what is measured on {} is partly remembered: {} of its {} pictures, as {} has them too"
 
 
@@ -95,7 +97,13 @@ def meaningless(num_rows: Mapping[str, int], batch_size: int, *, contrastive: bo
         lines.append("a contrastive loss compares pairs: with one pair in a batch it is 0, and nothing is learned")
     if num_rows.get("val") == 1:
         lines.append("val has one picture: val/loss says little, and its controls (_shuffled) are equal to it")
-    return lines
+    few = {split: number for split, number in num_rows.items() if number < FEW and (split, number) != ("val", 1)}
+    return lines + [too_few(split, number) for split, number in few.items() if split != "train" and number]
+
+
+def too_few(split: str, number: int) -> str:
+    """The line about a split of few pictures."""
+    return f"{split} has {counted(number, 'picture')}: what is measured on so few says little, a perfect value too"
 
 
 def training_warnings(source: CaptionSource, *, contrastive: bool) -> list[str]:

@@ -9,13 +9,15 @@ import attrs
 from mlxmm.data.caption_config import SHAPES, CaptionDataConfig
 from mlxmm.data.sources.joined import Join
 from mlxmm.data.sources.opening import open_rows, open_training_rows, unlisted_pictures
-from mlxmm.data.sources.rows import MAX_UNUSABLE, CaptionRows
+from mlxmm.data.sources.rows import MAX_UNUSABLE, NUM_TOLERATED, CaptionRows
 from mlxmm.data.sources.shapes import ShapesGrammar
 from mlxmm.data.sources.stream import open_stream
 from mlxmm.data.sources.tables import Columns, read_captions
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.terminal import counted, say
+
+MAX_NAMED = 5  # pictures of a kind
 
 
 @attrs.frozen
@@ -94,20 +96,28 @@ def _usable(config: CaptionDataConfig, opened: dict[str, Any], checked: bool) ->
 def _leave_out(rows: dict[str, Any], fault: str, without: Callable) -> list[str]:
     """Take what cannot be used out of `rows`, which are the splits of one source, and return the names of it.
 
-    Raises `UserError` that names the first five, if they are more than one in a hundred rows of the source (a split of
-    six may lose one), or all of a split.
+    Raises `UserError` that names the first five, if they are more than `NUM_TOLERATED` and more than one in a hundred
+    rows of the source (a split of six may lose one), half of it, or all of a split.
     """
     parts = {split: part for split, part in rows.items() if isinstance(part, CaptionRows)}
     kept = {split: without(part) for split, part in parts.items()}
     names, num_rows = [name for _, own in kept.values() for name in own], sum(map(len, parts.values()))
     emptied = [split for split, (part, own) in kept.items() if own and not len(part)]
-    if len(names) > MAX_UNUSABLE * num_rows or emptied:
-        much = f"{len(names)} of {num_rows} {fault}, " + (
-            f"all of {emptied[0]}" if emptied else "more than one in a hundred"
+    much = _too_many(len(names), num_rows) or (f"all of {emptied[0]}" if emptied else "")
+    if much:
+        raise UserError(
+            f"{len(names)} of {num_rows} {fault}, {much}; fix them or leave them out: {', '.join(names[:5])}"
         )
-        raise UserError(f"{much}; fix them or leave them out: {', '.join(names[:5])}")
     rows |= {split: part for split, (part, _) in kept.items()}
     return names
+
+
+def _too_many(num_unusable: int, num_rows: int) -> str:
+    """Why so many unusable rows are too many; empty if they are not."""
+    if 0 < num_rows <= 2 * num_unusable:
+        return "half of them or more"
+    is_much = num_unusable > max(NUM_TOLERATED, MAX_UNUSABLE * num_rows)
+    return f"more than one in a hundred and more than {NUM_TOLERATED}" if is_much else ""
 
 
 def _report_conditions(source: str, split: str, num_before: int, num_rows: int, left_out: dict[str, int]) -> None:
@@ -121,8 +131,12 @@ def _report_conditions(source: str, split: str, num_before: int, num_rows: int, 
 def _report_unlisted(source: str, rows: dict[str, CaptionRows]) -> None:
     tables, columns = [part.table for part in rows.values()], next(iter(rows.values())).columns
     if unlisted := unlisted_pictures(Path(source), tables, columns.image):
-        first = ", ".join(map(str, unlisted[:5]))
-        _report_skipped(f"{counted(len(unlisted), 'picture')} that the metadata do not name", [first])
+        first = ", ".join(map(str, unlisted[:MAX_NAMED])) + ", …" * (len(unlisted) > MAX_NAMED)
+        num_texts = sum(path.with_suffix(".txt").is_file() for path in unlisted)
+        texts = (
+            f"; {num_texts} of them have a .txt, which is read only where there are no metadata" if num_texts else ""
+        )
+        _report_skipped(f"{counted(len(unlisted), 'picture')} that the metadata do not name", [first + texts])
 
 
 def _report_skipped(why: str, names: Sequence[str]) -> None:

@@ -26,6 +26,8 @@ tokens = model.generate(**inputs)
 print(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
 ```
 
+It needs PyTorch beside transformers: `pip install torch transformers pillow`.
+
 With [mlx-vlm](https://github.com/Blaizzy/mlx-vlm), which takes the model from this folder's `mlx_vlm_llava.py`:
 
     mlx_vlm.generate --model FOLDER --image picture.jpg --prompt ""

@@ -19,6 +19,7 @@ from mlxmm.preprocessing.images import UndecodableImage, decode_image
 from mlxmm.serving.engine import Piece
 
 DATA_URL = "a data URL, as data:image/jpeg;base64,…"
+WANTED = "a request is JSON, with the picture in it as a data URL; no file is uploaded (docs/serve.md has a curl line)"
 LENGTHS = ("max_completion_tokens", "max_tokens")
 NUMBERS = {"temperature": int | float, "top_p": int | float, "seed": int} | dict.fromkeys(LENGTHS, int)
 OFF = {  # what a captioner does not do: the values that ask for nothing
@@ -63,7 +64,7 @@ def read_json(body: bytes) -> dict:
     try:
         values = json.loads(body)
     except (ValueError, RecursionError):
-        raise BadRequest("the body is not JSON") from None
+        raise BadRequest(f"the body is not JSON: {WANTED}") from None
     if not isinstance(values, dict):
         raise BadRequest("the body is not a JSON object")
     return values

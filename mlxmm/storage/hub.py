@@ -56,7 +56,7 @@ def _found(path_or_id: str | Path, revision: str | None, fetch: Callable[[str, s
     except Exception as error:  # the client and the network raise a dozen kinds
         line = one_line(error)
         why = NOT_CACHED if line.startswith("Cannot find an appropriate cached snapshot") else line
-        raise UserError(f"{path_or_id} is neither a folder nor to be had from the Hub: {why}") from error
+        raise UserError(f"{path_or_id} is no folder here, and not to be had from the Hub: {why}") from error
 
 
 def _snapshot(name: str, revision: str | None) -> Path:

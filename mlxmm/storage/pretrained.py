@@ -22,7 +22,19 @@ def read_config(folder: Path) -> dict:
     checkpoint.check_model(folder)
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no model: it has no config.json")
-    return read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
+    _check_not_a_run(folder, values)
+    return values
+
+
+def _check_not_a_run(folder: Path, values: dict) -> None:
+    """Raise `UserError` where these are the settings of a run: what it trained is in folders of its own."""
+    if "model_type" in values or "run_dir" not in values:
+        return
+    if any((folder / "checkpoints").glob("*")):
+        raise UserError(f"{folder} is the folder of a run: name {folder / 'checkpoints' / 'best'}")
+    go_on = f"go on with the command that began it, with --run-dir {folder} --resume last"
+    raise UserError(f"{folder} is the folder of a run that has no model yet: it was not finished; {go_on}")
 
 
 def read_json(path: Path) -> dict:

@@ -18,7 +18,7 @@ from mlxmm.storage.runs import Run
 
 from .limits import tried_too
 from .monitoring import checkpoints, monitors, newest
-from .plan import Plan, chosen
+from .plan import OWN_LENGTH, Plan, chosen
 
 
 @attrs.frozen(kw_only=True, slots=False, field_transformer=checked)  # recipes derive their Config from two of these
@@ -44,7 +44,7 @@ def language_model_or_train(config, source: CaptionSource, run: Run, plan: Plan)
 
     def make(folder):
         subrun = run.subrun("language_model")
-        part.train(language_model.trainer, subrun.ckpt_path)
+        part.train(language_model.trainer, subrun.ckpt_path, OWN_LENGTH)
         model, metrics = train(language_model, source, subrun, config.seed)
         model.save_pretrained(folder)
         write_json(folder / "metrics.json", metrics)

@@ -14,6 +14,10 @@ from mlxmm.callbacks import (
     ThroughputMonitor,
     TQDMProgressBar,
 )
+from mlxmm.data.overview import FEW, too_few
+from mlxmm.data.sources.rows import is_stream
+from mlxmm.storage.runs import Run
+from mlxmm.terminal import counted
 from mlxmm.training.logger import repeatable
 
 
@@ -40,3 +44,12 @@ def log_results(trainer: Trainer, metrics: Mapping, samples: Image.Image | None 
         logger.log_images("test/samples", np.asarray(samples)[None], trainer.global_step)
     names = [name for name in metrics if not name.endswith("_chance")]
     trainer.log({f"test/{name.removeprefix('test/')}": metrics[name] for name in names})
+
+
+def report_split(split: str, rows, run: Run) -> None:
+    """Print what is evaluated on, and a warning where it has few pictures."""
+    if is_stream(rows):
+        return
+    run.print(f"evaluating on {split}, {counted(len(rows), 'picture')}")
+    if len(rows) < FEW:
+        run.print(f"warning: {too_few(split, len(rows))}")

@@ -13,6 +13,8 @@ from mlxmm import TrainerConfig
 from mlxmm.storage import checkpoint
 from mlxmm.storage.runs import Run
 
+OWN_LENGTH = " (--max-steps is for the captioner)"  # of what is trained before it
+
 
 @attrs.define
 class Plan:
@@ -40,10 +42,10 @@ class Part:
     place: str
     _start: float | None = attrs.field(default=None, init=False)
 
-    def train(self, config: TrainerConfig, ckpt_path: Path | None) -> None:
-        """Say that it is trained, for how long, and where it goes on from `ckpt_path`."""
+    def train(self, config: TrainerConfig, ckpt_path: Path | None, note: str = "") -> None:
+        """Say that it is trained, for how long, with a note on that, and where it goes on from `ckpt_path`."""
         goes_on = f", from step {checkpoint.step_of(ckpt_path)}" if ckpt_path is not None else ""
-        self.begin(f"training the {self.name}, {_length(config)}{goes_on}")
+        self.begin(f"training the {self.name}, {_length(config)}{note}{goes_on}")
 
     def begin(self, doing: str) -> None:
         """Say what begins."""

@@ -24,7 +24,7 @@ from mlxmm.storage.runs import Run
 
 from .limits import tried_too
 from .monitoring import checkpoints, log_results, monitors, newest
-from .plan import Plan, chosen
+from .plan import OWN_LENGTH, Plan, chosen
 from .refresh import refreshing
 from .refresh_config import RefreshConfig
 
@@ -74,7 +74,7 @@ def tower_or_train(config, source: CaptionSource, run: Run, plan: Plan) -> tuple
 
     def make(folder):
         subrun = run.subrun("tower")
-        part.train(tower.trainer, subrun.ckpt_path)
+        part.train(tower.trainer, subrun.ckpt_path, OWN_LENGTH)
         clip, metrics = train(tower, source, subrun, config.seed)
         clip.save_pretrained(folder)
         write_json(folder / "metrics.json", metrics)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -203,6 +204,48 @@ def test_a_caption_missing_in_a_hundred_rows_is_skipped_and_named(make_parquet, 
     data = open_source(CaptionDataConfig(source=make_parquet([png()] * 220, captions)), 0)
     assert data.skipped == ("7.png (row 7)",) and "skipped, has no caption: 7.png (row 7)\n" in capsys.readouterr().out
     assert sum(map(len, data.rows.values())) == 219 and "picture 8" in data.rows["train"].captions()
+
+
+@pytest.mark.parametrize("fault", ["decoded", "caption"])
+def test_five_bad_rows_of_few_are_left_out_by_name_and_six_or_half_are_not(make_parquet, capsys, fault):
+    def opened(num_bad, num):
+        images = [b"no picture" if fault == "decoded" and i < num_bad else png() for i in range(num)]
+        captions = ["" if fault == "caption" and i < num_bad else f"picture {i}" for i in range(num)]
+        path = make_parquet(images, captions, split=["train"] * (num - 2) + ["val", "test"])
+        return open_source(CaptionDataConfig(source=path, split_column="split"), 0)
+
+    assert len(opened(1, 54).skipped) == 1
+    assert len(opened(5, 54).skipped) == 5
+    assert re.search(rf"skipped, .*{fault}.*: 4.png", capsys.readouterr().out)
+    with pytest.raises(UserError, match=r"6 of 54 .*, more than one in a hundred and more than 5; fix them"):
+        opened(6, 54)
+    with pytest.raises(UserError, match=r"5 of 10 .*, half of them or more; fix them"):
+        opened(5, 10)
+
+
+def test_too_few_rows_to_divide_are_said_so(tmp_path, make_parquet):
+    for number in (1, 2):
+        with pytest.raises(UserError, match=rf"has {number} rows?: train, val, test need one each"):
+            open_source(CaptionDataConfig(source=make_parquet([png()] * number)), 0)
+    (tmp_path / "pics").mkdir()
+    for i in range(12):
+        (tmp_path / "pics" / f"{i:02}.png").write_bytes(png())
+    (tmp_path / "c.csv").write_text("file_name,caption\n03.png,a thing\n")
+    config = CaptionDataConfig(source=str(tmp_path / "pics"), captions=(str(tmp_path / "c.csv"),))
+    with pytest.raises(UserError, match="has 1 row with a caption: train, val, test need one each"):
+        open_source(config, 0)
+
+
+def test_pictures_beside_metadata_that_have_texts_are_counted_and_more_than_five_end_in_dots(tmp_path, capsys):
+    for i in range(18):
+        (tmp_path / f"{i:02}.png").write_bytes(png())
+    for i in range(10, 14):
+        (tmp_path / f"{i:02}.txt").write_text("a thing")
+    lines = [json.dumps({"file_name": f"{i:02}.png", "caption": "a thing"}) for i in range(10)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    open_source(CaptionDataConfig(source=str(tmp_path)), 0)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "do not name" in line)
+    assert line.endswith("14.png, …; 4 of them have a .txt, which is read only where there are no metadata")
 
 
 def test_pictures_that_the_metadata_do_not_name_are_counted_and_named(tmp_path, capsys):

@@ -176,7 +176,7 @@ def test_a_revision_is_the_one_asked_for(tmp_path, monkeypatch):
     for revision, scale in [(None, 1.0), ("v1", 2.0), ("b" * 40, 2.0), ("a" * 40, 1.0)]:
         clip = ContrastiveCLIP.from_pretrained("someone/tiny", revision=revision)
         assert clip.network.logit_scale.item() == scale
-    with pytest.raises(UserError, match="someone/tiny is neither a folder nor to be had"):
+    with pytest.raises(UserError, match="someone/tiny is no folder here, and not to be had"):
         ContrastiveCLIP.from_pretrained("someone/tiny", revision="v2")
 
 

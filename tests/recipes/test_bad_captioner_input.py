@@ -104,18 +104,19 @@ def trained(parts):
 @pytest.mark.parametrize("recipe", TRAINERS)
 @pytest.mark.parametrize("empty", ["  ", None], ids=repr)
 def test_an_empty_caption_is_named_before_the_run(train, recipe, empty, tmp_path):
-    source = write_rows(tmp_path / "rows.parquet", [*CAPTIONS[:20], empty, *CAPTIONS[21:]])
-    refused(train(recipe, source=source), "without a caption, more than one in a hundred; fix them or leave them")
+    source = write_rows(tmp_path / "rows.parquet", [*CAPTIONS[:14], *[empty] * 6, *CAPTIONS[20:]])
+    refused(train(recipe, source=source), "without a caption, more than one in a hundred and more than 5; fix them")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("recipe", TRAINERS)
 def test_a_row_without_a_picture_is_named_before_the_run(train, recipe, tmp_path):
-    images = [Image.new("RGB", (20, 20))] * 23 + [None]
+    images = [None if 14 <= i < 20 else Image.new("RGB", (20, 20), (i, 0, 0)) for i in range(24)]
     source = write_rows(tmp_path / "rows.parquet", CAPTIONS, images)
     refused(
         train(recipe, source=source),
-        "pictures cannot be decoded, more than one in a hundred; fix them or leave them out: row 23",
+        "6 of 24 pictures cannot be decoded, more than one in a hundred and more than 5; fix them or leave them out: "
+        "row 14",
     )
     assert not (tmp_path / "run").exists()
 
@@ -333,9 +334,9 @@ def test_empty_captions_and_missing_pictures_are_named_when_a_captioner_is_judge
     train, trained, run, recipe, tmp_path
 ):
     module = trained(recipe, train)
-    empty = write_rows(tmp_path / "empty.parquet", [*CAPTIONS[:20], "", *CAPTIONS[21:]])
+    empty = write_rows(tmp_path / "empty.parquet", [*CAPTIONS[:14], *[""] * 6, *CAPTIONS[20:]])
     refused(run("evaluate_captions", "--module", module, "--data.source", empty), "without a caption")
-    images = [Image.new("RGB", (20, 20))] * 23 + [None]
+    images = [Image.new("RGB", (20, 20))] * 18 + [None] * 6
     bare = write_rows(tmp_path / "bare.parquet", CAPTIONS, images)
     refused(run("evaluate_captions", "--module", module, "--data.source", bare), "pictures cannot be decoded")
 

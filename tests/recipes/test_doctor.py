@@ -89,7 +89,7 @@ def test_offline_nobody_is_asked(doctor, flags, variable):
 def test_where_nothing_is_known_of_the_presets_one_line_says_so(doctor):
     done = doctor("--offline")
     [line] = done.stdout.split("Presets of align_qwen3:\n")[1].split("\n\n")[0].splitlines()
-    assert line.split("not known: ")[1].startswith("openai/clip-vit-base-patch32 is neither a folder nor to be had")
+    assert line.split("not known: ")[1].startswith("openai/clip-vit-base-patch32 is no folder here, and not to be had")
 
 
 @pytest.mark.skipif("mlx-cuda-13" in installed_backends(), reason="there are three")

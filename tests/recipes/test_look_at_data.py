@@ -82,12 +82,13 @@ def warnings(path: str, contrastive=True, **settings) -> list[str]:
 
 
 def test_what_makes_a_run_meaningless_is_a_line_each_when_it_begins(tmp_path):
-    good = write_source(tmp_path / "good.parquet", range(10), split=three_splits(6))
+    good = write_source(tmp_path / "good.parquet", range(22), split=three_splits(6, 8))
     assert warnings(good) == [] == warnings(good, contrastive=False, batch_size=1)
     [line] = warnings(good, batch_size=1)
     assert "with one pair in a batch it is 0" in line
     shared = write_source(tmp_path / "shared.parquet", [0, 1, 2, 3, 4, 0], split=three_splits(4, 1))
-    one, leak = warnings(shared)
+    one, few, leak = warnings(shared)
+    assert few.startswith("test has 1 picture: what is measured on so few says little")
     assert "val has one picture" in one and "1 of its 1 pictures, as train has them too" in leak
 
 

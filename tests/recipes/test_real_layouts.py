@@ -106,8 +106,8 @@ def test_lineage_has_the_commit_that_data_were_read_at(loaded, hub):
     ("name", "line"),
     [
         ("main", "nlphuji/flickr30k cannot be read: .*scripts are no longer supported.*flickr30k.py"),
-        ("openai/nothing", "is neither a folder nor to be had from the Hub: 404 .*Repository Not Found"),
-        (f"{CLIP}@refs/pr/2", "is neither a folder nor to be had from the Hub: 404 .*Revision Not Found"),
+        ("openai/nothing", "is no folder here, and not to be had from the Hub: 404 .*Repository Not Found"),
+        (f"{CLIP}@refs/pr/2", "is no folder here, and not to be had from the Hub: 404 .*Revision Not Found"),
     ],
 )
 def test_what_is_not_there_is_one_line(loaded, name, line):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -157,7 +158,7 @@ def with_url(url):
 
 
 WRONG = [
-    (b"{", 400, "the body is not JSON"),
+    (b"{", 400, "the body is not JSON: a request is JSON, with the picture in it as a data URL"),
     (b"[]", 400, "the body is not a JSON object"),
     (b"[" * 100_000, 400, "the body is not JSON"),
     ({}, 400, "messages must hold one of the role user"),
@@ -250,9 +251,10 @@ def test_a_key_is_asked_for_and_never_printed(module):
             client(address, "wrong").models.list()
         assert post(address, "/v1/chat/completions", GOOD, Authorization="Bearer secret-7")[0] == 200
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=20)
     assert "secret-7" not in output + errors
+    assert (process.returncode, output.splitlines()[-1], errors) == (128 + signal.SIGTERM, "stopped", "")
 
 
 def test_wrong_uses_are_one_line(module, tmp_path):
@@ -279,6 +281,19 @@ def test_of_several_ports_the_first_that_is_free_is_taken_and_that_is_said(capsy
         with bind(*ports) as found:
             assert found.getsockname() == ("127.0.0.1", ports[1])
     assert capsys.readouterr().out == f"port {ports[0]}: address already in use; the next one is tried\n"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_curl_line_of_the_page_gets_a_caption_and_an_upload_is_told_what_is_wanted(address, module, tmp_path):
+    PICTURES[0].save(tmp_path / "holiday.jpg", format="PNG")
+    page = (ROOT / "docs" / "serve.md").read_text()
+    [line] = re.findall(r"^    (printf .*?)\n\n", page, re.DOTALL | re.MULTILINE)
+    line = line.replace("http://127.0.0.1:8765", address)
+    done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"] == module[0].caption([PICTURES[0]])[0]
+    upload = ["curl", "-s", "-F", "file=@holiday.jpg", f"{address}/v1/chat/completions"]
+    done = subprocess.run(upload, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "no file is uploaded (docs/serve.md has a curl line)" in done.stdout
 
 
 def test_the_python_of_the_page_gets_a_caption(address, module, tmp_path):

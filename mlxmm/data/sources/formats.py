@@ -18,8 +18,11 @@ import attrs
 
 from mlxmm.data.sources.caption_tables import NOT_UTF8, is_text_table, text_rows
 from mlxmm.data.sources.captions import cells_at, matching, texts_in
+from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import SUFFIXES
+from mlxmm.preprocessing.picture_folder import files_below, left_out
+from mlxmm.terminal import say
 
 SPLITS = {
     "train": ("train", "training", "restval"),  # restval: the pictures of COCO's val that Karpathy's split trains on
@@ -75,15 +78,15 @@ def find_local(
 
 
 def _in_folder(folder: Path) -> Files | Listed:
-    paths = sorted(
-        path for path in folder.rglob("*") if not any(p.startswith(".") for p in path.relative_to(folder).parts)
-    )
+    paths = files_below(folder)
     of_kind = lambda *suffixes: [path for path in paths if path.suffix.lower() in suffixes]
     tables = [path for path in of_kind(".parquet") if path.name not in METADATA]
     pictures, metadata = of_kind(*SUFFIXES), [path for path in paths if path.name in METADATA]
     if tables or (of_kind(".tar") and not pictures):
         files = tables or of_kind(".tar")
         return Files("parquet" if tables else "webdataset", _by_split(folder, files, by_name=True))
+    if (told := left_out(paths)) and collectives.rank() == 0:
+        say(told)
     if not pictures:
         packed = next((f"{path.name} is not read, unpack it; " for path in of_kind(".zip", ".gz")), "")
         raise UserError(f"{folder} holds no pictures: {packed}{_folder_help()}")

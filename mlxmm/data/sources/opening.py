@@ -7,7 +7,7 @@ from pathlib import Path
 import attrs
 import numpy as np
 
-from mlxmm.data.sources.formats import RANDOM
+from mlxmm.data.sources.formats import RANDOM, SPLITS
 from mlxmm.data.sources.joined import Join
 from mlxmm.data.sources.picture_column import PictureColumn
 from mlxmm.data.sources.row_splits import has_splits, labels_in, split_tables
@@ -15,7 +15,8 @@ from mlxmm.data.sources.rows import CaptionRows
 from mlxmm.data.sources.tables import Columns, check_splits, column_names, concatenated, open_tables, reading_errors
 from mlxmm.data.sources.twins import grouped
 from mlxmm.errors import UserError
-from mlxmm.preprocessing.images import SUFFIXES
+from mlxmm.preprocessing.picture_folder import files_below, is_picture
+from mlxmm.terminal import counted
 
 NOT_UNASKED = f", which are not trained on unasked: --data.split-column {RANDOM} divides all rows anew"
 
@@ -43,8 +44,20 @@ def open_rows(
     rows = _caption_rows({split: part for split, part in parts.items() if len(part[1])}, columns)
     column = None if columns.split == RANDOM else columns.split
     names = tables if column is None else labels_in(concatenated(list(tables.values())), column)
+    if to_train and not (column or columns.split is None and has_splits(tables)):
+        _check_divisible(source, sum(map(len, tables.values())), has_captions_from_elsewhere=join is not None)
     check_splits(source, rows, names, column, to_train=to_train, hint=NOT_UNASKED)
     return grouped(source, rows)
+
+
+def _check_divisible(source: str, num_rows: int, *, has_captions_from_elsewhere: bool) -> None:
+    """Raise `UserError` where rows that are divided at random are too few for three splits."""
+    if num_rows < len(SPLITS):
+        which = " with a caption" if has_captions_from_elsewhere else ""
+        raise UserError(
+            f"{source} has {counted(num_rows, 'row')}{which}: {', '.join(SPLITS)} need one each, and it has no splits "
+            "of its own; give more, or name the captions of more of its pictures"
+        )
 
 
 def _caption_rows(parts: Mapping[str, tuple], columns: Columns) -> dict[str, CaptionRows]:
@@ -90,7 +103,7 @@ def _joined_tables(source: str, columns: Columns, join: Join | None, **which) ->
 
 def unlisted_pictures(folder: Path, tables: Sequence, column: str) -> list[Path]:
     """The images in a folder that its metadata do not name: `datasets` ignores them."""
-    pictures = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES] if folder.is_dir() else []
+    pictures = list(filter(is_picture, files_below(folder))) if folder.is_dir() else []
     listed = {path for table in tables if pictures for path in PictureColumn.of(table, column).paths if path}
     if all(os.path.abspath(path) in listed for path in pictures):  # without asking the disk about each
         return []

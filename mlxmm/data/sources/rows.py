@@ -24,6 +24,7 @@ from mlxmm.preprocessing.images import UndecodableImage, decode_image
 from mlxmm.storage.remembered import remembered
 
 MAX_UNUSABLE = 0.01  # fraction of a source's rows: with more, something is wrong with it
+NUM_TOLERATED = 5  # unusable rows that are left out of any source that has more than twice as many: of 54 one is 2 %
 ROWS_AT_ONCE = 1_000  # whose values are Python objects at a time
 
 
