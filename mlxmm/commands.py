@@ -34,9 +34,12 @@ def tool(name: str) -> str | None:
 
 
 def is_recipe() -> bool:
-    """Whether this process is that of a recipe: run by the command `mlxmm`, which changes `sys.argv`, or by `-m`."""
+    """Whether this process is that of a recipe: run by `python -m`, also while Python still imports it, or by the
+    command `mlxmm`, which takes a recipe for the main module and changes `sys.argv`."""
+    called = sys.orig_argv[sys.orig_argv.index("-m") + 1 :] if "-m" in sys.orig_argv else []
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec is not None and spec.name.startswith(("recipes.", "mlxmm.recipes."))
+    names = [*called[:1], Path(sys.argv[0]).name, getattr(spec, "name", "")]
+    return any(name == "mlxmm" or name.startswith(("recipes.", "mlxmm.recipes.")) for name in names)
 
 
 def _is_installed() -> bool:
