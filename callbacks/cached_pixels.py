@@ -7,7 +7,8 @@ import attrs
 from attrs.validators import ge
 
 from mlxmm.config import checked
-from mlxmm.data.feature_cache import FeatureRows, cache_key
+from mlxmm.data.cached_rows import CachedRows
+from mlxmm.data.feature_cache import cache_key
 from mlxmm.data.pixel_cache import PixelFile, PixelRows, make_room, num_bytes
 from mlxmm.data.sources.rows import Rows, is_stream
 from mlxmm.data.sources.tables import tell
@@ -88,6 +89,6 @@ class CachedPixels(Callback):
 def _can_be_kept(datamodule, split: str, rows) -> bool:
     """Whether each epoch reads the same pictures, as the source has them."""
     is_random = split == "train" and datamodule.source.config.random_crop
-    if is_random or is_stream(rows) or isinstance(rows, PixelRows | FeatureRows):
+    if is_random or is_stream(rows) or isinstance(rows, CachedRows):
         return False
     return rows.fingerprint() == datamodule.source.rows[split].fingerprint()

@@ -11,7 +11,7 @@ import hashlib
 import json
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +20,7 @@ import attrs
 import mlx.core as mx
 import numpy as np
 
+from mlxmm.data.cached_rows import CachedRows
 from mlxmm.data.loader import prefetched
 from mlxmm.data.sources.rows import Rows
 from mlxmm.distributed import collectives
@@ -136,26 +137,10 @@ def _checksum(features: np.ndarray, block: int) -> int:
 
 
 @attrs.frozen
-class FeatureRows(Sequence):
+class FeatureRows(CachedRows):
     """`rows` with their features (P, E) in place of their images, which are not decoded."""
 
-    rows: Rows
     features: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def __getitem__(self, place: int) -> dict:
         return {"features": self.features[place]} | self.rows.without_image(place)
-
-    def without_image(self, place: int) -> dict:
-        return self.rows.without_image(place)
-
-    def captions(self) -> Iterable[str]:
-        return self.rows.captions()
-
-    def name(self, place: int) -> str:
-        return self.rows.name(place)
-
-    def fingerprint(self) -> bytes:
-        return self.rows.fingerprint()

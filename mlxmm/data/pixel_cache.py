@@ -13,13 +13,13 @@ import shutil
 import threading
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import attrs
 import numpy as np
 
-from mlxmm.data.sources.rows import Rows
+from mlxmm.data.cached_rows import CachedRows
 from mlxmm.storage.disk import going_on, naming
 
 NUM_CHECKSUM_BYTES = 4
@@ -102,15 +102,11 @@ def _checksum(pixels: np.ndarray | memoryview, place: int) -> bytes:
 
 
 @attrs.frozen
-class PixelRows(Sequence):
+class PixelRows(CachedRows):
     """`rows` with their "pixels" (H, W, 3) in place of their images, which are decoded where `file` has no pixels."""
 
-    rows: Rows
     pixels: Callable[[dict], np.ndarray]  # of a row
     file: PixelFile
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def __getitem__(self, place: int) -> dict:
         if (pixels := self.file.read(place)) is not None:
@@ -119,15 +115,3 @@ class PixelRows(Sequence):
         pixels = self.pixels(row)
         self.file.write(place, pixels)
         return {"pixels": pixels} | {name: value for name, value in row.items() if name != "image"}
-
-    def without_image(self, place: int) -> dict:
-        return self.rows.without_image(place)
-
-    def captions(self) -> Iterable[str]:
-        return self.rows.captions()
-
-    def name(self, place: int) -> str:
-        return self.rows.name(place)
-
-    def fingerprint(self) -> bytes:
-        return self.rows.fingerprint()
