@@ -13,7 +13,9 @@ PYTHON_FITS = $(shell $(PYTHON) -c 'import sys; print("yes" * (sys.version_info 
 # What one needs to use it: what the demo and the commands that it names run on. The tests need more.
 READY := .venv/ready$(BACKEND:%=-%)
 DEV := $(READY)-dev
-INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt
+# A dot every three seconds until the recipe's shell ends: pip says nothing for most of a minute.
+DOTS = (while sleep 3 && kill -0 $$$$ 2>/dev/null; do printf .; done) &
+INSTALL = $(DOTS) $(BIN)/python -m pip install --quiet -c constraints.txt
 # Threads of a BLAS that wait for each other on a busy machine cost more than they give in small tests.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
 # Three for two cores: many tests wait for processes that they start.
@@ -102,14 +104,16 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(if $(filter-out cpu cuda12 cuda13,$(BACKEND)),$(error BACKEND=$(BACKEND): choose cpu, cuda12 or cuda13))
 	$(if $(PYTHON_FITS),,$(error $(PYTHON) is not Python 3.11 or newer. Name one that is: make PYTHON=python3.12 $(or $(MAKECMDGOALS),demo)))
 	$(PYTHON) -m venv --clear .venv
-	@echo "installing what a user needs into .venv, once: about 0.8 GB, a minute or more without a further line"
-	$(INSTALL) -e ".[board,serve$(BACKEND:%=,%)]"
+	@echo "installing what a user needs into .venv, once: about 0.8 GB, a minute or more"
+	@$(INSTALL) -e ".[board,serve$(BACKEND:%=,%)]"
+	@echo
 	touch $@
 
 # Beside what is there already.
 $(DEV): $(READY)
 	@echo "installing what the tests need into .venv, once: about 0.4 GB more"
-	$(INSTALL) -e ".[dev$(BACKEND:%=,%)]"
+	@$(INSTALL) -e ".[dev$(BACKEND:%=,%)]"
+	@echo
 	touch $@
 
 clean:
