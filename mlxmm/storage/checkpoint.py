@@ -142,7 +142,7 @@ def _read_state(folder: Path) -> dict:
     if not _is_state(state):
         raise UserError(f"{path} is no checkpoint's")
     if state["format"] not in READ_FORMATS:
-        raise UserError(f"{path} has format {state['format']}, expected was {FORMAT}: use the mlxmm that wrote it")
+        raise UserError(f"{path} has format {state['format']!r}, expected was {FORMAT}: use the mlxmm that wrote it")
     if state.pop("checksum", None) != checksum_of_values(state):
         raise UserError(f"{path} is damaged; {ADVICE}")
     return json.loads(text, object_hook=decode)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mlxmm.errors import UserError
+from mlxmm.escaping import visible
 from mlxmm.storage.atomic import sha256
 
 
@@ -19,7 +20,7 @@ def check_files(folder: Path, files: Mapping[str, str], advice: str) -> None:
     """Raise `UserError` that names the first of `files` that is missing or is not what its checksum says."""
     for name, checksum in files.items():
         if not (folder / name).is_file() or _checksum(folder / name) != checksum:
-            raise UserError(f"{folder / name} is missing or damaged; {advice}")
+            raise UserError(f"{visible(folder / name)} is missing or damaged; {advice}")
 
 
 def checksum_of_values(values) -> str:

@@ -309,7 +309,7 @@ def test_a_state_of_another_format_is_named(tmp_path):
     folder = checkpoints(tmp_path / "r") / "checkpoints" / "last"
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"format": "x"}))
-    with pytest.raises(UserError, match="state.json has format x, expected was 3: use the mlxmm that wrote it"):
+    with pytest.raises(UserError, match="state.json has format 'x', expected was 3: use the mlxmm that wrote it"):
         checkpoint.read_state(folder)
 
 
