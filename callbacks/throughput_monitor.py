@@ -6,16 +6,11 @@ from collections.abc import Callable
 
 import attrs
 from attrs.validators import ge, gt, optional
-from mlx.utils import tree_flatten
 
 from mlxmm.config import checked
 from mlxmm.distributed import collectives
+from mlxmm.training.batches import num_examples
 from mlxmm.training.callback import Callback
-
-
-def leading_axis(batch) -> int:
-    """The length of the first axis of a batch's first array."""
-    return tree_flatten(batch)[0][1].shape[0]
 
 
 @attrs.define(field_transformer=checked)
@@ -29,7 +24,7 @@ class ThroughputMonitor(Callback):
     reading values would wait for the device.
     """
 
-    batch_size_fn: Callable = leading_axis
+    batch_size_fn: Callable = num_examples
     length_fn: Callable | None = None
     flops_per_batch: float | None = attrs.field(default=None, validator=optional(gt(0)), kw_only=True)
     peak_flops: float | None = attrs.field(default=None, validator=optional(gt(0)), kw_only=True)

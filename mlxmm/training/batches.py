@@ -5,6 +5,7 @@ from itertools import islice
 from numbers import Number
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlxmm.errors import UserError, warn
 from mlxmm.training.loader_randomness import begin_epoch, changes_in_place, epoch_seed, isolated
@@ -112,6 +113,11 @@ def _advice(leaf) -> str:
     if hasattr(leaf, "__iter__") and not isinstance(leaf, str | bytes):
         return f"a {kind.__name__}: a stage has one loader, and that gives dicts, lists or tuples"
     return f"a {kind.__name__}: {told}"
+
+
+def num_examples(batch) -> int:
+    """The examples of a batch: the length of the first axis of its first array that has one."""
+    return next((array.shape[0] for _, array in tree_flatten(batch) if isinstance(array, mx.array) and array.ndim), 1)
 
 
 def _length(loader) -> int | None:

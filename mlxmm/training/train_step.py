@@ -16,6 +16,7 @@ from mlxmm.compute.compiled import Compiler, snapshot
 from mlxmm.compute.precision import autocast
 from mlxmm.distributed import collectives
 from mlxmm.errors import warn
+from mlxmm.training.batches import num_examples
 from mlxmm.training.index_check import IndexCheck
 from mlxmm.training.randomness import isolated_random_state
 from mlxmm.training.step_errors import check_outputs, check_same_names, explained
@@ -176,11 +177,6 @@ def checked_twice(train_step: Callable, module, optimizer) -> Callable:
         return train_step(batches)
 
     return run
-
-
-def num_examples(batch) -> int:
-    """The examples of a batch: the length of the first axis of its first array that has one."""
-    return next((array.shape[0] for _, array in tree_flatten(batch) if isinstance(array, mx.array) and array.ndim), 1)
 
 
 def weighted_sums(outputs: dict, num_examples: int) -> dict:
