@@ -77,8 +77,13 @@ def _begun(loader, number: int, start: int, seed: int) -> Iterator:
 
 def as_arrays(batch):
     """`batch`, a tree of mappings, lists and tuples, with MLX arrays in place of NumPy's, of torch's tensors, of
-    numbers and of lists of numbers. Raises `UserError` that names the field."""
-    return _arrays(batch, "")
+    numbers and of lists of numbers. Raises `UserError` that names the field, and for a batch without examples: its
+    loss is no number, and MLX's sums of empty views may not end (0.32, CPU)."""
+    arrays = _arrays(batch, "")
+    if lengths := [leaf.shape[0] for _, leaf in tree_flatten(arrays) if isinstance(leaf, mx.array) and leaf.ndim]:
+        if not any(lengths):
+            raise UserError("a batch has no examples: the first axis of all its arrays is of length 0")
+    return arrays
 
 
 def _arrays(value, name: str):

@@ -234,6 +234,13 @@ def test_a_field_that_cannot_be_an_array_is_named(value, told):
         batches.as_arrays(value)
 
 
+def test_a_batch_without_examples_is_refused_and_one_with_an_empty_part_is_not():
+    with pytest.raises(UserError, match="a batch has no examples"):
+        batches.as_arrays({"x": np.zeros((0, 4)), "y": [np.zeros(0)], "scale": 1.0})
+    batches.as_arrays({"x": np.zeros((2, 4)), "boxes": np.zeros((0, 4))})
+    batches.as_arrays({"scale": 1.0})
+
+
 class Several(DataModule):
     def __init__(self, **loaders):
         self.loaders = loaders
