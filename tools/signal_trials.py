@@ -99,12 +99,14 @@ class Moment:
     call: int = 1
     resumes: bool = False  # training has begun: the line names a command that goes on
     codes: dict[int, int] = {}  # where it is not 128 + the number
+    says: str = ""  # on standard output, in place of the line "interrupted"
 
 
 PICTURES = ["a.png", "b.png", "c.png"]
 CAPTIONS = ["write_captions", "--captioner.model", "shapes", "--captioner.batch-size", "4", *DATA, "--run-dir", "run"]
 CAPTION = ["caption", "--module", MODEL, *PICTURES, "--to", "run.csv"]
 EVALUATE = ["evaluate_captions", "--module", MODEL, *DATA, "--run-dir", "run"]
+SERVE = ["serve", "trained", "--port", "0"]
 UPDATE = "mlxmm.training.trainer", "Trainer._update"
 MOMENTS = {
     "import": Moment(ALIGN, "mlxmm.modules.qwen3_aligner"),
@@ -123,7 +125,7 @@ MOMENTS = {
     "sheet": Moment(ALIGN, "mlxmm.evaluation.contact_sheet", "contact_sheet", resumes=True),
     "summary": Moment(ALIGN, "mlxmm.storage.runs", "_close", resumes=True),
     "evaluation": Moment(EVALUATE, "mlxmm.modules.captioning_module", "CaptioningModule.caption_tokens"),
-    "serving": Moment(["serve", "trained", "--port", "0"], "mlxmm.serving.engine", "Engine.run", codes={2: 0}),
+    "serving": Moment(SERVE, "mlxmm.serving.engine", "Engine.run", codes={signal.SIGINT: 0}, says="stopped"),
     "write captions": Moment(CAPTIONS, "mlxmm.captioners.journal", "Journal.add", 3, resumes=True),
     "data set": Moment(CAPTIONS, "mlxmm.captioners.journal", "Journal.close", resumes=True),
     "caption": Moment(CAPTION, "mlxmm.modules.captioning_module", "CaptioningModule.stream_caption", 2),
@@ -191,7 +193,9 @@ def fault_of(done: subprocess.CompletedProcess, moment: Moment, numbers: list[in
     is_told_again = len(numbers) > 1 and done.stderr.endswith("interrupted again: ended at once\n")
     if done.returncode != (128 + numbers[0] if is_told_again else code):
         return f"CODE {done.returncode}"
-    if code and (len(lines) != 1 or not done.stderr.endswith(f"{lines[0]}\n")):
+    if moment.says and not is_told_again:
+        return "" if not done.stderr and done.stdout.endswith(f"{moment.says}\n") else "LINES"
+    if len(lines) != 1 or not done.stderr.endswith(f"{lines[0]}\n"):
         return "LINES"
     is_told = not moment.resumes or "; go on with: " in lines[0] or lines[0].startswith("interrupted again")
     return "" if is_told else "NO COMMAND"
