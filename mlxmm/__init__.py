@@ -5,6 +5,7 @@ import importlib
 from mlxmm import commands, terminal
 
 if commands.is_recipe():
+    terminal.open_streams()
     terminal.end_at_signals()
 
 from mlxmm import backends, environment, version

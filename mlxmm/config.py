@@ -1,6 +1,7 @@
 """Settings: attrs classes whose fields carry their help text and their checks, to and from JSON."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -129,13 +130,17 @@ def _converter():
 
 
 def exactly(value, kind):
-    """`value` if it is of this type: a string is no number, a truth value no integer, but an integer is a float.
-    Raises `TypeError`."""
+    """`value` if it is of this type: a string is no number, a truth value no integer, but an integer is a float, and no
+    number is endless or has more than 64 bits. Raises `TypeError`."""
     kinds = _kinds(kind)
     taken = (*kinds, int) if float in kinds else tuple(kinds)
     if not isinstance(value, taken) or (isinstance(value, bool) and bool not in kinds):
         names = ["None" if k is NoneType else k.__name__ for k in kinds]
         raise TypeError(f"{value!r} is not of type {' or '.join(names)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise TypeError(f"{value!r} is not a finite number")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise TypeError("a number of more than 64 bits is too large")
     return value
 
 

@@ -6,13 +6,17 @@ import sys
 from pathlib import Path
 
 from mlxmm.errors import UserError
+from mlxmm.escaping import visible
 
 DEFAULT_RANK_TIMEOUT = "600"
 
 
 def cache_root() -> Path:
-    """The folder of everything that is kept between runs: MLXMM_CACHE, or ~/.cache/mlxmm."""
-    return Path(os.environ.get("MLXMM_CACHE") or Path.home() / ".cache" / "mlxmm")
+    """The folder of everything that is kept between runs: MLXMM_CACHE, or ~/.cache/mlxmm. Raises `UserError`."""
+    try:
+        return Path(os.environ.get("MLXMM_CACHE") or Path.home() / ".cache" / "mlxmm")
+    except RuntimeError:  # a user without a home, as in some containers
+        raise UserError("there is no home folder to keep the cache in: name a folder by MLXMM_CACHE") from None
 
 
 def uses_linux_functions() -> bool:
@@ -59,7 +63,7 @@ def rank_secret() -> str | None:
 
 def launched_rank() -> int | None:
     """This process's rank, as `mlx.launch` sets it: MLX_RANK. None if it has not started this process."""
-    return int(os.environ["MLX_RANK"]) if "MLX_RANK" in os.environ else None
+    return _number("MLX_RANK", 0) if "MLX_RANK" in os.environ else None
 
 
 def ring_hostfile() -> Path | None:
@@ -85,28 +89,36 @@ def nccl_address() -> str | None:
 
 def nccl_world_size() -> int:
     """How many ranks NCCL has, as `mlx.launch --backend nccl` sets it: MLX_WORLD_SIZE, or 0."""
-    return int(os.environ.get("MLX_WORLD_SIZE") or 0)
+    return _number("MLX_WORLD_SIZE", 0)
 
 
 def num_local_mpi_ranks() -> int:
     """How many ranks Open MPI's mpirun has started on this machine: OMPI_COMM_WORLD_LOCAL_SIZE, or 1."""
-    return int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1))
+    return _number("OMPI_COMM_WORLD_LOCAL_SIZE", 1)
 
 
 def mpi_share() -> tuple[int, int]:
     """This process's number, from 0, and how many Open MPI's mpirun has started: OMPI_COMM_WORLD_RANK and _SIZE."""
-    return int(os.environ.get("OMPI_COMM_WORLD_RANK", 0)), int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1))
+    return _number("OMPI_COMM_WORLD_RANK", 0), _number("OMPI_COMM_WORLD_SIZE", 1)
 
 
 def slurm_share() -> tuple[int, int] | None:
     """This task's number, from 0, and how many there are: of a job array (SLURM_ARRAY_TASK_ID, _MIN, _COUNT), or of the
     tasks of `srun` (SLURM_PROCID, SLURM_NTASKS); None outside of Slurm, and for a single task."""
     if "SLURM_ARRAY_TASK_ID" in os.environ:
-        first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))
-        share = int(os.environ["SLURM_ARRAY_TASK_ID"]) - first, int(os.environ.get("SLURM_ARRAY_TASK_COUNT", 1))
+        first = _number("SLURM_ARRAY_TASK_MIN", 0)
+        share = _number("SLURM_ARRAY_TASK_ID", 0) - first, _number("SLURM_ARRAY_TASK_COUNT", 1)
     else:
-        share = int(os.environ.get("SLURM_PROCID", 0)), int(os.environ.get("SLURM_NTASKS", 1))
+        share = _number("SLURM_PROCID", 0), _number("SLURM_NTASKS", 1)
     return share if share[1] > 1 else None
+
+
+def _number(name: str, default: int) -> int:
+    """The whole number in a variable; `default` where it is not set, or empty. Raises `UserError`."""
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdecimal()):
+        raise UserError(f"{name}={visible(text)}: a whole number is wanted, as the launcher sets it")
+    return int(text)
 
 
 def openai_api_key() -> str | None:

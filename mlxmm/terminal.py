@@ -1,5 +1,6 @@
 """What a program tells while it works. A pipe that was closed, a full disk or a lost terminal never ends the work."""
 
+import contextlib
 import errno
 import os
 import signal
@@ -18,6 +19,18 @@ def end_at_signals() -> None:
     for number in ENDS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, end_of_imports)
+
+
+def open_streams() -> None:
+    """Give this process the standard streams that it was started without: else a file that it opens gets the number of
+    one, and MLX opens no file as number 0. Letters that the locale has not are written as escapes."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+            with contextlib.suppress(OSError):  # whatever has the number keeps it
+                os.set_inheritable(number, True)
+        elif name != "stdin" and hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def end_of_imports(number, frame) -> None:

@@ -171,3 +171,36 @@ def test_a_recipe_knows_that_it_is_one_however_it_is_called(called, tmp_path):
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
     assert done.stdout == "True\n", done
+
+
+CLOSED = """
+import os, runpy, sys
+for number in {closed}:
+    os.close(number)
+os.execv(sys.executable, [sys.executable, "-m", "recipes.caption", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_recipe_that_is_started_without_standard_streams_has_its_exit_code(tmp_path, closed):
+    code = CLOSED.format(closed=closed)
+    assert python("-c", code, "--module", "nobody/here", tmp_path, timeout=100).returncode == 2
+
+
+OPENED = """
+import os, sys
+os.close(0)
+import mlx.core as mx
+from mlxmm import terminal
+sys.stdin = None
+terminal.open_streams()
+mx.save_safetensors(sys.argv[1], {"a": mx.zeros(1)})
+print(mx.load(sys.argv[1])["a"].shape, "caf\\u00e9")
+"""
+
+
+def test_arrays_are_read_without_standard_input_and_any_letter_is_printed(tmp_path):
+    # MLX takes no file that is number 0 for an open one
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    shown = python("-c", OPENED, tmp_path / "a.safetensors", env=ascii_only)
+    assert shown.stdout == "(1,) caf\\xe9\n", shown.stderr

@@ -1,5 +1,6 @@
 """Settings and callbacks given a value of another type, or out of bounds: one line that names both, before any work."""
 
+import math
 import os
 import signal
 import subprocess
@@ -23,6 +24,8 @@ from mlxmm import TrainerConfig, seed_everything
 from mlxmm.config import checked
 from mlxmm.errors import UserError
 from mlxmm.modules.contrastive_clip import CLIPConfig
+from mlxmm.networks.generation import GenerationConfig
+from mlxmm.optimizers import OptimizerConfig
 
 WRONG = {
     lambda: TrainerConfig(max_steps="10"): "TrainerConfig(max_steps=...): '10' is not of type int",
@@ -40,6 +43,12 @@ WRONG = {
     lambda: FreezeSchedule({"a": "head"}): (
         "FreezeSchedule needs {epoch or update: parts}, like {0: 'projector'}: {'a': 'head'}"
     ),
+    lambda: TrainerConfig(max_steps=10**400): (
+        "TrainerConfig(max_steps=...): a number of more than 64 bits is too large"
+    ),
+    lambda: OptimizerConfig(learning_rate=math.inf): ("OptimizerConfig(learning_rate=...): inf is not a finite number"),
+    lambda: GenerationConfig(temperature=math.nan): "GenerationConfig(temperature=...): nan is not a finite number",
+    lambda: GenerationConfig(num_beams=10**9): "GenerationConfig: 'num_beams' must be <= 1000: 1000000000",
     lambda: seed_everything(-1): "a seed is an integer from 0 to 2**64 - 1: -1",
     lambda: seed_everything("x"): "a seed is an integer from 0 to 2**64 - 1: 'x'",
 }

@@ -17,6 +17,7 @@ import attrs
 from mlxmm.captioners.caption_writer import Sampling, WrittenCaption
 from mlxmm.config import from_json, to_json
 from mlxmm.errors import UserError
+from mlxmm.storage import json_values
 
 FAILED = "failed"  # finish reason of a caption that could not be written
 KEY = "image, prompt, writer, revision, sampling"
@@ -121,7 +122,7 @@ def identity_of(path: Path) -> tuple[str, str, Sampling]:
     if len(kinds) != 1:
         raise UserError(f"{path} holds captions of {len(kinds)} writers or samplings; one was expected")
     [(writer, revision, sampling)] = kinds
-    return writer, revision, from_json(Sampling, json.loads(sampling))
+    return writer, revision, from_json(Sampling, json_values.loads(sampling))
 
 
 @contextlib.contextmanager

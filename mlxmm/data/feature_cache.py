@@ -26,6 +26,7 @@ from mlxmm.data.sources.rows import Rows
 from mlxmm.distributed import collectives
 from mlxmm.distributed.signals import check_end
 from mlxmm.progress_bar import passing_bar
+from mlxmm.storage import json_values
 from mlxmm.storage.atomic import cut_to_lines, sync
 from mlxmm.storage.disk import naming
 from mlxmm.storage.lock import taking_turns
@@ -126,8 +127,8 @@ def _recorded(folder: Path) -> list[tuple[int, int]]:
 def _record(line: bytes) -> tuple[int, int] | None:
     """Block and checksum of a line; None for a damaged one, whose block is computed again."""
     try:
-        block, checksum = json.loads(line)
-    except (ValueError, TypeError, RecursionError):
+        block, checksum = json_values.loads(line)
+    except (ValueError, TypeError):
         return None
     return (block, checksum) if isinstance(block, int) and isinstance(checksum, int) and block >= 0 else None
 

@@ -11,6 +11,7 @@ from mlxmm.data.sources.rows import CaptionRows, Rows, is_stream
 from mlxmm.data.sources.stream import StreamRows
 from mlxmm.data.sources.tables import commit_of
 from mlxmm.distributed import collectives
+from mlxmm.storage.disk import read_text
 from mlxmm.storage.hub import dataset_card, dataset_commit, is_hub_id, split_revision
 from mlxmm.storage.lineage import filters_in_card
 
@@ -81,5 +82,5 @@ def _filters(config: CaptionDataConfig, commit: str | None) -> dict[str, int]:
         return filters_in_card(dataset_card(split_revision(source, config.revision)[0], commit), name or "default")
     folder = Path(source)
     cards = (folder / "README.md", name or "default"), (folder.parent / "README.md", folder.name)
-    found = (filters_in_card(card.read_text(), config_name) for card, config_name in cards if card.is_file())
+    found = (filters_in_card(read_text(card), config_name) for card, config_name in cards if card.is_file())
     return next(filter(None, found), {}) if folder.is_dir() else {}

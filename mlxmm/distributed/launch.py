@@ -5,10 +5,12 @@ The variables are those of mlx's python/mlx/_distributed_utils/launch.py. `mpiru
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import attrs
 
 from mlxmm import environment
+from mlxmm.errors import UserError
 
 
 @attrs.frozen
@@ -23,7 +25,8 @@ class Launch:
 
 
 def read_launch() -> Launch | None:
-    """What the environment says, in MLX's order of backends; None for a single process and under `mpirun`."""
+    """What the environment says, in MLX's order of backends; None for a single process and under `mpirun`. Raises
+    `UserError`."""
     rank = environment.launched_rank()
     if rank is None:
         return None
@@ -40,6 +43,9 @@ def _ring(rank: int) -> Launch | None:
     hosts = _read_json(environment.ring_hostfile())  # for each rank its "ip:port" addresses
     if not hosts:
         return None
+    are_addresses = all(isinstance(host, list) and host and isinstance(host[0], str) for host in hosts)
+    if not are_addresses or rank >= len(hosts):
+        raise UserError(f"MLX_HOSTFILE={environment.ring_hostfile()} does not list the addresses of rank {rank}")
     ips = [addresses[0].rpartition(":")[0] for addresses in hosts]
     return Launch("ring", rank, len(hosts), hosts[0][0], Counter(ips)[ips[rank]])
 
@@ -49,5 +55,12 @@ def _jaccl(rank: int) -> Launch | None:
     return Launch("jaccl", rank, len(devices), address) if devices and address else None
 
 
-def _read_json(path) -> list:
-    return json.loads(path.read_text().strip() or "[]") if path else []
+def _read_json(path: Path | None) -> list:
+    """The list in a file of the launcher's; empty without one. Raises `UserError`."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8").strip() or "[]") if path else []
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}, which the launcher names, cannot be read: {error}") from None
+    if not isinstance(values, list):
+        raise UserError(f"{path}, which the launcher names, holds no list of ranks")
+    return values

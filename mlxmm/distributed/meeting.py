@@ -36,8 +36,10 @@ MIN_SECRET = 16  # characters
 
 def meet(launch: Launch, limit: float) -> list[Peer]:
     """All other ranks on rank 0, rank 0 on the others. Raises `UserError` that names those that do not come within
-    `limit` seconds."""
+    `limit` seconds, or an address that is none."""
     address, _, port = launch.address.rpartition(":")
+    if not (port.isascii() and port.isdecimal() and int(port) < 2**16):
+        raise UserError(f"{launch.address} is no address of rank 0: a port is wanted, as 192.168.1.2:5000")
     place, secret = (address.strip("[]"), int(port)), shared_secret()
     if launch.rank:
         return [_join(place, launch.rank, secret, limit)]

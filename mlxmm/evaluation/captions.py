@@ -15,6 +15,7 @@ from mlxmm.evaluation import caption_metrics
 from mlxmm.evaluation.clip_features import image_features, text_features
 from mlxmm.modules.captioning_module import CaptioningModule
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
+from mlxmm.preprocessing.tokenizers import encode
 from mlxmm.training.trainer import Trainer
 
 CONTROL = "_shuffled"  # ends the names of metrics whose captions were given to other images
@@ -93,7 +94,7 @@ def shuffled(captions: list[str]) -> list[str]:
 def require_room(clip: ContrastiveCLIP, texts: Sequence[str], prompt: str = caption_metrics.CLIP_SCORE_PROMPT) -> None:
     """Raise `UserError` if CLIP would cut off most of `texts`: a small CLIP may read CLIPScore's prompt alone."""
     length = clip.config.text.max_position_embeddings
-    num_cut = sum(len(ids) > length for ids in clip.tokenizer([prompt + text for text in texts])["input_ids"])
+    num_cut = sum(len(ids) > length for ids in encode(clip.tokenizer, [prompt + text for text in texts])["input_ids"])
     if num_cut > len(texts) / 2:
         raise UserError(
             f"the CLIP reads {length} tokens: {num_cut} of {len(texts)} texts do not fit after {prompt!r}; "

@@ -22,7 +22,7 @@ from mlxmm.networks.pretrained_vision import build_vision_tower, load_vision_tow
 from mlxmm.networks.towers import VisionTower
 from mlxmm.optimizers import OptimizerConfig
 from mlxmm.preprocessing.images import ImageProcessor
-from mlxmm.preprocessing.tokenizers import end_token, load_tokenizer
+from mlxmm.preprocessing.tokenizers import end_token, load_tokenizer, plain_tokens
 from mlxmm.storage import checkpoint
 from mlxmm.storage.hub import local_folder
 from mlxmm.storage.lineage import Lineage
@@ -148,7 +148,7 @@ class CaptionDecoder(CaptioningModule):
         return attrs.evolve(config, max_new_tokens=max(1, min(config.max_new_tokens, room)))
 
     def _start(self, prompt: str) -> list[int]:
-        return [self._start_id, *self.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        return [self._start_id, *plain_tokens(self.tokenizer, prompt)]
 
     def features(self, images: mx.array) -> mx.array:
         if self.config.mix_layers:

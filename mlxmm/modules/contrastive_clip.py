@@ -23,7 +23,14 @@ from mlxmm.networks import clip, siglip
 from mlxmm.networks.towers import TextConfig, VisionConfig, config_from_hub, tower_values
 from mlxmm.optimizers import OptimizerConfig
 from mlxmm.preprocessing.images import ImageProcessor, as_images
-from mlxmm.preprocessing.tokenizers import load_tokenizer, lower_cased, require_rows, token_length, train_tokenizer
+from mlxmm.preprocessing.tokenizers import (
+    encode,
+    load_tokenizer,
+    lower_cased,
+    require_rows,
+    token_length,
+    train_tokenizer,
+)
 from mlxmm.storage import checkpoint
 from mlxmm.storage.hub import local_folder
 from mlxmm.storage.lineage import Lineage
@@ -171,7 +178,7 @@ class ContrastiveCLIP(Module):
 
     def _tokens(self, texts: list[str]) -> np.ndarray:
         length = self.config.text.max_position_embeddings
-        encoded = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length)
+        encoded = encode(self.tokenizer, texts, padding="max_length", truncation=True, max_length=length)
         tokens = np.array(encoded["input_ids"], dtype=np.int32)
         full = tokens[:, -1] != self.tokenizer.pad_token_id
         tokens[full, -1] = (

@@ -37,7 +37,7 @@ from mlxmm.networks.projector import PROJECTORS, Projector, squares
 from mlxmm.networks.towers import VisionTower
 from mlxmm.optimizers import OptimizerConfig, grouped
 from mlxmm.preprocessing.images import ImageProcessor
-from mlxmm.preprocessing.tokenizers import end_token, load_tokenizer, require_rows, start_tokens
+from mlxmm.preprocessing.tokenizers import end_token, load_tokenizer, plain_tokens, require_rows, start_tokens
 from mlxmm.storage import checkpoint
 from mlxmm.storage.atomic import new_folder
 from mlxmm.storage.hub import local_folder, settings_folder
@@ -250,7 +250,7 @@ class Qwen3Aligner(CaptioningModule):
         return attrs.evolve(config, max_new_tokens=min(config.max_new_tokens, room))
 
     def _token_ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tuple(plain_tokens(self.tokenizer, text))
 
     def features(self, images: mx.array) -> mx.array:
         return self.vision.patches(images, self.config.layer)

@@ -35,6 +35,7 @@ class DecoderInterface(Protocol):
         """Append new positions (B, L, D) to `cache`; return the logits (B, V) of the token after the last."""
 
 
+MAX_BEAMS = 1_000  # rows of arrays: more end in no memory
 MIN_TEMPERATURE = 1e-20  # what is divided by less has no place in float32
 
 
@@ -45,7 +46,7 @@ class GenerationConfig:
     max_new_tokens: int | None = option(
         None, "longest continuation with its end, in tokens; none: as in training", optional(ge(1))
     )
-    num_beams: int = option(1, "beams of beam search; 1: no beam search", ge(1))
+    num_beams: int = option(1, "beams of beam search; 1: no beam search", ge(1), le(MAX_BEAMS))
     temperature: float = option(
         0.0, "0: take the most likely token; above 0: sample from the logits divided by it", ge(0)
     )

@@ -6,9 +6,11 @@ from itertools import takewhile
 from pathlib import Path
 
 from mlxmm.errors import UserError
+from mlxmm.escaping import visible
 from mlxmm.progress_bar import staged
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+MAX_SHOWN = 80  # letters of a text that a message shows
 IMAGES = ("<image>", "<|image_pad|>")  # image tokens of LLaVA and of Qwen's tokenizers
 
 
@@ -34,6 +36,20 @@ def _tells_texts_apart(tokenizer) -> bool:
     return one != other
 
 
+def encode(tokenizer, texts: str | list[str], **options):
+    """What the tokenizer makes of texts. Raises `UserError` for half a letter, which no text in UTF-8 has."""
+    try:
+        return tokenizer(texts, **options)
+    except (TypeError, UnicodeEncodeError):
+        told = visible(texts if isinstance(texts, str) else " ".join(texts))
+        raise UserError(f"{told[:MAX_SHOWN]} is not a text in UTF-8") from None
+
+
+def plain_tokens(tokenizer, text: str) -> list[int]:
+    """The tokens of a text, without those that the tokenizer puts around texts. Raises `UserError`."""
+    return encode(tokenizer, text, add_special_tokens=False)["input_ids"]
+
+
 def require_rows(tokenizer, num_rows: int) -> None:
     """Raise `UserError` if a token has no row in a table of `num_rows`: what is read there is foreign memory.
 
@@ -53,7 +69,7 @@ def require_rows(tokenizer, num_rows: int) -> None:
 def plain_ids(tokenizer, text: str) -> list[int]:
     """The tokens of a text, without the special ones that it names: an end amid a caption would be learned."""
     special = special_ids(tokenizer)
-    return [i for i in tokenizer(text, add_special_tokens=False)["input_ids"] if i not in special]
+    return [i for i in plain_tokens(tokenizer, text) if i not in special]
 
 
 def special_ids(tokenizer) -> frozenset[int]:
@@ -129,5 +145,5 @@ def with_image_token(tokenizer):
 @staged("tokenizing captions")
 def token_length(tokenizer, texts: Iterable[str]) -> int:
     """The number of tokens of the longest text, rounded up to a multiple of four."""
-    longest = max(map(len, tokenizer(list(texts))["input_ids"]))
+    longest = max(map(len, encode(tokenizer, list(texts))["input_ids"]))
     return -(-longest // 4) * 4

@@ -28,8 +28,9 @@ from starlette.routing import Route
 from mlxmm.errors import UserError
 from mlxmm.modules.captioning_module import CaptioningModule
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
+from mlxmm.preprocessing.tokenizers import plain_tokens
 from mlxmm.serving.answers import class_probabilities, heat_map
-from mlxmm.serving.chat import Answer, BadRequest, ChatRequest, read_chat, read_image, read_json
+from mlxmm.serving.chat import Answer, BadRequest, ChatRequest, read_chat, read_image, read_json, read_text
 from mlxmm.serving.engine import CaptionJob, Engine, Piece
 from mlxmm.terminal import say
 
@@ -154,15 +155,16 @@ class Web:
     async def classify(self, request: Request) -> Response:
         values = await self._json(request)
         names, image = values.get("classes"), read_image(values.get("image"))
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        if not isinstance(names, list):
             raise BadRequest("classes is a list of texts", "classes")
+        names = [read_text(name, "classes") for name in names]
         probabilities = await self._computed(lambda: class_probabilities(self.served.model, image, names))
         return JSONResponse({"probabilities": probabilities})
 
     async def heat(self, request: Request) -> Response:
         values = await self._json(request)
-        image, text = read_image(values.get("image")), values.get("text")
-        if not isinstance(text, str) or not text.strip():
+        image, text = read_image(values.get("image")), read_text(values.get("text"), "text")
+        if not text.strip():
             raise BadRequest("text is missing", "text")
         return JSONResponse(
             {"cells": (await self._computed(lambda: heat_map(self.served.model, image, text))).tolist()}
@@ -173,8 +175,8 @@ class Web:
         if captioner is None:
             raise BadRequest(f"{self.served.name} compares pictures with texts: it writes no captions", "model", 404)
         asked = read_chat(values, self.served.name, captioner.max_new_tokens)
-        prompt = asked.text if self.served.uses_text else ""
-        answer = Answer(self.served.name, len(captioner.tokenizer(prompt, add_special_tokens=False)["input_ids"]))
+        prompt = read_text(asked.text, "messages") if self.served.uses_text else ""
+        answer = Answer(self.served.name, len(plain_tokens(captioner.tokenizer, prompt)))
         pieces = self._pieces(asked, prompt)
         if asked.stream:
             first = await anext(pieces)  # what is refused is refused before the stream begins

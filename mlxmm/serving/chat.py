@@ -5,8 +5,6 @@ fetched, and files are never read.
 """
 
 import base64
-import binascii
-import json
 import time
 import uuid
 from typing import Any
@@ -14,12 +12,15 @@ from typing import Any
 import attrs
 from PIL import Image
 
+from mlxmm.escaping import visible
 from mlxmm.networks.generation import GenerationConfig
 from mlxmm.preprocessing.images import UndecodableImage, decode_image
 from mlxmm.serving.engine import Piece
+from mlxmm.storage import json_values
 
 DATA_URL = "a data URL, as data:image/jpeg;base64,…"
 WANTED = "a request is JSON, with the picture in it as a data URL; no file is uploaded (docs/serve.md has a curl line)"
+MAX_LETTERS = 20_000  # of a prompt, a class or a text
 LENGTHS = ("max_completion_tokens", "max_tokens")
 NUMBERS = {"temperature": int | float, "top_p": int | float, "seed": int} | dict.fromkeys(LENGTHS, int)
 OFF = {  # what a captioner does not do: the values that ask for nothing
@@ -45,7 +46,7 @@ class BadRequest(Exception):
     def body(self) -> dict:
         """As OpenAI writes it."""
         kind = "authentication_error" if self.status == 401 else "invalid_request_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": None}}
+        return {"error": {"message": visible(self), "type": kind, "param": self.param, "code": None}}
 
 
 @attrs.frozen(kw_only=True)
@@ -62,8 +63,8 @@ class ChatRequest:
 def read_json(body: bytes) -> dict:
     """Raises `BadRequest`."""
     try:
-        values = json.loads(body)
-    except (ValueError, RecursionError):
+        values = json_values.loads(body)
+    except ValueError:
         raise BadRequest(f"the body is not JSON: {WANTED}") from None
     if not isinstance(values, dict):
         raise BadRequest("the body is not a JSON object")
@@ -90,8 +91,14 @@ def read_chat(values: dict, model: str, longest: int) -> ChatRequest:
         text=text,
         config=_generation(values, longest),
         stream=values.get("stream") is True,
-        with_usage=bool((values.get("stream_options") or {}).get("include_usage")),
+        with_usage=_wants_usage(values.get("stream_options")),
     )
+
+
+def _wants_usage(options: Any) -> bool:
+    if not isinstance(options, dict | None):
+        raise BadRequest("stream_options is an object", "stream_options")
+    return bool(options and options.get("include_usage"))
 
 
 def read_image(url: Any) -> Image.Image:
@@ -101,10 +108,20 @@ def read_image(url: Any) -> Image.Image:
         raise BadRequest(f"image_url must be {DATA_URL}; addresses and files are not read", "messages")
     try:
         return decode_image(base64.b64decode(data, validate=True))
-    except binascii.Error:
-        raise BadRequest("the picture is not valid base64", "messages") from None
     except UndecodableImage as error:
         raise BadRequest(str(error), "messages") from None
+    except ValueError:  # also of letters that are none of ASCII
+        raise BadRequest("the picture is not valid base64", "messages") from None
+
+
+def read_text(value: Any, name: str) -> str:
+    """The text under this name of a request, or one of its texts: short enough to be tokenized for each of fifty
+    pictures. Raises `BadRequest`."""
+    if not isinstance(value, str):
+        raise BadRequest(f"{name} is missing, or no text", name)
+    if len(value) > MAX_LETTERS:
+        raise BadRequest(f"a text of {len(value):,} letters: {MAX_LETTERS:,} are the most", name)
+    return value
 
 
 def _last_question(messages: Any) -> tuple[str, list]:

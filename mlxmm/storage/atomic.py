@@ -92,9 +92,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text`: `path` then holds all of it, or what it held before."""
+    r"""Write `text` in UTF-8: `path` then holds all of it, or what it held before. What UTF-8 has not, as bytes of a
+    file's name that are no text, is written as Python writes it: `\udcff`."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value) -> None:

@@ -20,10 +20,11 @@ from mlx.utils import tree_flatten
 from mlxmm.compute.named_arrays import unflatten_like
 from mlxmm.compute.precision import HALF, widen
 from mlxmm.errors import UserError
+from mlxmm.storage import json_values
 from mlxmm.storage.atomic import atomic_folder, follow_link, read_arrays, write_arrays, write_json
 from mlxmm.storage.checksums import check_files, checksum_of_values, checksums, identity
+from mlxmm.storage.disk import read_text
 from mlxmm.storage.frozen_weights import FROZEN, FrozenWeights
-from mlxmm.storage.json_values import decode
 from mlxmm.terminal import say
 
 FORMAT, READ_FORMATS = 3, (2, 3)  # of format 2, all parameters are in weights.safetensors
@@ -132,12 +133,14 @@ def _read_state(folder: Path) -> dict:
     """The state.json of a checkpoint, compared with its own checksum alone. Raises `UserError`."""
     path = folder / STATE
     try:
-        text = path.read_text()
-        state = json.loads(text)
+        text = read_text(path)
+        state = json_values.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         told = next((f"; write {path}" for name in INSIDE if follow_link(path := folder / name).is_dir()), "")
         raise UserError(f"{folder} holds no checkpoint: {STATE} is missing{told}") from None
-    except (ValueError, RecursionError):
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; {ADVICE}") from None
+    except ValueError:
         raise UserError(f"{path} is damaged; {ADVICE}") from None
     if not _is_state(state):
         raise UserError(f"{path} is no checkpoint's")
@@ -145,7 +148,7 @@ def _read_state(folder: Path) -> dict:
         raise UserError(f"{path} has format {state['format']!r}, expected was {FORMAT}: use the mlxmm that wrote it")
     if state.pop("checksum", None) != checksum_of_values(state):
         raise UserError(f"{path} is damaged; {ADVICE}")
-    return json.loads(text, object_hook=decode)
+    return json_values.loads(text, object_hook=json_values.decode)
 
 
 def _is_state(values) -> bool:
@@ -208,8 +211,8 @@ def copied_names(folder: Path) -> list[Path]:
 def step_of(folder: Path) -> int:
     """The step that a checkpoint is of; -1 for a folder that is none."""
     try:
-        return int(json.loads((folder / STATE).read_text())["global_step"])
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return int(json_values.read(folder / STATE)["global_step"])
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return -1
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from mlxmm.errors import UserError
 from mlxmm.storage import hub
 from mlxmm.storage.atomic import sha256
+from mlxmm.storage.disk import read_text
 from mlxmm.storage.retries import causes, status, writing
 
 DATA = (".parquet", ".csv", ".json", ".jsonl", ".arrow", ".zip", ".tar")
@@ -53,7 +54,7 @@ def _push(folder: Path, repo_id: str, names: list[str], *, public: bool) -> str:
                 "as refresh-2"
             )
         return f"{hub.endpoint()}/datasets/{repo_id}/tree/{head}"
-    merged = merge_cards(card, (folder / "README.md").read_text())
+    merged = merge_cards(card, read_text(folder / "README.md"))
     message = f"Captions: configuration {names[0]}"
     commit, url = hub.commit_dataset(repo_id, files | {"README.md": merged.encode()}, message, parent=head)
     if not _is_there(files, repo_id, commit, list(files)):
@@ -89,7 +90,7 @@ def _hash(repo_id: str, path: str, commit: str) -> str:
 
 def _read(repo_id: str, path: str, commit: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        return hub.download_dataset_file(repo_id, path, commit, Path(folder)).read_text()
+        return read_text(hub.download_dataset_file(repo_id, path, commit, Path(folder)))
 
 
 def merge_cards(old: str, new: str) -> str:

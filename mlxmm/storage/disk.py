@@ -7,18 +7,29 @@ from pathlib import Path
 
 from mlxmm.terminal import say
 
-# What the machine lacks, not the program: room, rights, a disk that works.
-OF_THE_MACHINE = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG")}
+# What the machine lacks, not the program: room, rights, a disk or a network share that works, free descriptors; and a
+# path on which there is something else, or nothing any more, or which is too long.
+LACKS = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG", "ESTALE", "ENXIO", "ENODEV", "EMFILE")
+IN_THE_WAY = ("ENOENT", "EEXIST", "EISDIR", "ENOTDIR", "ENOTEMPTY", "ELOOP", "ENAMETOOLONG", "EBUSY", "ETXTBSY")
+OF_THE_MACHINE = {getattr(errno, name) for name in (*LACKS, *IN_THE_WAY)}
 
 
 def is_of_the_machine(error: BaseException | None) -> bool:
-    """Whether the disk is what failed."""
+    """Whether the disk, or what lies on it, is what failed."""
     return isinstance(error, OSError) and error.errno in OF_THE_MACHINE
 
 
 def reason(error: OSError) -> str:
     """What failed, in a line: the file, if it is known, and why."""
     return ": ".join(filter(None, [error.filename and str(error.filename), error.strerror]))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, which is UTF-8 whatever the locale. Raises `OSError`, also for a pipe or a device, which
+    might be waited for without end, and `ValueError` for what is no text."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.ENXIO, "Is neither a file nor a link to one", str(path))
+    return path.read_text(encoding="utf-8")
 
 
 @contextlib.contextmanager

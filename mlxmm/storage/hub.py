@@ -11,6 +11,7 @@ from urllib.request import getproxies
 
 from mlxmm.errors import UserError
 from mlxmm.storage.atomic import follow_link
+from mlxmm.storage.disk import read_text
 from mlxmm.storage.retries import reading, writing
 from mlxmm.terminal import say
 
@@ -163,7 +164,7 @@ def dataset_card(repo_id: str, revision: str | None = None) -> str:
         return hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision)
 
     try:
-        return Path(reading(download)).read_text()
+        return read_text(Path(reading(download)))
     except Exception:  # the client and the network raise a dozen kinds
         return ""
 
@@ -300,7 +301,7 @@ def card_configs(folder: Path) -> list[dict]:
     """
     path = folder / "README.md"
     try:
-        return configs_of(split_card(path.read_text())[0]) if path.is_file() else []
+        return configs_of(split_card(read_text(path))[0]) if path.is_file() else []
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from None
 

@@ -3,13 +3,28 @@
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from mlxmm.errors import UserError
+from mlxmm.storage.disk import read_text
 
 FLOAT, ITEMS = "__float__", "__items__"  # {"__float__": "nan"}, {"__items__": [[0, "a"]]}
+
+
+def loads(text: str | bytes, **options):
+    """The value of a JSON text. Raises `ValueError`, also for one that is nested too deeply."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read(path: Path):
+    """The value in a JSON file. Raises `OSError` and `ValueError`."""
+    return loads(read_text(path))
 
 
 def dumps(value, **options) -> str:

@@ -9,7 +9,6 @@
 It is in the checkpoints of a run, and as data.json in its folder and in those of exported models.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import attrs
 
 from mlxmm.errors import UserError
+from mlxmm.storage import json_values
 from mlxmm.storage.atomic import write_json
 from mlxmm.storage.hub import is_hub_id
 
@@ -56,8 +56,10 @@ class Lineage:
 
 def _read(path: Path):
     try:
-        return json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+        return json_values.read(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
 
 

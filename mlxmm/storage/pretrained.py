@@ -1,12 +1,11 @@
 """Folders in the Hub's layout: their JSON files, tokenizer and weights."""
 
-import json
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlxmm.errors import UserError
-from mlxmm.storage import atomic, checkpoint
+from mlxmm.storage import atomic, checkpoint, json_values
 from mlxmm.storage.atomic import atomic_file, read_arrays, write_json
 from mlxmm.storage.torch_weights import read_torch_weights
 
@@ -40,10 +39,10 @@ def _check_not_a_run(folder: Path, values: dict) -> None:
 def read_json(path: Path) -> dict:
     """The JSON object in a file. Raises `UserError` if it is missing or damaged."""
     try:
-        values = json.loads(path.read_text())
+        values = json_values.read(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} cannot be read: it is damaged, {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} cannot be read: a JSON object was expected, {type(values).__name__} came")

@@ -1,7 +1,6 @@
 """The loggers of a Trainer, by name or as given; and the one that every run has, of JSON lines."""
 
 import itertools
-import json
 import math
 import re
 import time
@@ -10,9 +9,9 @@ from pathlib import Path
 
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
+from mlxmm.storage import json_values
 from mlxmm.storage.atomic import cut_to_lines
 from mlxmm.storage.disk import naming
-from mlxmm.storage.json_values import dumps
 from mlxmm.training.logger import Logger, set_aside
 from mlxmm.training.logger_names import logger_names
 from mlxmm.training.tensorboard_logger import TensorBoardLogger
@@ -36,20 +35,20 @@ class JSONLLogger(Logger):
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def log_metrics(self, metrics, step, epoch):
-        line = dumps({"step": step, "epoch": epoch, **metrics, "time": time.time()}) + "\n"
+        line = json_values.dumps({"step": step, "epoch": epoch, **metrics, "time": time.time()}) + "\n"
         cut_to_lines(self.path)  # a kill, or a full disk, may have left a part of one
-        with naming(self.path), self.path.open("a") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line)
 
     def position(self):
-        return self.path.stat().st_size if self.path.exists() else 0
+        return self.path.stat().st_size if self.path.is_file() else 0
 
     def begin(self):
-        if self.path.exists() and re.search(rb'"step": [1-9]', self.path.read_bytes()):  # not those of a test before it
+        if self.path.is_file() and re.search(rb'"step": [1-9]', self.path.read_bytes()):  # not of a test before it
             set_aside(self.path.parent, self.path.name)
 
     def rewind(self, position, step):
-        if self.path.exists():
+        if self.path.is_file():
             with self.path.open("r+b") as file:
                 lines = file.readlines() if position is None else []
                 before = itertools.takewhile(lambda line: _step_of(line) <= step, lines)
@@ -60,8 +59,8 @@ class JSONLLogger(Logger):
 def _step_of(line: bytes) -> float:
     """The step of a line of metrics; of a damaged one the highest, so that nothing from there on is kept."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return int(json_values.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, OverflowError):
         return math.inf
 
 

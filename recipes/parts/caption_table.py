@@ -53,9 +53,11 @@ class CaptionTable:
             write_text(self.path, _text_of(self.captions, self.path.suffix))
 
     def _name(self, picture: Path) -> str:
-        """A file's path below the folder of the table, which is how metadata name it; that of another as it is."""
+        r"""A file's path below the folder of the table, which is how metadata name it; that of another as it is. Bytes
+        that are no text, which a table cannot hold, are named as `\udcff`."""
         folder, path = os.path.abspath(self.path.parent), os.path.abspath(picture)
-        return Path(path).relative_to(folder).as_posix() if Path(path).is_relative_to(folder) else str(picture)
+        name = Path(path).relative_to(folder).as_posix() if Path(path).is_relative_to(folder) else str(picture)
+        return name.encode(errors="backslashreplace").decode()
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -191,3 +191,16 @@ def test_a_name_of_several_pictures_is_refused_and_its_folder_tells_them_apart()
     assert find(image_sha256=hashlib.sha256(b"same").hexdigest()) == [0, 1] and find(id="2.png") == []
     with pytest.raises(UserError, match="'1.png' may be of 2 pictures: name them with their folders"):
         find(file_name="1.png")
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.json"])
+@pytest.mark.parametrize(
+    ("caption", "told"),
+    [('"a \\ud800 cat"', "is not a text in UTF-8"), ("[" * 100_000 + "]" * 100_000, "is nested too deeply")],
+)
+def test_half_letters_and_deep_nesting_are_one_clear_line(folder, tmp_path, name, caption, told):
+    row = f'{{"id": "1.png", "caption": {caption}}}'
+    (tmp_path / name).write_text(row if name == "c.jsonl" else f"[{row}]")
+    with pytest.raises(UserError, match=f"{name} .*{told}") as caught:
+        opened(folder, tmp_path / name)
+    assert "\n" not in str(caught.value)

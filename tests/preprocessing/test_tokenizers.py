@@ -11,8 +11,10 @@ from mlxmm.errors import UserError
 from mlxmm.preprocessing.tokenizers import (
     END,
     START,
+    encode,
     load_tokenizer,
     plain_ids,
+    plain_tokens,
     require_rows,
     start_tokens,
     train_tokenizer,
@@ -94,3 +96,13 @@ def test_siglip_2_reads_capitals_as_small_letters_and_siglip_does_not(tmp_path):
         assert np.array_equal(ids(gemma, "A Dog"), ids(gemma, "a dog"))
     tokenizer = small_clip().tokenizer
     assert _as_trained(config, tokenizer) is tokenizer and ids(tokenizer, "A Dog") != ids(tokenizer, "a dog")
+
+
+def test_half_a_letter_is_refused_in_one_line_and_all_else_is_read():
+    tokenizer, half = trained(), "a \ud800 \x1b cat"
+    for call in (lambda: plain_ids(tokenizer, half), lambda: plain_tokens(tokenizer, half)):
+        with pytest.raises(UserError, match=r"^a \\ud800 \\x1b cat is not a text in UTF-8$"):
+            call()
+    with pytest.raises(UserError, match="is not a text in UTF-8"):
+        encode(tokenizer, ["a cat", half], padding=True)
+    assert plain_tokens(tokenizer, "a \0 \x1b \u202e cat")

@@ -175,3 +175,19 @@ def test_a_job_with_nothing_left_to_write_shows_no_bar(run, captioner, holiday):
     assert run("write_captions", *flags)[0] == 0
     code, told, errors = run("write_captions", "--run-dir", "w", "--resume", "last")
     assert code == 0 and "0 of them to be written" in told and "0/0" not in told + errors, errors
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take no such names")
+@pytest.mark.parametrize("table", ["captions.csv", "captions.jsonl"])
+def test_a_file_whose_name_is_no_text_costs_no_caption(run, captioner, holiday, table):
+    (holiday / "a.png").rename(holiday / "a\udcff.png")
+    assert run("caption", "--module", captioner, holiday, "--to", holiday / table)[0] == 0
+    written = (holiday / table).read_text(encoding="utf-8")
+    assert written.count("udcff.png") == 1 and "b.JPG" in written and "beach/c.png" in written
+    code, _, told = run("caption", "--module", captioner, holiday, "--to", holiday / table, "--append")
+    assert code == 0 and "has 3 of 3 pictures" in told, told
+
+
+def test_a_prompt_that_is_no_text_is_one_line(run, captioner, holiday):
+    code, _, told = run("caption", "--module", captioner, holiday, "--prompt", "a\udcffb")
+    assert code == 2 and told.splitlines()[-1] == r"error: a\udcffb is not a text in UTF-8"

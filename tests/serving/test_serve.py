@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -184,6 +185,11 @@ WRONG = [
     (GOOD | {"temperature": "hot"}, 400, "temperature"),
     (GOOD | {"max_tokens": -5}, 400, "max_new_tokens"),
     (GOOD | {"seed": "x"}, 400, "seed"),
+    (GOOD | {"temperature": 10**400}, 400, "temperature"),
+    (GOOD | {"temperature": math.inf}, 400, "temperature"),
+    (GOOD | {"stream_options": [1]}, 400, "stream_options is an object"),
+    (with_url("data:image/png;base64,\u00e9\ud800"), 400, "not valid base64"),
+    ({"messages": [{"role": "user", "content": [{"type": "\ud800\x1b"}]}]}, 400, r"parts of type \ud800\x1b"),
 ]
 
 
@@ -192,6 +198,15 @@ def test_a_request_that_cannot_be_answered_says_why(address, body, status, line)
     answered, values = post(address, "/v1/chat/completions", body)
     assert answered == status and line in values["error"]["message"] and "\n" not in values["error"]["message"]
     assert post(address, "/v1/chat/completions", GOOD)[0] == 200
+
+
+@pytest.mark.parametrize(("text", "line"), [("a \ud800", "is not a text"), ("a " * 20_000, "20,000 are the most")])
+def test_texts_that_are_none_or_too_long_are_refused_for_classes_and_heat(address, text, line):
+    picture = data_url(PICTURES[0])
+    asked = {"/api/classify": {"image": picture, "classes": ["a", text]}, "/api/heat": {"image": picture, "text": text}}
+    for path, body in asked.items():
+        status, values = post(address, path, body)
+        assert status == 400 and line in values["error"]["message"]
 
 
 def test_a_body_that_is_too_large_is_not_read(address):

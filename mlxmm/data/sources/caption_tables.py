@@ -18,6 +18,7 @@ import attrs
 
 from mlxmm.data.sources.captions import captions_at, cells_at, texts_in, value_at
 from mlxmm.errors import UserError
+from mlxmm.storage import json_values
 
 HASH = "image_sha256"
 NAMES = (
@@ -149,10 +150,12 @@ def text_rows(path: Path) -> list[dict]:
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
             if kind == ".jsonl":
-                rows = [json.loads(line) for line in file if line.strip()]
+                rows = [json_values.loads(line) for line in file if line.strip()]
             else:
-                rows = _json_rows(json.load(file)) if kind == ".json" else csv_rows(file.read())
-    except UnicodeDecodeError:
+                rows = _json_rows(json_values.loads(file.read())) if kind == ".json" else csv_rows(file.read())
+        if kind in (".jsonl", ".json"):
+            json.dumps(rows, ensure_ascii=False).encode()  # half a letter may stand in JSON, and in no column
+    except UnicodeError:
         raise UserError(NOT_UTF8.format(path)) from None
     except (OSError, EOFError, ValueError, csv.Error) as error:
         raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from None

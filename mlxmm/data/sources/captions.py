@@ -7,10 +7,11 @@ import ast
 import contextlib
 import fnmatch
 import io
-import json
 import tokenize
 import unicodedata
 from collections.abc import Mapping, Sequence
+
+from mlxmm.storage import json_values
 
 TEXTS = ("text", "raw", "caption")  # of a struct that stands for a caption, the field that holds it
 
@@ -76,7 +77,7 @@ def _list_in(text: str) -> list[str]:
     if not text.lstrip().startswith(('["', "['")):
         return []
     with contextlib.suppress(ValueError):
-        values = json.loads(text)
+        values = json_values.loads(text)
         return values if all(isinstance(one, str) for one in values) else []
     with contextlib.suppress(tokenize.TokenError, SyntaxError, ValueError):
         tokens = [one for one in tokenize.generate_tokens(io.StringIO(text.strip()).readline) if one.string.strip()]

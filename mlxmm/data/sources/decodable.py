@@ -18,6 +18,7 @@ from typing import Protocol
 from mlxmm.distributed import collectives
 from mlxmm.preprocessing.images import DECODER
 from mlxmm.progress_bar import passing_bar
+from mlxmm.storage import json_values
 from mlxmm.storage.atomic import write_json
 from mlxmm.storage.cache import cache_folder
 
@@ -58,7 +59,7 @@ def _path(rows: Decodable) -> Path:
 def _read(path: Path) -> list[int] | None:
     """What was remembered; None if there is nothing, or if it is damaged."""
     try:
-        values = json.loads(path.read_text())
+        values = json_values.read(path)
         return values["undecodable"] if values["checksum"] == _checksum(values["undecodable"]) else None
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -22,6 +22,7 @@ from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import SUFFIXES
 from mlxmm.preprocessing.picture_folder import files_below, left_out
+from mlxmm.storage import json_values
 from mlxmm.terminal import say
 
 SPLITS = {
@@ -223,7 +224,7 @@ def _listed(files: Sequence[Path], image_folder: str | None, caption_column: str
 
 def _json(path: Path):
     try:
-        return json.loads(path.read_bytes())
+        return json_values.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
