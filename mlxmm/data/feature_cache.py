@@ -28,7 +28,7 @@ from mlxmm.distributed.signals import check_end
 from mlxmm.progress_bar import passing_bar
 from mlxmm.storage import json_values
 from mlxmm.storage.atomic import cut_to_lines, sync
-from mlxmm.storage.disk import naming
+from mlxmm.storage.disk import naming, require_file
 from mlxmm.storage.lock import taking_turns
 
 FEATURES, JOURNAL = "features.bin", "blocks.jsonl"
@@ -110,6 +110,7 @@ def _computed(rows: Rows, blocks: list[int], pixels, compute, num_threads: int) 
 def _opened(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """The file at its full length; blocks that were never written read as zeros."""
     size = int(np.prod(shape)) * 2
+    require_file(path)
     if not path.exists() or path.stat().st_size != size:
         with naming(path), path.open("ab") as file:
             file.truncate(size)
@@ -120,6 +121,7 @@ def _recorded(folder: Path) -> list[tuple[int, int]]:
     """(block, checksum) of each line of the journal, whose last line may be incomplete."""
     if not (folder / JOURNAL).exists():
         return []
+    require_file(folder / JOURNAL)
     cut_to_lines(folder / JOURNAL)  # the next line must not be appended to an incomplete one
     return list(filter(None, map(_record, (folder / JOURNAL).read_bytes().splitlines())))
 

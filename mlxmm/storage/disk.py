@@ -24,11 +24,16 @@ def reason(error: OSError) -> str:
     return ": ".join(filter(None, [error.filename and str(error.filename), error.strerror]))
 
 
-def read_text(path: Path) -> str:
-    """The text of a file, which is UTF-8 whatever the locale. Raises `OSError`, also for a pipe or a device, which
-    might be waited for without end, and `ValueError` for what is no text."""
+def require_file(path: Path) -> None:
+    """Raise `OSError` for a pipe or a device, which might be waited for without end. What is missing passes."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.ENXIO, "Is neither a file nor a link to one", str(path))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, which is UTF-8 whatever the locale. Raises `OSError` as `require_file` does, and `ValueError`
+    for what is no text."""
+    require_file(path)
     return path.read_text(encoding="utf-8")
 
 

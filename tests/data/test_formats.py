@@ -1,7 +1,9 @@
 """Formats that people have are read as they are; what is not read is named; no file outside a source is opened."""
 
 import json
+import os
 import re
+import signal
 import unicodedata
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from small_clip import small_clip
 from small_sources import JSON, NUM, TEXT, pictures, png, write_source, write_tar
 
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
+from mlxmm.data.sources.caption_tables import text_rows
 from mlxmm.data.sources.captions import texts_in
-from mlxmm.data.sources.formats import SPLIT_OF
+from mlxmm.data.sources.formats import SPLIT_OF, find_local
 from mlxmm.errors import UserError
 from recipes import evaluate_clip
 
@@ -528,3 +531,23 @@ def test_a_clip_is_judged_on_a_source_with_nothing_but_test(tmp_path):
     assert "retrieval/text_to_image/recall_at_1" in json.loads((tmp_path / "run" / "summary.json").read_text())
     with pytest.raises(UserError, match="--probe is fitted on train and val: .* has no train"):
         evaluate_clip.main(attrs.evolve(config, run_dir=tmp_path / "probe", labels=True, probe=True))
+
+
+@pytest.mark.parametrize(
+    "name", ["list.csv", "list.jsonl", "list.json", "p.parquet", "p.tar", "pictures/metadata.jsonl"]
+)
+def test_a_pipe_in_the_place_of_a_list_is_refused_at_once(tmp_path, name):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").touch()
+    os.mkfifo(tmp_path / name)
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits for a pipe"))
+    signal.alarm(5)
+    try:
+        for source in {tmp_path / name, tmp_path / ("pictures" if "/" in name else name)}:
+            with pytest.raises(UserError, match=f"{name} cannot be read: Is neither a file nor a link to one"):
+                find_local(str(source), None, None)
+        if name.startswith("list"):
+            with pytest.raises(UserError, match="neither a file nor a link to one"):
+                text_rows(tmp_path / name)
+    finally:
+        signal.alarm(0)

@@ -19,6 +19,7 @@ import attrs
 from mlxmm.data.sources.captions import captions_at, cells_at, texts_in, value_at
 from mlxmm.errors import UserError
 from mlxmm.storage import json_values
+from mlxmm.storage.disk import require_file
 
 HASH = "image_sha256"
 NAMES = (
@@ -148,6 +149,7 @@ def text_rows(path: Path) -> list[dict]:
     kind = Path(path.name.removesuffix(".gz")).suffix
     opened = gzip.open if path.suffix == ".gz" else open
     try:
+        require_file(path)
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
             if kind == ".jsonl":
                 rows = [json_values.loads(line) for line in file if line.strip()]

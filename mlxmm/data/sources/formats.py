@@ -23,6 +23,7 @@ from mlxmm.errors import UserError
 from mlxmm.preprocessing.images import SUFFIXES
 from mlxmm.preprocessing.picture_folder import files_below, left_out
 from mlxmm.storage import json_values
+from mlxmm.storage.disk import require_file
 from mlxmm.terminal import say
 
 SPLITS = {
@@ -68,6 +69,7 @@ def find_local(
         is_csv = not streaming and isinstance(found, Files) and found.builder == "imagefolder"
         return (_metadata_csv(Path(source), found, caption_column) if is_csv else None) or found
     files = [Path(source)] if os.path.isfile(source) else [Path(name) for name in sorted(glob.glob(source))]
+    _require_files(files)
     kinds = {BUILDERS.get(path.suffix.lower()) for path in files}
     if len(kinds) == 1 and (builder := kinds.pop()):
         return Files(builder, {"train": list(map(str, files))})
@@ -80,6 +82,9 @@ def find_local(
 
 def _in_folder(folder: Path) -> Files | Listed:
     paths = files_below(folder)
+    _require_files(
+        [path for path in paths if path.suffix.lower() not in SUFFIXES]
+    )  # pictures are looked at when opened
     of_kind = lambda *suffixes: [path for path in paths if path.suffix.lower() in suffixes]
     tables = [path for path in of_kind(".parquet") if path.name not in METADATA]
     pictures, metadata = of_kind(*SUFFIXES), [path for path in paths if path.name in METADATA]
@@ -96,6 +101,14 @@ def _in_folder(folder: Path) -> Files | Listed:
     if not metadata and any(path.with_suffix(".txt").is_file() for path in pictures):
         return _with_texts(folder, pictures)
     return Files("imagefolder", _by_split(folder, [*pictures, *metadata], by_name=False))
+
+
+def _require_files(paths: Sequence[Path]) -> None:
+    for path in paths:
+        try:
+            require_file(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _metadata_csv(folder: Path, found: Files, caption_column: str | None) -> Listed | None:
