@@ -157,7 +157,7 @@ def test_a_config_file_that_was_edited_wrongly_is_one_line_that_names_the_settin
 
 
 def test_the_page_of_environment_variables_names_those_that_are_read_and_one_file_reads_them():
-    read = lambda path: re.findall(r'environ(?:\.get\(|\.setdefault\(|\[)"(\w+)"', path.read_text())
+    read = lambda path: re.findall(r'(?:environ(?:\.get\(|\.setdefault\(|\[)|_number\()"(\w+)"', path.read_text())
     own = {name for name in read(ROOT / "mlxmm/environment.py")} | {"OPENBLAS_NUM_THREADS"}
     page = (ROOT / "docs/environment.md").read_text().split("Libraries read others")[0]
     assert own == set(re.findall(r"`([A-Z][A-Z_]+)`", page))

@@ -82,9 +82,7 @@ def find_local(
 
 def _in_folder(folder: Path) -> Files | Listed:
     paths = files_below(folder)
-    _require_files(
-        [path for path in paths if path.suffix.lower() not in SUFFIXES]
-    )  # pictures are looked at when opened
+    _require_files([path for path in paths if path.name in METADATA or path.suffix.lower() in (".parquet", ".tar")])
     of_kind = lambda *suffixes: [path for path in paths if path.suffix.lower() in suffixes]
     tables = [path for path in of_kind(".parquet") if path.name not in METADATA]
     pictures, metadata = of_kind(*SUFFIXES), [path for path in paths if path.name in METADATA]
