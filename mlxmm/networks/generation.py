@@ -3,7 +3,6 @@
 B sequences, K beams, L positions, D features, V vocabulary.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -59,8 +58,6 @@ class GenerationConfig:
     seed: int = option(0, "random seed of sampling", ge(0), lt(2**32))
 
     def __attrs_post_init__(self):
-        if not math.isfinite(self.length_penalty):
-            raise UserError(f"length_penalty={self.length_penalty}: a finite number is wanted")
         if self.num_beams > 1 and self.temperature > 0:
             raise UserError("beam search does not sample: set temperature=0 or num_beams=1")
         if (self.top_k > 0 or self.top_p < 1) and self.temperature == 0:

@@ -467,5 +467,5 @@ def test_a_temperature_near_zero_is_greedy_and_a_penalty_that_is_no_number_is_re
     for temperature in (1e-40, 1e-30, 1e-12):
         assert _choose(logits, GenerationConfig(temperature=temperature), keys).tolist() == [1, 0]
     for penalty in (math.nan, math.inf):
-        with pytest.raises(UserError, match="a finite number is wanted"):
+        with pytest.raises(UserError, match="is not a finite number"):
             GenerationConfig(length_penalty=penalty)
