@@ -1,5 +1,6 @@
 """A second start finds what the first found out, without reading a picture; and of other files it reads nothing old."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from small_sources import pictures, png, three_splits, write_source
 
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
+from mlxmm.data.sources.arrow_columns import selected_rows
 from mlxmm.data.sources.picture_column import PictureColumn
 from mlxmm.data.sources.rows import CaptionRows
 from mlxmm.storage.remembered import remembered
@@ -133,3 +135,22 @@ def test_a_finding_is_for_its_key_alone(caches):
     assert remembered("kind", b"a", lambda: b"one") == remembered("kind", b"a", lambda: b"two") == b"one"
     assert remembered("kind", b"b", lambda: b"two") == remembered("other", b"a", lambda: b"two") == b"two"
     assert np.frombuffer(remembered("kind", b"c", bytes), np.int64).size == 0
+
+
+def two_columns(path: Path) -> datasets.Dataset:
+    """A file with two columns of 30 pictures, whose bytes all differ."""
+    kinds = datasets.Features(image=datasets.Image(), other=datasets.Image())
+    cells = lambda first: [{"bytes": png(first + i), "path": None} for i in range(30)]
+    datasets.Dataset.from_dict({"image": cells(0), "other": cells(100)}, features=kinds).to_parquet(path)
+    table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+    return table.cast(datasets.Features({name: datasets.Image(decode=False) for name in kinds}))
+
+
+def test_what_is_known_of_a_picture_is_of_its_own_column_and_row(tmp_path):
+    table = two_columns(tmp_path / "rows.parquet")
+    halves = [(table.select(range(start, start + 15)), name) for name in ("image", "other") for start in (0, 15)]
+    assert all(selected_rows(half) is None for half, _ in halves)  # each is a slice of the file
+    columns = [PictureColumn.of(half, name) for half, name in halves]
+    digests = [pictures.digest(row) for pictures in columns for row in range(15)]
+    assert digests == [hashlib.sha256(cell["bytes"]).digest() for pictures in columns for cell in pictures]
+    assert len(set(digests)) == 60
