@@ -9,7 +9,7 @@ from attrs.validators import ge
 from mlxmm.config import checked
 from mlxmm.data.cached_rows import CachedRows
 from mlxmm.data.feature_cache import cache_key
-from mlxmm.data.pixel_cache import PixelFile, PixelRows, make_room, num_bytes
+from mlxmm.data.pixel_cache import SUFFIX, PixelFile, PixelRows, make_room, num_bytes
 from mlxmm.data.sources.rows import Rows, is_stream
 from mlxmm.data.sources.tables import tell
 from mlxmm.errors import UserError
@@ -73,7 +73,8 @@ class CachedPixels(Callback):
     def _open(self, rows: dict[str, Rows], processor) -> dict[str, PixelFile]:
         """The file of each split. Raises `OSError` where the disk has no room."""
         settings, side = processor.to_hub() | {"decoder": DECODER}, processor.image_size
-        names = {split: cache_key(pictures=own.fingerprint(), settings=settings) for split, own in rows.items()}
+        key = lambda own: cache_key(pictures=own.fingerprint(), settings=settings)
+        names = {split: f"{key(own)}{SUFFIX}" for split, own in rows.items()}
         others = {cached.file.path.name: num_bytes(len(cached), side) for cached in self._cached.values()}
         needed = others | {names[split]: num_bytes(len(own), side) for split, own in rows.items()}
         make_room(self.folder, needed, round(self.max_gib * 2**30))
