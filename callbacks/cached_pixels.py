@@ -18,6 +18,8 @@ from mlxmm.storage.cache import cache_folder
 from mlxmm.storage.disk import reason
 from mlxmm.training.callback import Callback
 
+from .cached_features import CachedFeatures
+
 
 @attrs.define(field_transformer=checked)
 class CachedPixels(Callback):
@@ -28,7 +30,7 @@ class CachedPixels(Callback):
     more than half of what the disk has free, are not kept, which a line says. Not kept either are those of training
     with `random_crop`, of streams, of `fast_dev_run`, and of pictures that another callback draws or adds
     (`SyntheticRefresh`).
-    `CachedFeatures` comes before this.
+    `CachedFeatures` comes before this, or `UserError` is raised.
 
     Needs a `CaptionData`, a module with a `processor`, and a transform that takes the pixels of a row by
     `processor.pixels_of(row)`.
@@ -45,6 +47,9 @@ class CachedPixels(Callback):
     def setup(self, trainer, module, stage):
         if not hasattr(module, "processor") or not hasattr(trainer.datamodule, "replace_rows"):
             raise UserError("CachedPixels needs a module with a processor, and a CaptionData")
+        later = trainer.callbacks[trainer.callbacks.index(self) :]
+        if any(isinstance(one, CachedFeatures) for one in later):  # each gives back the rows that it has replaced
+            raise UserError("CachedFeatures comes before CachedPixels: write them in this order")
         self._cached, self._has_failed = {}, False
         if self.folder is None:
             self.folder = cache_folder("pixels")
