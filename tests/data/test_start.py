@@ -137,6 +137,16 @@ def test_a_finding_is_for_its_key_alone(caches):
     assert np.frombuffer(remembered("kind", b"c", bytes), np.int64).size == 0
 
 
+def test_rows_are_divided_by_the_pictures_that_are_trained_on(tmp_path):
+    kinds = datasets.Features(thumbnail=datasets.Image(), photo=datasets.Image(), caption=datasets.Value("string"))
+    cells = lambda numbers: [{"bytes": png(number), "path": None} for number in numbers]
+    twice = [number // 2 for number in range(40)]  # two rows of each photo, whose thumbnails differ
+    columns = {"thumbnail": cells(range(100, 140)), "photo": cells(twice), "caption": ["a thing"] * 40}
+    datasets.Dataset.from_dict(columns, features=kinds).to_parquet(tmp_path / "rows.parquet")
+    config = CaptionDataConfig(source=str(tmp_path / "rows.parquet"), image_column="photo")
+    assert sum(map(len, open_source(config, 0).rows.values())) == 20  # none is on two sides
+
+
 def two_columns(path: Path) -> datasets.Dataset:
     """A file with two columns of 30 pictures, whose bytes all differ."""
     kinds = datasets.Features(image=datasets.Image(), other=datasets.Image())

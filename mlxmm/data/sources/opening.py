@@ -40,7 +40,7 @@ def open_rows(
     tables = _joined_tables(
         source, columns, join, revision=revision, config_name=config_name, image_folder=image_folder
     )
-    parts = split_tables(tables, columns.split, seed)
+    parts = split_tables(tables, columns, seed)
     rows = _caption_rows({split: part for split, part in parts.items() if len(part[1])}, columns)
     column = None if columns.split == RANDOM else columns.split
     names = tables if column is None else labels_in(concatenated(list(tables.values())), column)
@@ -88,7 +88,7 @@ def open_training_rows(
         table = concatenated(list(tables.values()))
         parts = {"train": (table, np.arange(len(table)))}
     else:
-        parts = split_tables(tables, columns.split, seed)
+        parts = split_tables(tables, columns, seed)
     if "train" not in parts or not len(parts["train"][1]):
         raise UserError(f"{source} has no rows for train; its splits are {', '.join(tables)}{NOT_UNASKED}")
     return grouped(source, {"train": CaptionRows.of(*parts["train"], columns)})["train"]
