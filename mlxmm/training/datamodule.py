@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 
 from mlxmm.errors import UserError
-from mlxmm.training import lightning_words
+from mlxmm.training import lightning_arguments, lightning_words, unknown_names
 from mlxmm.training.batches import has_epochs
 from mlxmm.training.loader_randomness import OwnRandomState
 
@@ -21,13 +21,13 @@ class DataModule:
     def __getattr__(self, name: str):
         """For names of Lightning's, what to write instead."""
         if name in lightning_words.DATAMODULE:
-            raise lightning_words.missing(type(self).__name__, name, lightning_words.DATAMODULE)
+            raise unknown_names.missing(type(self).__name__, name, lightning_words.DATAMODULE)
         return super().__getattribute__(name)
 
     @property
     def hparams(self) -> dict:
         """The settings that loggers write: those of `config`, if the data have one."""
-        return lightning_words.settings_of(self)
+        return lightning_arguments.settings_of(self)
 
     def __getstate__(self) -> dict:
         """What copies and pickles have: not the trainer, which is not theirs."""

@@ -10,14 +10,14 @@ import numpy as np
 from mlxmm.escaping import markdown
 from mlxmm.storage.disk import is_of_the_machine, reason
 from mlxmm.terminal import say
-from mlxmm.training import lightning_words
+from mlxmm.training import lightning_arguments, lightning_words, unknown_names
 
 WRITERS = {"log_metrics", "log_hyperparams", "log_images", "log_text", "log_table", "log_histogram", "log_embedding"}
 WRITERS |= {"flush", "finalize"}
 MEASURED = ("throughput/", "memory/")  # prefixes of what the machine did, which no other run repeats
 
 
-class Logger(metaclass=lightning_words.AnswersArguments):
+class Logger(metaclass=lightning_arguments.AnswersArguments):
     """What a `Trainer` writes to. `metrics` maps names to Python floats.
 
     A disk that is full costs what was to be written, and not the run: the first time a line says so.
@@ -36,7 +36,7 @@ class Logger(metaclass=lightning_words.AnswersArguments):
     def __getattr__(self, name: str):
         """For names of Lightning's, what to write instead."""
         if name in lightning_words.LOGGER:
-            raise lightning_words.missing(type(self).__name__, name, lightning_words.LOGGER)
+            raise unknown_names.missing(type(self).__name__, name, lightning_words.LOGGER)
         return super().__getattribute__(name)
 
     def log_metrics(self, metrics: dict[str, float], step: int, epoch: int) -> None:

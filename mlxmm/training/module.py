@@ -18,7 +18,7 @@ from mlxmm.storage import checkpoint
 from mlxmm.storage.atomic import follow_link
 from mlxmm.storage.lineage import Lineage
 from mlxmm.storage.runs import model_of
-from mlxmm.training import lightning_words, mlx_errors
+from mlxmm.training import lightning_arguments, lightning_words, mlx_errors, unknown_names
 
 
 class NotedErrors(abc.ABCMeta):
@@ -55,7 +55,7 @@ class Module(nn.Module, metaclass=NotedErrors):
         except AttributeError:
             if name not in lightning_words.MODULE:
                 raise
-            raise lightning_words.missing(type(self).__name__, name, lightning_words.MODULE) from None
+            raise unknown_names.missing(type(self).__name__, name, lightning_words.MODULE) from None
 
     def __getstate__(self) -> dict:
         """What copies and pickles have beside the parameters: not the trainer, which belongs to this module alone."""
@@ -85,7 +85,7 @@ class Module(nn.Module, metaclass=NotedErrors):
         arguments are not part of a checkpoint. Of a run's folder it is the best checkpoint, or else the last. Raises
         `UserError` if the arguments do not fit, or it is no checkpoint of this class.
         """
-        kwargs = lightning_words.loading_arguments(f"{cls.__name__}.load_from_checkpoint", cls, kwargs)
+        kwargs = lightning_arguments.loading_arguments(f"{cls.__name__}.load_from_checkpoint", cls, kwargs)
         folder = follow_link(Path(model_of(checkpoint_path)))
         checkpoint.read_state(folder)
         if hasattr(cls, "from_pretrained") and not (args or kwargs):
@@ -102,7 +102,7 @@ class Module(nn.Module, metaclass=NotedErrors):
     @property
     def hparams(self) -> dict:
         """The settings that loggers write: those of `config`, if the module has one."""
-        return lightning_words.settings_of(self)
+        return lightning_arguments.settings_of(self)
 
     @hparams.setter
     def hparams(self, value) -> None:

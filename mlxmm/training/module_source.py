@@ -7,7 +7,7 @@ import ast
 import inspect
 from collections.abc import Iterator
 
-from mlxmm.training import lightning_words
+from mlxmm.training import lightning_words, unknown_names
 from mlxmm.training.module import Module
 
 STEPS = ("training_step", "validation_step", "test_step")
@@ -28,13 +28,13 @@ def _lines(module, method) -> Iterator[str]:
     for node in _nodes(method):
         match node:
             case ast.Attribute(ast.Name("self"), word) if word in lightning_words.MODULE and not _has(module, word):
-                yield str(lightning_words.missing(owner, word, lightning_words.MODULE))
+                yield str(unknown_names.missing(owner, word, lightning_words.MODULE))
             case ast.Return(ast.Name("loss")) if name in STEPS:
                 yield f'{name} returned a bare array: return {{"loss": loss}}'
             case ast.Call(ast.Attribute(_, "item"), []) if name in STEPS:
                 yield f"{name} reads a number out of an array (.item(), float, if): {lightning_words.READS_A_NUMBER}"
             case ast.Call(ast.Attribute(_, word)) if name in STEPS and word in lightning_words.TENSORS:
-                yield str(lightning_words.missing("an array of MLX", word, lightning_words.TENSORS))
+                yield str(unknown_names.missing("an array of MLX", word, lightning_words.TENSORS))
             case ast.Return(ast.Dict() | ast.List() | ast.Tuple() as value) if name == "configure_optimizers":
                 kind = type(value).__name__.lower()
                 yield f"{owner}.{name} returned a {kind}: {lightning_words.ONE_OPTIMIZER}"

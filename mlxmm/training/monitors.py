@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from mlxmm.distributed import collectives
 from mlxmm.errors import Faults, UserError
 from mlxmm.training.callback import HOOKS
-from mlxmm.training.lightning_words import closest
+from mlxmm.training.unknown_names import closest
 
 
 class UnknownMetric(UserError, KeyError):

@@ -8,7 +8,7 @@ from numbers import Number
 import mlx.core as mx
 
 from mlxmm.errors import UserError, as_one
-from mlxmm.training import lightning_words, mlx_errors, module_source
+from mlxmm.training import lightning_words, mlx_errors, module_source, unknown_names
 from mlxmm.training.module import Module
 
 
@@ -41,7 +41,7 @@ def _translated(step: Callable, batch) -> Iterator[None]:
         name = re.search(r"'array' object has no attribute '(\w+)'", str(error))
         if name is None or name[1] not in lightning_words.TENSORS:
             raise
-        raise lightning_words.missing("an array of MLX", name[1], lightning_words.TENSORS) from error
+        raise unknown_names.missing("an array of MLX", name[1], lightning_words.TENSORS) from error
     except TypeError as error:
         if isinstance(batch, list) and "list indices must be integers" in str(error):
             data = getattr(step, "__name__", "").removesuffix("_step").replace("idation", "").replace("ing", "")

@@ -10,8 +10,8 @@ from mlx.utils import tree_flatten
 from mlxmm.compute.named_arrays import is_differentiable, own_arrays, put_arrays
 from mlxmm.compute.quantized import is_quantized
 from mlxmm.errors import UserError
-from mlxmm.training.lightning_words import closest
 from mlxmm.training.module import Module
+from mlxmm.training.unknown_names import closest
 
 
 def trainable_names(module: nn.Module) -> list[str]:

@@ -22,7 +22,7 @@ from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint
 from mlxmm.storage.runs import table
 from mlxmm.terminal import say
-from mlxmm.training import batches, lightning_words, mlx_errors, run_folder, run_state
+from mlxmm.training import batches, lightning_arguments, mlx_errors, run_folder, run_state
 from mlxmm.training.anomaly import DivergenceWarning, assert_finite
 from mlxmm.training.callback import (
     Callback,
@@ -120,7 +120,7 @@ class Trainer(TrainerProperties):
 
     # ------------------------------------------------------------------ what people call
 
-    @lightning_words.answers_calls
+    @lightning_arguments.answers_calls
     def fit(
         self,
         model: Module,
@@ -150,7 +150,7 @@ class Trainer(TrainerProperties):
                 say(told)
             self._call("on_fit_end")
 
-    @lightning_words.answers_calls
+    @lightning_arguments.answers_calls
     def validate(
         self,
         model: Module | None = None,
@@ -171,7 +171,7 @@ class Trainer(TrainerProperties):
             metrics = self._validate()
         return self._printed(metrics, verbose)
 
-    @lightning_words.answers_calls
+    @lightning_arguments.answers_calls
     def test(
         self,
         model: Module | None = None,
@@ -187,7 +187,7 @@ class Trainer(TrainerProperties):
             metrics = self._evaluator.measure("test", loader, self.config.limit_test_batches)
         return self._printed(metrics, verbose)
 
-    @lightning_words.answers_calls
+    @lightning_arguments.answers_calls
     def predict(
         self, model: Module | None = None, dataloaders=None, *, datamodule=None, ckpt_path: Path | str | None = None
     ) -> list:

@@ -4,7 +4,7 @@ import time
 
 from mlxmm.distributed import collectives
 from mlxmm.errors import UserError
-from mlxmm.training import batches, lightning_words
+from mlxmm.training import batches, lightning_words, unknown_names
 from mlxmm.training.callback import Callback
 from mlxmm.training.logger import Logger
 from mlxmm.training.model_checkpoint import ModelCheckpoint
@@ -22,7 +22,7 @@ class TrainerProperties:
         config = {setting: f"write trainer.config.{setting}" for setting in TrainerConfig.__annotations__}
         for limit in ("max_epochs", "max_steps"):
             config[limit] += "; for a schedule, trainer.estimated_stepping_batches, as schedules count updates"
-        raise lightning_words.missing("Trainer", name, lightning_words.TRAINER | config)
+        raise unknown_names.missing("Trainer", name, lightning_words.TRAINER | config)
 
     def __reduce_ex__(self, protocol):
         raise UserError("a Trainer cannot be copied or pickled: copy its module, and make another Trainer")
