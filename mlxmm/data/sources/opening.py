@@ -25,21 +25,17 @@ def open_rows(
     source: str,
     columns: Columns,
     *,
-    revision: str | None,
     seed: int,
-    config_name: str | None = None,
-    image_folder: str | None = None,
     join: Join | None = None,
     to_train: bool = True,
+    **which,
 ) -> dict[str, CaptionRows]:
     """The rows of `source`, by split: "train", "val", "test"; unless it is `to_train`, of those that it has.
 
-    `source` is a path that `formats.py` reads, or a data set on the Hub. With `join` its captions are from elsewhere.
-    Raises `UserError` if it, a column or a split does not exist.
+    `source` is a path that `formats.py` reads, or a data set on the Hub; `which` of it, as `CaptionDataConfig.which`
+    says. With `join` its captions are from elsewhere. Raises `UserError` if it, a column or a split does not exist.
     """
-    tables = _joined_tables(
-        source, columns, join, revision=revision, config_name=config_name, image_folder=image_folder
-    )
+    tables = _joined_tables(source, columns, join, **which)
     parts = split_tables(tables, columns, seed)
     rows = _caption_rows({split: part for split, part in parts.items() if len(part[1])}, columns)
     column = None if columns.split == RANDOM else columns.split
@@ -67,20 +63,12 @@ def _caption_rows(parts: Mapping[str, tuple], columns: Columns) -> dict[str, Cap
 
 
 def open_training_rows(
-    source: str,
-    columns: Columns,
-    *,
-    revision: str | None,
-    seed: int,
-    config_name: str | None = None,
-    image_folder: str | None = None,
-    join: Join | None = None,
+    source: str, columns: Columns, *, seed: int, join: Join | None = None, **which
 ) -> CaptionRows:
     """The training rows of `source`; all of its rows, if it has no splits. It need not have the split column.
 
     Raises `UserError` as `open_rows` does, and if there are none.
     """
-    which = {"revision": revision, "config_name": config_name, "image_folder": image_folder}
     tables = _joined_tables(source, attrs.evolve(columns, split=None), join, **which)
     if columns.split not in [RANDOM, *column_names(tables)]:
         columns = attrs.evolve(columns, split=None)
