@@ -137,6 +137,27 @@ def test_a_finding_is_for_its_key_alone(caches):
     assert np.frombuffer(remembered("kind", b"c", bytes), np.int64).size == 0
 
 
+def test_findings_that_were_used_last_are_kept(caches, monkeypatch):
+    monkeypatch.setattr("mlxmm.storage.remembered.MAX_KEPT", 3, raising=False)
+    for number, key in enumerate([b"a", b"b", b"c", b"a", b"d"]):
+        remembered("kind", key, lambda: key)
+        newest = max((caches / "kind").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        os.utime(newest, (number, number))  # a clock may stand still between two of them
+    assert remembered("kind", b"a", lambda: b"made again") == b"a"
+    assert remembered("kind", b"b", lambda: b"made again") == b"made again"
+    assert len(list((caches / "kind").iterdir())) == 3
+
+
+@pytest.mark.parametrize("kind", ["captionless", "checksum"])
+def test_captions_that_are_read_otherwise_are_judged_again(tmp_path, monkeypatch, caches, kind):
+    config = source(tmp_path)
+    open_source(config, 0)
+    before = len(list((caches / kind).iterdir()))
+    monkeypatch.setattr("mlxmm.data.sources.rows.READER", 2, raising=False)
+    open_source(config, 0)
+    assert len(list((caches / kind).iterdir())) == 2 * before
+
+
 def test_rows_are_divided_by_the_pictures_that_are_trained_on(tmp_path):
     kinds = datasets.Features(thumbnail=datasets.Image(), photo=datasets.Image(), caption=datasets.Value("string"))
     cells = lambda numbers: [{"bytes": png(number), "path": None} for number in numbers]

@@ -12,6 +12,7 @@ import tokenize
 import unicodedata
 from collections.abc import Mapping, Sequence
 
+READER = 1  # counts the changes of what is read as a caption: findings about captions depend on it
 TEXTS = ("text", "raw", "caption")  # of a struct that stands for a caption, the field that holds it
 
 
