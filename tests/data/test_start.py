@@ -140,10 +140,10 @@ def test_a_finding_is_for_its_key_alone(caches):
 def test_findings_that_were_used_last_are_kept(caches, monkeypatch):
     monkeypatch.setattr("mlxmm.storage.remembered.MAX_KEPT", 3, raising=False)
     for number, key in enumerate([b"a", b"b", b"c", b"a", b"d"]):
-        remembered("kind", key, lambda: key)
+        remembered("kind", key, key.upper)
         newest = max((caches / "kind").iterdir(), key=lambda path: path.stat().st_mtime_ns)
         os.utime(newest, (number, number))  # a clock may stand still between two of them
-    assert remembered("kind", b"a", lambda: b"made again") == b"a"
+    assert remembered("kind", b"a", lambda: b"made again") == b"A"
     assert remembered("kind", b"b", lambda: b"made again") == b"made again"
     assert len(list((caches / "kind").iterdir())) == 3
 
