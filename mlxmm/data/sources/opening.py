@@ -62,9 +62,7 @@ def _caption_rows(parts: Mapping[str, tuple], columns: Columns) -> dict[str, Cap
     return {split: attrs.evolve(whole[id(table)], indices=indices) for split, (table, indices) in parts.items()}
 
 
-def open_training_rows(
-    source: str, columns: Columns, *, seed: int, join: Join | None = None, **which
-) -> CaptionRows:
+def open_training_rows(source: str, columns: Columns, *, seed: int, join: Join | None = None, **which) -> CaptionRows:
     """The training rows of `source`; all of its rows, if it has no splits. It need not have the split column.
 
     Raises `UserError` as `open_rows` does, and if there are none.
