@@ -12,6 +12,7 @@ from mlxmm.config import checked
 from mlxmm.data.feature_cache import FeatureRows, cache_key, cached_features
 from mlxmm.data.sources.rows import Rows, is_stream
 from mlxmm.errors import UserError
+from mlxmm.preprocessing.images import DECODER
 from mlxmm.storage.cache import cache_folder
 from mlxmm.training.callback import Callback
 from mlxmm.training.module import evaluating
@@ -83,7 +84,8 @@ class CachedFeatures(Callback):
         weights = hashlib.sha256()
         for name, array in sorted(tree_flatten(module[self.tower].parameters())):
             weights.update(name.encode() + np.array(array).tobytes())
-        key = cache_key(weights=weights.digest(), pictures=rows.fingerprint(), settings=module.feature_settings())
+        settings = module.feature_settings() | {"decoder": DECODER}
+        key = cache_key(weights=weights.digest(), pictures=rows.fingerprint(), settings=settings)
         compute = lambda pixels: module.features(module.processor.normalize(pixels))
         with evaluating(module):
             num_threads = datamodule.source.config.num_decoding_threads

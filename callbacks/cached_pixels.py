@@ -9,7 +9,7 @@ from attrs.validators import ge
 from mlxmm.config import checked
 from mlxmm.data.cached_rows import CachedRows
 from mlxmm.data.feature_cache import cache_key
-from mlxmm.data.pixel_cache import PixelFile, PixelRows, make_room, num_bytes
+from mlxmm.data.pixel_cache import SUFFIX, PixelFile, PixelRows, make_room, num_bytes
 from mlxmm.data.sources.rows import Rows, is_stream
 from mlxmm.data.sources.tables import tell
 from mlxmm.errors import UserError
@@ -17,6 +17,8 @@ from mlxmm.preprocessing.images import DECODER
 from mlxmm.storage.cache import cache_folder
 from mlxmm.storage.disk import reason
 from mlxmm.training.callback import Callback
+
+from .cached_features import CachedFeatures
 
 
 @attrs.define(field_transformer=checked)
@@ -28,7 +30,7 @@ class CachedPixels(Callback):
     more than half of what the disk has free, are not kept, which a line says. Not kept either are those of training
     with `random_crop`, of streams, of `fast_dev_run`, and of pictures that another callback draws or adds
     (`SyntheticRefresh`).
-    `CachedFeatures` comes before this.
+    `CachedFeatures` comes before this, or `UserError` is raised.
 
     Needs a `CaptionData`, a module with a `processor`, and a transform that takes the pixels of a row by
     `processor.pixels_of(row)`.
@@ -45,6 +47,9 @@ class CachedPixels(Callback):
     def setup(self, trainer, module, stage):
         if not hasattr(module, "processor") or not hasattr(trainer.datamodule, "replace_rows"):
             raise UserError("CachedPixels needs a module with a processor, and a CaptionData")
+        later = trainer.callbacks[trainer.callbacks.index(self) :]
+        if any(isinstance(one, CachedFeatures) for one in later):  # each gives back the rows that it has replaced
+            raise UserError("CachedFeatures comes before CachedPixels: write them in this order")
         self._cached, self._has_failed = {}, False
         if self.folder is None:
             self.folder = cache_folder("pixels")
@@ -73,7 +78,8 @@ class CachedPixels(Callback):
     def _open(self, rows: dict[str, Rows], processor) -> dict[str, PixelFile]:
         """The file of each split. Raises `OSError` where the disk has no room."""
         settings, side = processor.to_hub() | {"decoder": DECODER}, processor.image_size
-        names = {split: cache_key(pictures=own.fingerprint(), settings=settings) for split, own in rows.items()}
+        key = lambda own: cache_key(pictures=own.fingerprint(), settings=settings)
+        names = {split: f"{key(own)}{SUFFIX}" for split, own in rows.items()}
         others = {cached.file.path.name: num_bytes(len(cached), side) for cached in self._cached.values()}
         needed = others | {names[split]: num_bytes(len(own), side) for split, own in rows.items()}
         make_room(self.folder, needed, round(self.max_gib * 2**30))

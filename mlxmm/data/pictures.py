@@ -205,7 +205,7 @@ def open_split(
         table = _with_unlisted(_only(tables, source), Path(source), columns.image)
         indices = np.arange(len(table))
     else:
-        splits = split_tables(tables, columns.split, seed)
+        splits = split_tables(tables, columns, seed)
         table, indices = _named(splits, chosen, source)
         if split is None:
             _report_left({name: len(rows) for name, (_, rows) in splits.items() if name != chosen}, chosen)

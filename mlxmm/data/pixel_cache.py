@@ -1,12 +1,13 @@
 """Pixels of pictures, decoded and resized once and kept on disk: a file for the pictures of some rows.
 
-    <folder>/<key>    N records in the order of the rows: H * W * 3 bytes, and their CRC-32
+    <folder>/<key>.pixels    N records in the order of the rows: H * W * 3 bytes, and their CRC-32
 
 N rows, H x W pixels. A record is written when its row is first read, and counts if its checksum is right; one that is
 absent, incomplete or damaged is made again. So no lock is needed: processes that share a file write the same bytes to
 the same places. It is read by `pread`, as a map of a file that others cut would end the process by a signal.
 """
 
+import contextlib
 import errno
 import os
 import shutil
@@ -23,6 +24,7 @@ from mlxmm.data.cached_rows import CachedRows
 from mlxmm.storage.disk import going_on, naming
 
 NUM_CHECKSUM_BYTES = 4
+SUFFIX = ".pixels"  # of the files, so that no other file in their folder is deleted
 BLOCK = 512  # bytes, of which st_blocks counts how many a file takes
 
 
@@ -41,7 +43,10 @@ def make_room(folder: Path, needed: Mapping[str, int], max_bytes: int) -> None:
     room = max_bytes - sum(needed.values())
     if room < 0:
         raise _no_room(f"{_gib(sum(needed.values()))} would be more than {_gib(max_bytes)}", folder)
-    files = {path: path.stat() for path in folder.iterdir() if path.is_file()}
+    files = {}
+    for path in folder.glob(f"*{SUFFIX}"):
+        with contextlib.suppress(FileNotFoundError):  # another process makes room too
+            files[path] = path.stat()
     taken = {path: stat.st_blocks * BLOCK for path, stat in files.items()}
     for path in sorted(files, key=lambda path: files[path].st_mtime, reverse=True):
         if path.name not in needed and (room := room - taken[path]) < 0:

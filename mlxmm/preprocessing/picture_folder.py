@@ -1,5 +1,6 @@
 """The files in a folder of pictures: at any depth, without hidden ones; and what of them is left out."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +14,11 @@ MAX_NAMED = 5
 
 def files_below(folder: Path) -> list[Path]:
     """The files in a folder and in its subfolders, sorted, those left away that are hidden or in hidden folders."""
-    is_hidden = lambda path: any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return sorted(path for path in folder.rglob("*") if not is_hidden(path))
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
+    return sorted(found)
 
 
 def is_picture(path: Path) -> bool:
@@ -24,7 +28,7 @@ def is_picture(path: Path) -> bool:
 
 def left_out(paths: Sequence[Path]) -> str | None:
     """The line about the files that are not read as pictures, as .heic and .cr2; None if there are none."""
-    others = [path for path in paths if not is_picture(path) and path.suffix.lower() not in BESIDE and path.is_file()]
+    others = [path for path in paths if not is_picture(path) and path.suffix.lower() not in BESIDE]
     if not others:
         return None
     more = ", …" if len(others) > MAX_NAMED else ""

@@ -2,7 +2,8 @@
 
     <cache>/<kind>/<SHA-256 of the key>    SHA-256 of the bytes, then the bytes
 
-A key names everything that the finding follows from, so that a file stays right as long as it is found.
+A key names everything that the finding follows from, so that a file stays right as long as it is found. Of a kind those
+that were used last are kept.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from mlxmm.storage.cache import cache_folder
 from mlxmm.storage.lock import taking_turns
 
 NUM_DIGEST_BYTES = hashlib.sha256().digest_size
+MAX_KEPT = 256  # findings of a kind: a source of three splits has at most three
 
 
 def remembered(kind: str, key: bytes, make: Callable[[], bytes]) -> bytes:
@@ -26,6 +28,8 @@ def remembered(kind: str, key: bytes, make: Callable[[], bytes]) -> bytes:
     """
     path = cache_folder(kind) / hashlib.sha256(key).hexdigest()
     if (found := _read(path)) is not None:
+        with contextlib.suppress(OSError):
+            os.utime(path)
         return found
     with taking_turns(path):
         if (found := _read(path)) is None:
@@ -58,3 +62,11 @@ def _write(path: Path, value: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary:
             temporary.write_bytes(hashlib.sha256(value).digest() + value)
+        _delete_oldest(path.parent)
+
+
+def _delete_oldest(folder: Path) -> None:
+    """Delete the findings in a folder that were used longest ago. Raises `OSError`, also if another process does it."""
+    used = sorted(((path.stat().st_mtime_ns, path) for path in folder.glob("[0-9a-f]*")), reverse=True)
+    for _, path in used[MAX_KEPT:]:
+        path.unlink()

@@ -6,7 +6,7 @@ update from (seed, rank, global_step). So a resumed run is the run that was neve
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +167,7 @@ class Trainer(TrainerProperties):
         want of such data.
         """
         with self._stage("validate", model, self._held_out("val", datamodule, dataloaders), ckpt_path):
-            needed_loader(self.datamodule, "train" if self.config.overfit_batches else "val")
-            metrics = self._validate()
+            metrics = self._validate(needed_loader)
         return self._printed(metrics, verbose)
 
     @lightning_arguments.answers_calls
@@ -348,11 +347,11 @@ class Trainer(TrainerProperties):
         self._validate()
         self.progress.validating = False
 
-    def _validate(self) -> dict[str, float]:
-        if self.config.overfit_batches:
-            return self._evaluator.measure("validation", train_loader(self.datamodule), self.config.overfit_batches)
-        loader, limit = stage_loader(self.datamodule, "val"), self.config.limit_val_batches
-        return self._evaluator.measure("validation", loader, limit)
+    def _validate(self, find_loader: Callable = stage_loader) -> dict[str, float]:
+        if limit := self.config.overfit_batches:
+            return self._evaluator.measure("validation", train_loader(self.datamodule), limit)
+        loader = find_loader(self.datamodule, "val")
+        return self._evaluator.measure("validation", loader, self.config.limit_val_batches)
 
     def _printed(self, metrics: dict[str, float], verbose: bool) -> dict[str, float]:
         if verbose and metrics and self.config.enable_progress_bar and self.is_global_zero:

@@ -7,7 +7,7 @@ from mlx.utils import tree_flatten
 from small_sources import write_source
 from test_captioner import make
 
-from callbacks import CachedFeatures, FreezeSchedule, SyntheticRefresh
+from callbacks import CachedFeatures, FreezeSchedule, SyntheticRefresh, cached_features
 from mlxmm import Trainer
 from mlxmm.data.caption_data import CaptionData
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
@@ -62,8 +62,8 @@ def test_pictures_are_read_once_and_in_a_second_run_hardly_at_all(tmp_path, draw
     assert len(drawn) <= 4
 
 
-@pytest.mark.parametrize("change", ["weights", "layer", "pictures", "preprocessing"])
-def test_what_is_stale_is_computed_again(tmp_path, change):
+@pytest.mark.parametrize("change", ["weights", "layer", "pictures", "preprocessing", "decoder"])
+def test_what_is_stale_is_computed_again(tmp_path, change, monkeypatch):
     fit(CachedFeatures(tmp_path), max_epochs=1)
     before = set(tmp_path.iterdir())
     module = make(layer=0 if change == "layer" else -1)
@@ -71,6 +71,8 @@ def test_what_is_stale_is_computed_again(tmp_path, change):
         module.vision.embeddings.class_embedding = module.vision.embeddings.class_embedding + 1e-3
     if change == "preprocessing":
         module.processor = attrs.evolve(module.processor, mean=(0.5, 0.5, 0.5))
+    if change == "decoder":
+        monkeypatch.setattr(cached_features, "DECODER", "another version", raising=False)
     data = CaptionData(
         open_source(CaptionDataConfig(shapes=SHAPES, batch_size=16), int(change == "pictures")),
         transform=module.transform,

@@ -201,6 +201,11 @@ def test_a_module_without_a_processor_is_refused(tmp_path, make_trainer):
         make_trainer(callbacks=[CachedPixels(tmp_path)]).fit(TinyRegression(), DistinctBatches())
 
 
+def test_features_and_pixels_in_the_wrong_order_are_refused(tmp_path):
+    with pytest.raises(UserError, match="CachedFeatures comes before CachedPixels"):
+        fit(CachedPixels(tmp_path), CachedFeatures(tmp_path), module=small_captioner())
+
+
 def shared(folder: Path) -> None:
     """What each of two ranks does: it reads its share of the pictures, and keeps their pixels in one file for both."""
     plain, _ = fit()

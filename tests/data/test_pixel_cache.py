@@ -92,12 +92,31 @@ def test_two_processes_at_once_fill_one_file_with_the_same_pixels(tmp_path):
 
 def test_files_that_were_opened_longest_ago_make_room(tmp_path):
     for age, name in enumerate(["new", "middle", "needed", "old"]):
-        (tmp_path / name).write_bytes(b"1" * 4_096)
-        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    make_room(tmp_path, {"needed": 4_096}, 3 * 4_096)
-    assert sorted(os.listdir(tmp_path)) == ["middle", "needed", "new"]
-    make_room(tmp_path, {"more": 4_096, "needed": 4_096}, 3 * 4_096)
-    assert sorted(os.listdir(tmp_path)) == ["needed", "new"]
+        fill(tmp_path / f"{name}.pixels", age)
+    left = lambda: sorted(path.stem for path in tmp_path.iterdir())
+    make_room(tmp_path, {"needed.pixels": 4_096}, 3 * 4_096)
+    assert left() == ["middle", "needed", "new"]
+    make_room(tmp_path, {"more.pixels": 4_096, "needed.pixels": 4_096}, 3 * 4_096)
+    assert left() == ["needed", "new"]
+
+
+def fill(path: Path, age: float) -> None:
+    path.write_bytes(b"1" * 4_096)
+    os.utime(path, (1e9 - age, 1e9 - age))
+
+
+def test_files_that_are_not_of_pixels_are_never_deleted(tmp_path):
+    fill(tmp_path / "thesis.docx", 10**6)
+    make_room(tmp_path, {"needed.pixels": 4_096}, 4_096)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.docx"]
+
+
+def test_a_file_that_another_process_has_just_deleted_is_no_fault(tmp_path, monkeypatch):
+    fill(tmp_path / "old.pixels", 0)
+    glob = lambda folder, pattern: [tmp_path / "old.pixels", tmp_path / "gone.pixels"]
+    monkeypatch.setattr(Path, "glob", glob)
+    make_room(tmp_path, {"needed.pixels": 4_096}, 4_096)
+    assert not os.listdir(tmp_path)
 
 
 def test_more_than_half_of_the_free_disk_is_no_room(tmp_path):

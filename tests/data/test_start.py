@@ -1,5 +1,6 @@
 """A second start finds what the first found out, without reading a picture; and of other files it reads nothing old."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from small_sources import pictures, png, three_splits, write_source
 
 from mlxmm.data.caption_source import CaptionDataConfig, open_source
+from mlxmm.data.sources.arrow_columns import selected_rows
 from mlxmm.data.sources.picture_column import PictureColumn
 from mlxmm.data.sources.rows import CaptionRows
 from mlxmm.storage.remembered import remembered
@@ -133,3 +135,53 @@ def test_a_finding_is_for_its_key_alone(caches):
     assert remembered("kind", b"a", lambda: b"one") == remembered("kind", b"a", lambda: b"two") == b"one"
     assert remembered("kind", b"b", lambda: b"two") == remembered("other", b"a", lambda: b"two") == b"two"
     assert np.frombuffer(remembered("kind", b"c", bytes), np.int64).size == 0
+
+
+def test_findings_that_were_used_last_are_kept(caches, monkeypatch):
+    monkeypatch.setattr("mlxmm.storage.remembered.MAX_KEPT", 3, raising=False)
+    for number, key in enumerate([b"a", b"b", b"c", b"a", b"d"]):
+        remembered("kind", key, key.upper)
+        newest = max((caches / "kind").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        os.utime(newest, (number, number))  # a clock may stand still between two of them
+    assert remembered("kind", b"a", lambda: b"made again") == b"A"
+    assert remembered("kind", b"b", lambda: b"made again") == b"made again"
+    assert len(list((caches / "kind").iterdir())) == 3
+
+
+@pytest.mark.parametrize("kind", ["captionless", "checksum"])
+def test_captions_that_are_read_otherwise_are_judged_again(tmp_path, monkeypatch, caches, kind):
+    config = source(tmp_path)
+    open_source(config, 0)
+    before = len(list((caches / kind).iterdir()))
+    monkeypatch.setattr("mlxmm.data.sources.rows.READER", 2, raising=False)
+    open_source(config, 0)
+    assert len(list((caches / kind).iterdir())) == 2 * before
+
+
+def test_rows_are_divided_by_the_pictures_that_are_trained_on(tmp_path):
+    kinds = datasets.Features(thumbnail=datasets.Image(), photo=datasets.Image(), caption=datasets.Value("string"))
+    cells = lambda numbers: [{"bytes": png(number), "path": None} for number in numbers]
+    twice = [number // 2 for number in range(40)]  # two rows of each photo, whose thumbnails differ
+    columns = {"thumbnail": cells(range(100, 140)), "photo": cells(twice), "caption": ["a thing"] * 40}
+    datasets.Dataset.from_dict(columns, features=kinds).to_parquet(tmp_path / "rows.parquet")
+    config = CaptionDataConfig(source=str(tmp_path / "rows.parquet"), image_column="photo")
+    assert sum(map(len, open_source(config, 0).rows.values())) == 20  # none is on two sides
+
+
+def two_columns(path: Path) -> datasets.Dataset:
+    """A file with two columns of 30 pictures, whose bytes all differ."""
+    kinds = datasets.Features(image=datasets.Image(), other=datasets.Image())
+    cells = lambda first: [{"bytes": png(first + i), "path": None} for i in range(30)]
+    datasets.Dataset.from_dict({"image": cells(0), "other": cells(100)}, features=kinds).to_parquet(path)
+    table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+    return table.cast(datasets.Features({name: datasets.Image(decode=False) for name in kinds}))
+
+
+def test_what_is_known_of_a_picture_is_of_its_own_column_and_row(tmp_path):
+    table = two_columns(tmp_path / "rows.parquet")
+    halves = [(table.select(range(start, start + 15)), name) for name in ("image", "other") for start in (0, 15)]
+    assert all(selected_rows(half) is None for half, _ in halves)  # each is a slice of the file
+    columns = [PictureColumn.of(half, name) for half, name in halves]
+    digests = [pictures.digest(row) for pictures in columns for row in range(15)]
+    assert digests == [hashlib.sha256(cell["bytes"]).digest() for pictures in columns for cell in pictures]
+    assert len(set(digests)) == 60

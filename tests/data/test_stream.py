@@ -206,6 +206,12 @@ def test_a_column_of_splits_is_followed_and_held_out_rows_are_limited(tmp_path):
     assert len(data.rows["test"]) == 4
 
 
+def test_a_stream_of_training_rows_alone_is_opened_where_nothing_is_held_out(tmp_path):
+    write(tmp_path / "all.parquet", rows(range(8)) | {"split": ["train"] * 8})
+    config = CaptionDataConfig(source=str(tmp_path / "all.parquet"), split_column="split", streaming=True)
+    assert list(open_source(config, 0, to_train=False).rows) == ["train"]
+
+
 def test_a_column_of_classes_and_a_folder_of_images_are_streamed_too(tmp_path):
     for split in ("train", "validation", "test"):
         (tmp_path / split).mkdir()

@@ -490,7 +490,8 @@ def test_live_a_run_trained_a_little_captions_50_pictures_as_transformers_does(p
 def test_mlx_vlm_loads_the_folder_and_writes_the_same_captions(case, settings, tmp_path):
     from mlx_vlm import generate, load
 
-    aligner = aligner_of(case, **settings)
+    # mlx-vlm raises for a token that its tokenizer does not have, which random weights may choose.
+    aligner = aligner_of(case, **{"vocab_size": len(tokenizer(False))} | settings)
     aligner.save_pretrained(tmp_path / "to")
     model, processor = load(str(tmp_path / "to"))
     captions = []

@@ -12,6 +12,7 @@ from small_modules import save_aligner
 
 from mlxmm.cli import run_recipe
 from mlxmm.config import Preset
+from mlxmm.preprocessing.picture_folder import files_below
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,13 @@ def test_subfolders_are_captioned_and_what_is_not_read_is_named(run, captioner, 
     assert code == 0, errors
     assert "3 pictures, 3 captions" in told and "left out, 2 files that are not read: " in told
     assert told.count("left out") == 1
+
+
+def test_a_folder_whose_name_is_that_of_a_picture_is_none(tmp_path):
+    for name in ("a.jpg/b.png", "a.jpg/.thumbnails/b.png", ".c.png", "d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in files_below(tmp_path)] == ["a.jpg/b.png", "d.png"]
 
 
 def test_the_folder_of_the_table_is_made_before_anything_is_captioned(run, captioner, holiday, tmp_path):

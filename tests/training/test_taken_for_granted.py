@@ -136,3 +136,15 @@ def test_the_means_of_a_validation_are_there_at_the_end_of_its_epoch():
 
     Trainer(max_epochs=2, num_sanity_val_steps=0, callbacks=[Watch()], **QUIET).fit(Line(), BATCHES, BATCHES)
     assert len(seen) == 4 and seen[0] == seen[1] != seen[2] == seen[3]
+
+
+def test_a_stage_asks_for_its_loader_once():
+    asked = []
+
+    class Asked(Data):
+        def val_dataloader(self):
+            asked.append("val")
+            return BATCHES
+
+    Trainer(max_epochs=1, **QUIET).validate(Line(), datamodule=Asked())
+    assert asked == ["val"]

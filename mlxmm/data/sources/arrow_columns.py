@@ -16,6 +16,17 @@ def selected_rows(table) -> np.ndarray | None:
     return None if indices is None else indices.column(0).to_numpy().astype(np.int64)
 
 
+def origin_of(table, name: str) -> tuple[tuple[str, str], ...]:
+    """What the values of a column follow from: its name, and for each mapped file that holds some of them, the path and
+    what of the file they are. Empty where memory holds some."""
+    tables = [part for row in getattr(table.data, "blocks", [[table.data]]) for part in row]
+    parts = [part for part in tables if name in part.column_names]
+    if not all(hasattr(part, "path") for part in parts):
+        return ()
+    # `datasets` takes consecutive rows as a slice of the file, which has no `selected_rows`.
+    return tuple((part.path, f"{name} {[one for one in part.replays if one[0] == 'slice']}") for part in parts)
+
+
 def encoded(table, name: str) -> tuple[list, np.ndarray]:
     """The different values of a column, and for each row which of them it has."""
     every = table.data.column(name).combine_chunks().dictionary_encode(null_encoding="encode")

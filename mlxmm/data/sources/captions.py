@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from mlxmm.storage import json_values
 
+READER = 1  # counts the changes of what is read as a caption: findings about captions depend on it
 TEXTS = ("text", "raw", "caption")  # of a struct that stands for a caption, the field that holds it
 
 

@@ -25,22 +25,18 @@ def open_rows(
     source: str,
     columns: Columns,
     *,
-    revision: str | None,
     seed: int,
-    config_name: str | None = None,
-    image_folder: str | None = None,
     join: Join | None = None,
     to_train: bool = True,
+    **which,
 ) -> dict[str, CaptionRows]:
     """The rows of `source`, by split: "train", "val", "test"; unless it is `to_train`, of those that it has.
 
-    `source` is a path that `formats.py` reads, or a data set on the Hub. With `join` its captions are from elsewhere.
-    Raises `UserError` if it, a column or a split does not exist.
+    `source` is a path that `formats.py` reads, or a data set on the Hub; `which` of it, as `CaptionDataConfig.which`
+    says. With `join` its captions are from elsewhere. Raises `UserError` if it, a column or a split does not exist.
     """
-    tables = _joined_tables(
-        source, columns, join, revision=revision, config_name=config_name, image_folder=image_folder
-    )
-    parts = split_tables(tables, columns.split, seed)
+    tables = _joined_tables(source, columns, join, **which)
+    parts = split_tables(tables, columns, seed)
     rows = _caption_rows({split: part for split, part in parts.items() if len(part[1])}, columns)
     column = None if columns.split == RANDOM else columns.split
     names = tables if column is None else labels_in(concatenated(list(tables.values())), column)
@@ -66,21 +62,11 @@ def _caption_rows(parts: Mapping[str, tuple], columns: Columns) -> dict[str, Cap
     return {split: attrs.evolve(whole[id(table)], indices=indices) for split, (table, indices) in parts.items()}
 
 
-def open_training_rows(
-    source: str,
-    columns: Columns,
-    *,
-    revision: str | None,
-    seed: int,
-    config_name: str | None = None,
-    image_folder: str | None = None,
-    join: Join | None = None,
-) -> CaptionRows:
+def open_training_rows(source: str, columns: Columns, *, seed: int, join: Join | None = None, **which) -> CaptionRows:
     """The training rows of `source`; all of its rows, if it has no splits. It need not have the split column.
 
     Raises `UserError` as `open_rows` does, and if there are none.
     """
-    which = {"revision": revision, "config_name": config_name, "image_folder": image_folder}
     tables = _joined_tables(source, attrs.evolve(columns, split=None), join, **which)
     if columns.split not in [RANDOM, *column_names(tables)]:
         columns = attrs.evolve(columns, split=None)
@@ -88,7 +74,7 @@ def open_training_rows(
         table = concatenated(list(tables.values()))
         parts = {"train": (table, np.arange(len(table)))}
     else:
-        parts = split_tables(tables, columns.split, seed)
+        parts = split_tables(tables, columns, seed)
     if "train" not in parts or not len(parts["train"][1]):
         raise UserError(f"{source} has no rows for train; its splits are {', '.join(tables)}{NOT_UNASKED}")
     return grouped(source, {"train": CaptionRows.of(*parts["train"], columns)})["train"]

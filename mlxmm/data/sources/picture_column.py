@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import numpy as np
 
-from mlxmm.data.sources.arrow_columns import column_of, selected_rows
+from mlxmm.data.sources.arrow_columns import column_of, origin_of, selected_rows
 from mlxmm.data.sources.picture_files import num_bytes_of, sha256_of
 from mlxmm.distributed import collectives
 from mlxmm.storage.remembered import remembered, state_of_files
@@ -31,13 +31,12 @@ class PictureColumn(Sequence):
 
     chunks: tuple  # Arrow arrays
     selected: np.ndarray | None  # rows of the chunks that are those of the table; None: all
-    files: tuple[str, ...]  # that hold the bytes; empty: memory does
+    origin: tuple[tuple[str, str], ...]  # (file, what of it); empty: memory holds the bytes
 
     @classmethod
     def of(cls, table: Any, column: str) -> "PictureColumn":
         """The column of a table whose pictures are not decoded."""
-        files = tuple(file["filename"] for file in table.cache_files)
-        return cls(column_of(table, column), selected_rows(table), files)
+        return cls(column_of(table, column), selected_rows(table), origin_of(table, column))
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.selected is None else len(self.selected)
@@ -115,9 +114,12 @@ class PictureColumn(Sequence):
         return f"{name}:{self.size(row)}\n".encode()
 
     def _key(self) -> bytes | None:
-        """What the bytes follow from: the files that hold them, and which rows are read."""
+        """What the bytes follow from: the files that hold them, and which column and rows are read."""
+        if not self.origin:
+            return None
         rows = b"" if self.selected is None else hashlib.sha256(self.selected.tobytes()).digest()
-        return b"%d" % len(self) + state_of_files(self.files) + rows if self.files else None
+        files, parts = zip(*self.origin)
+        return state_of_files(files) + repr(parts).encode() + rows
 
     def _hash(self) -> bytes:
         starts = range(0, len(self), ROWS_AT_ONCE)

@@ -8,20 +8,20 @@ import numpy as np
 from mlxmm.data.sources.arrow_columns import encoded
 from mlxmm.data.sources.formats import RANDOM, SPLIT_OF, SPLITS, name_of_label, split_of_label
 from mlxmm.data.sources.picture_column import PictureColumn
-from mlxmm.data.sources.tables import concatenated, is_restval, named_splits, report_restval, tell
+from mlxmm.data.sources.tables import Columns, concatenated, is_restval, named_splits, report_restval, tell
 from mlxmm.data.sources.twins import picture_numbers
 from mlxmm.errors import UserError
 
 HELD_OUT = 0.05  # fraction of the rows for each of val and test, if a source has no splits
 
 
-def split_tables(tables: dict, split_column: str | None, seed: int) -> dict[str, tuple]:
+def split_tables(tables: dict, columns: Columns, seed: int) -> dict[str, tuple]:
     """(table, indices) of each of our splits: by a column, by the source's own splits, or at random."""
-    if split_column is None and has_splits(tables):
+    if columns.split is None and has_splits(tables):
         return {split: (table, np.arange(len(table))) for split, table in named_splits(tables).items()}
     table = concatenated(list(tables.values()))
-    by_column = split_column not in (None, RANDOM)
-    parts = _rows_by_label(table, split_column) if by_column else _random_split(table, seed)
+    by_column = columns.split not in (None, RANDOM)
+    parts = _rows_by_label(table, columns.split) if by_column else _random_split(table, columns.image, seed)
     return {split: (table, rows) for split, rows in parts.items()}
 
 
@@ -59,9 +59,9 @@ def report_labels(column: str, unknown: Sequence, *, num_named: int) -> None:
         tell(f"left out, as column {column!r} says neither train, val nor test: {shown}")
 
 
-def _random_split(table, seed: int) -> dict[str, np.ndarray]:
+def _random_split(table, image_column: str, seed: int) -> dict[str, np.ndarray]:
     """Rows of each split, drawn by picture: a picture with several rows is on one side."""
-    pictures = _picture_numbers(table)
+    pictures = picture_numbers(PictureColumn.of(table, image_column))
     num_pictures = int(pictures.max(initial=-1)) + 1
     if num_pictures < 3:  # which cannot be divided
         pictures, num_pictures = np.arange(len(table)), len(table)
@@ -72,8 +72,3 @@ def _random_split(table, seed: int) -> dict[str, np.ndarray]:
         return {"train": np.sort(train), "val": val, "test": test}
     parts = {"train": train, "val": val, "test": test}
     return {split: np.flatnonzero(np.isin(pictures, own)) for split, own in parts.items()}
-
-
-def _picture_numbers(table) -> np.ndarray:
-    name = next((name for name, kind in table.features.items() if type(kind).__name__ == "Image"), None)
-    return picture_numbers(PictureColumn.of(table, name)) if name else np.arange(len(table))

@@ -15,6 +15,7 @@ import attrs
 import numpy as np
 
 from mlxmm.data.sources.arrow_columns import checksum_of
+from mlxmm.data.sources.captions import READER
 from mlxmm.data.sources.decodable import undecodable_places
 from mlxmm.data.sources.picture_column import PictureColumn
 from mlxmm.data.sources.tables import Columns, captions_in_row
@@ -127,7 +128,8 @@ class CaptionRows(Sequence):
     @property
     def _captions_key(self) -> bytes:
         """What the captions of each row follow from."""
-        digest = hashlib.sha256(self.captioned.checksum + repr(self.columns.conditions).encode())
+        read = READER, self.columns.caption, self.columns.conditions
+        digest = hashlib.sha256(self.captioned.checksum + repr(read).encode())
         digest.update(self.indices.astype(np.int64).tobytes())
         return digest.digest()
 

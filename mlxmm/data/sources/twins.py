@@ -60,7 +60,7 @@ def grouped(source: str, rows: Mapping) -> dict:
     measured on these is no generalisation. Columns that differ between captions become lists, as those of tables with
     lists of captions are.
     """
-    if _all_differ([(part.pictures, part.indices) for part in rows.values()]):
+    if not rows or _all_differ([(part.pictures, part.indices) for part in rows.values()]):
         return dict(rows)
     pictures = {split: _known(part.pictures, part.indices) for split, part in rows.items()}
     numbers = {split: _numbers(own) for split, own in pictures.items()}
