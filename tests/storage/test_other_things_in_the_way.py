@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 
+import numpy as np
 import pytest
 
 from mlxmm.cli import run_recipe
 from mlxmm.config import Preset
+from mlxmm.data.feature_cache import cached_features
 from mlxmm.errors import UserError
 from mlxmm.storage import checkpoint, json_values
 from mlxmm.storage.atomic import write_text
@@ -44,6 +46,14 @@ def test_a_state_that_is_no_file_is_named_in_one_line(tmp_path, not_waiting, mak
     with pytest.raises(UserError, match="state.json") as error:
         checkpoint.read_state(tmp_path)
     assert "\n" not in str(error.value) and checkpoint.step_of(tmp_path) == -1
+
+
+@pytest.mark.parametrize("name", ["features.bin", "blocks.jsonl"])
+def test_a_pipe_in_the_place_of_cached_features_is_refused_at_once(tmp_path, not_waiting, name):
+    os.mkfifo(tmp_path / name)
+    pixels = lambda row: np.zeros((2, 2, 3), np.uint8)
+    with pytest.raises(OSError, match=f"neither a file nor a link to one: '.*{name}'"):
+        cached_features(tmp_path, [{}, {}], pixels, lambda images: images.reshape(-1, 1, 12))
 
 
 @pytest.mark.parametrize("make", [folder, os.mkfifo])
