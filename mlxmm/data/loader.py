@@ -131,7 +131,7 @@ def _seed(*numbers: int) -> int:
 
 
 def prefetched(batches: Iterator[dict]) -> Iterator[dict]:
-    """`batches`, a few of which a thread prepares ahead."""
+    """`batches`, a few of which a thread prepares ahead from the first one on."""
     grain: Any = _grain()
 
     class Made(grain.DatasetIterator):
@@ -148,7 +148,11 @@ def prefetched(batches: Iterator[dict]) -> Iterator[dict]:
         def __iter__(self):
             return Made()
 
-    return iter(grain.experimental.ThreadPrefetchIterDataset(Source(), prefetch_buffer_size=NUM_PREFETCHED))
+    ahead = iter(grain.experimental.ThreadPrefetchIterDataset(Source(), prefetch_buffer_size=NUM_PREFETCHED))
+    try:
+        yield from ahead
+    finally:
+        ahead.close()  # some versions of grain leave the thread of an epoch that is not read to its end
 
 
 def _grain() -> Any:
