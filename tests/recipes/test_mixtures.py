@@ -12,6 +12,7 @@ from small_sources import three_splits, write_source
 
 from mlxmm.cli import parse_config
 from mlxmm.errors import UserError
+from mlxmm.training.logger import repeatable
 from recipes import train_clip
 
 ROOT = Path(__file__).parents[2]
@@ -59,10 +60,10 @@ def flags(tmp_path):
 
 
 def ending(folder: Path) -> dict:
-    """Checksums of the weights, and all metrics without the time."""
+    """Checksums of the weights, and all metrics but those of time and memory."""
     files = ["checkpoints/last/weights.safetensors", "model/model.safetensors"]
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    metrics = [{name: value for name, value in row.items() if name != "time"} for row in rows]
+    metrics = [{name: value for name, value in repeatable(row).items() if name != "time"} for row in rows]
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files} | {"metrics": metrics}
 
 
