@@ -13,8 +13,8 @@ PYTHON_FITS = $(shell $(PYTHON) -c 'import sys; print("yes" * (sys.version_info 
 # What one needs to use it: what the demo and the commands that it names run on. The tests need more.
 READY := .venv/ready$(BACKEND:%=-%)
 DEV := $(READY)-dev
-# A dot every three seconds until the recipe's shell ends: pip says nothing for most of a minute.
-DOTS = (while sleep 3 && kill -0 $$$$ 2>/dev/null; do printf .; done) &
+# A dot every second until the recipe's shell ends: pip says nothing for most of a minute.
+DOTS = (while sleep 1 && kill -0 $$$$ 2>/dev/null; do printf .; done) &
 INSTALL = $(DOTS) $(BIN)/python -m pip install --quiet -c constraints.txt
 # Threads of a BLAS that wait for each other on a busy machine cost more than they give in small tests.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 HF_HUB_OFFLINE=1

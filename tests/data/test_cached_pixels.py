@@ -213,6 +213,7 @@ def shared(folder: Path) -> None:
     assert kept == plain and num_decoded < 32 + 8  # of all pictures
 
 
+@pytest.mark.slow
 def test_two_ranks_fill_one_file_and_train_as_without(tmp_path, monkeypatch):
     from test_distributed import run_workers
 

@@ -469,6 +469,7 @@ RECIPE = """--data.batch-size 8 --data.shapes.num-train 37 --data.shapes.num-val
     --trainer.no-compile""".split()
 
 
+@pytest.mark.slow
 def test_a_recipe_on_two_processes_leaves_one_run(tmp_path):
     command = ["-m", "recipes.train_clip", *RECIPE, "--run-dir", tmp_path / "run"]
     with two_processes(*command, timeout=30.0, MLXMM_CACHE=str(tmp_path)) as processes:

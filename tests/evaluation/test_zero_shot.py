@@ -240,6 +240,7 @@ def test_training_ends_with_zero_shot_and_retrieval_metrics(folder):
     assert all(f"{name} " in done.stdout for name in wanted)
 
 
+@pytest.mark.slow
 def test_a_column_of_classes_is_classified_and_probed(folder):
     pytest.importorskip("sklearn")
     import datasets

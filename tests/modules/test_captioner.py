@@ -50,7 +50,11 @@ def fit(module, max_steps: int = 150) -> None:
     trainer.fit(module, train_dataloaders=data)
 
 
-@pytest.mark.parametrize(("reading", "settings"), KINDS, ids=["cross", "prefix, smoothed", "cross, a mix of layers"])
+@pytest.mark.parametrize(
+    ("reading", "settings"),
+    [KINDS[0], *(pytest.param(*kind, marks=pytest.mark.slow) for kind in KINDS[1:])],
+    ids=["cross", "prefix, smoothed", "cross, a mix of layers"],
+)
 def test_it_learns_to_say_what_is_on_four_pictures_and_the_tower_stays(reading, settings):
     module = make(reading, **settings)
     before = {name: np.array(array) for name, array in tree_flatten(module.vision.parameters())}

@@ -8,6 +8,7 @@ import pytest
 from recipes.parts.alignment import FLICKR30K_PRESETS
 from tools.memory_table import WORKING_SETS, need, needs, table
 
+pytestmark = pytest.mark.slow  # the plans of all presets take ten seconds
 PAGE = Path(__file__).parents[2] / "docs/on-a-mac.md"
 
 
@@ -21,13 +22,11 @@ def found():
         os.environ |= {"MLXMM_ACT_AS": before} if before else {}
 
 
-@pytest.mark.slow
 def test_every_preset_fits_the_machine_that_its_line_promises(found):
     assert {need.machine for need in found.values()} == set(WORKING_SETS)
     assert [name for name, need in found.items() if not need.fits] == []
 
 
-@pytest.mark.slow
 def test_the_page_for_macs_has_the_table_as_it_is_computed(found):
     assert table(found) in PAGE.read_text()
 
@@ -42,7 +41,6 @@ def test_the_weights_are_those_that_metal_holds(found):
     assert plan.weights == pytest.approx(596_049_920 * 2 + 87_456_000 * 6 + projector * 6 + 2 * layer * 2, rel=0.005)
 
 
-@pytest.mark.slow
 def test_a_preset_that_does_not_fit_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("MLXMM_ACT_AS", "gpu")
     config = FLICKR30K_PRESETS["flickr30k-32gb"].config

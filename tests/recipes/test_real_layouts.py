@@ -156,8 +156,13 @@ def test_the_numbers_of_parameters_are_those_published(name):
     assert sum(math.prod(array.shape) for array in arrays if array.dtype != "I64") == PARAMETERS[name]
 
 
+FIRST_AND_SLOW = [
+    pytest.param(name, marks=[pytest.mark.slow] if number else []) for number, name in enumerate(FLICKR30K_PRESETS)
+]
+
+
 @pytest.mark.parametrize("acts_as", ["cpu", "gpu"])
-@pytest.mark.parametrize("name", FLICKR30K_PRESETS)
+@pytest.mark.parametrize("name", FIRST_AND_SLOW)
 def test_a_preset_is_planned_from_settings_as_it_is_from_weights(root, name, acts_as, monkeypatch):
     monkeypatch.setenv("MLXMM_ACT_AS", acts_as)
     config = FLICKR30K_PRESETS[name].config

@@ -75,6 +75,7 @@ def test_the_commands_at_the_end_work_as_they_stand(finished, cache):
     assert done.returncode == 0 and "example.png: " in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_whose_output_nobody_reads_any_more_goes_on_to_its_end(finished, cache, tmp_path):
     reader, writer = os.pipe()
     command = [sys.executable, "-m", "recipes.align_qwen3", *TINY, "--run-dir", str(tmp_path / "run")]
@@ -163,6 +164,7 @@ def test_a_second_run_takes_tower_and_language_model_from_the_cache(finished, ca
     assert first | {"seconds": 0} == second | {"seconds": 0}
 
 
+@pytest.mark.slow
 def test_a_run_cut_short_and_resumed_ends_as_the_whole_one(finished, cache, tmp_path):
     folder = tmp_path / "cut"
     assert run("align_qwen3", *TINY, "--run-dir", folder, "--trainer.max-steps", 5, cache=cache).returncode == 0
@@ -298,6 +300,7 @@ def test_a_run_directory_that_exists_is_not_touched(finished, cache):
     assert before == {path: path.stat().st_mtime for path in finished[0].rglob("*")}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(finished, cache, tmp_path):
     last = finished[0] / "checkpoints/last"
     flags = [*TINY, "--run-dir", tmp_path / "other", "--module.projector", "linear", "--resume", last]

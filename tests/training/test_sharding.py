@@ -225,6 +225,7 @@ def halved(sizes: dict) -> dict:
     return {name: [rows // 2 if is_shard(name) else rows, *rest] for name, (rows, *rest) in sizes.items()}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_shards_is_the_uninterrupted_one_and_its_checkpoints_are_whole(tmp_path):
     ended = run("resume", tmp_path)
     assert [code for code, _, _ in ended] == [128 + signal.SIGTERM] * 2, ended
