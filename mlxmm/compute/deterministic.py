@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxmm import environment
+from mlxmm.compute.cores import custom_function
 from mlxmm.compute.layer_calls import replaced_calls
 from mlxmm.errors import warn
 
@@ -65,7 +66,7 @@ class Table:
         return getattr(self._array, name)
 
 
-@mx.custom_function
+@custom_function
 def lookup(table: mx.array, indices: mx.array) -> mx.array:
     """The rows (..., D) of `table` (V, D) at `indices` (...)."""
     return table[indices]

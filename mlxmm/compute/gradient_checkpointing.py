@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from mlxmm.compute.cores import custom_function
 from mlxmm.compute.dropout import dropout_from
 from mlxmm.compute.layer_calls import call_with_written, repeated_layers, replaced_calls, replaced_parameters
 from mlxmm.compute.named_arrays import put_arrays, trainable_arrays
@@ -52,7 +53,7 @@ def _is_float(leaf) -> bool:
     return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
 
 
-@mx.custom_function
+@custom_function
 def _passed_on(*arrays):
     return arrays
 

@@ -5,6 +5,8 @@ from functools import partial
 
 import mlx.core as mx
 
+from mlxmm.compute.cores import custom_function
+
 # exp2(x) on [-1/2, 1/2], lowest power first: exp2f of the Cephes library (S. Moshier). Relative error 2e-7.
 EXP2 = (
     1.0,
@@ -75,7 +77,33 @@ def _exp_parts(x: mx.array) -> tuple[mx.array, mx.array]:
 
 def _sigmoid(x: mx.array) -> mx.array:
     """From exp(-|x|), which keeps the small values of a negative x: they are multiplied by x, however large."""
-    e = exp(-mx.abs(x))
+    return _sigmoid_of_parts(x, *_exp_of_negative(x, 1.0))
+
+
+def _times_sigmoid(x: mx.array, slope: float) -> mx.array:
+    """x * sigmoid(slope * x), for a slope above 0."""
+    return _product_with_sigmoid(x, *_exp_of_negative(x, slope))
+
+
+def _exp_of_negative(x: mx.array, slope: float) -> tuple[mx.array, mx.array]:
+    """Two factors of exp(-|slope * x|)."""
+    power_of_f, bits_of_n = _exp_parts_of_negative(x, slope)
+    return power_of_f, mx.view(bits_of_n, mx.float32)
+
+
+@compiled
+def _exp_parts_of_negative(x: mx.array, slope: float) -> tuple[mx.array, mx.array]:
+    return _exp_parts(-mx.abs(x if slope == 1 else slope * x))
+
+
+@compiled
+def _product_with_sigmoid(x: mx.array, power_of_f: mx.array, power_of_n: mx.array) -> mx.array:
+    return x * _sigmoid_of_parts(x, power_of_f, power_of_n)
+
+
+@compiled
+def _sigmoid_of_parts(x: mx.array, power_of_f: mx.array, power_of_n: mx.array) -> mx.array:
+    e = power_of_f * power_of_n
     return mx.where(x < 0, e, 1.0) / (1.0 + e)
 
 
@@ -85,7 +113,7 @@ def _normal_cdf(x: mx.array) -> mx.array:
     return 0.5 + 0.5 * x * _polynomial(square, ERF_P) / _polynomial(square, ERF_Q)
 
 
-@mx.custom_function
+@custom_function
 @compiled
 def gelu(x):
     return x * _normal_cdf(x)
@@ -97,7 +125,7 @@ def _gelu_vjp(x, g, _):
     return g * (_normal_cdf(x) + x * density)
 
 
-@mx.custom_function
+@custom_function
 def gelu_tanh(x):
     return x * _sigmoid(_gelu_tanh_argument(x))
 
@@ -115,9 +143,9 @@ def _gelu_tanh_argument(x):
     return 2 * SQRT_2_OVER_PI * x * (1 + GELU_CUBIC * x * x)
 
 
-@mx.custom_function
+@custom_function
 def silu(x):
-    return x * _sigmoid(x)
+    return _times_sigmoid(x, 1.0)
 
 
 @silu.vjp
@@ -126,11 +154,19 @@ def _silu_vjp(x, g, _):
     return g * s * (1 + x * (1 - s))
 
 
+@custom_function
 def quick_gelu(x):
-    return silu(QUICK_GELU_SLOPE * x) / QUICK_GELU_SLOPE
+    return _times_sigmoid(x, QUICK_GELU_SLOPE)
 
 
-@mx.custom_function
+@quick_gelu.vjp
+def _quick_gelu_vjp(x, g, _):
+    x = QUICK_GELU_SLOPE * x
+    s = _sigmoid(x)
+    return g * s * (1 + x * (1 - s))
+
+
+@custom_function
 def softmax(x):
     e = exp(x - x.max(axis=-1, keepdims=True))
     return e * (1 / e.sum(axis=-1, keepdims=True))
@@ -146,7 +182,7 @@ def softmax_product(scores, values):
     return _softmax_product(scores, values)[0]
 
 
-@mx.custom_function
+@custom_function
 def _softmax_product(scores, values):
     e = exp(scores - scores.max(axis=-1, keepdims=True))
     share = 1 / (e @ mx.ones((e.shape[-1], 1)))  # a product takes a quarter of the time of a sum
@@ -160,7 +196,7 @@ def _softmax_product_vjp(primals, cotangents, outputs):
     return e * (g @ values.swapaxes(-1, -2) - (g * mixed).sum(axis=-1, keepdims=True)), e.swapaxes(-1, -2) @ g
 
 
-@mx.custom_function
+@custom_function
 def cross_entropy(logits, targets):
     top = logits.max(axis=-1, keepdims=True)
     log_sum = mx.log(exp(logits - top).sum(axis=-1, keepdims=True))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
+from mlxmm.compute import linux_malloc
 from mlxmm.errors import warn
 
 GIB = 2**30
@@ -29,6 +30,12 @@ def working_set() -> int | None:
 def physical_memory() -> int:
     """The bytes of memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def give_back() -> None:
+    """Give back the memory of freed arrays: those that come next have other shapes."""
+    mx.clear_cache()
+    linux_malloc.trim()
 
 
 @contextlib.contextmanager

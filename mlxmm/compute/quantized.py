@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxmm.compute import functional as F
+from mlxmm.compute.cores import custom_function
 
 PACKED = ("weight", "scales", "biases")
 
@@ -42,7 +43,7 @@ def unpacked(layer: nn.Module) -> mx.array:
 def product(layer: nn.Module, x: mx.array) -> mx.array:
     """(..., D) to (..., E). The backward pass keeps neither the unpacked weights nor `x`."""
 
-    @mx.custom_function
+    @custom_function
     def multiply(x, *packed):
         return x @ _unpack(packed, layer, after=x).T
 

@@ -9,6 +9,7 @@ import attrs
 import mlx.core as mx
 import numpy as np
 
+from mlxmm.compute import memory
 from mlxmm.compute.precision import autocast
 from mlxmm.errors import warn
 from mlxmm.modules.token_metrics import PICKED_FROM, label_positions, trimmed
@@ -106,7 +107,7 @@ class CaptioningModule(Module):
         """
         config, rows = self._generation(settings, prompt), []
         indices = range(len(images)) if indices is None else indices
-        with evaluating(self), autocast(self, "32"):
+        with evaluating(self, len(images)), autocast(self, "32"):
             size = self._num_at_once(images[:1], prompt, config)
             with passing_bar("captioning", len(images), "picture") as bar:
                 for start in range(0, len(images), size):
@@ -115,7 +116,7 @@ class CaptioningModule(Module):
                     prefix = self.prefix(self.features(self.processor(chunk)), prompt)
                     rows += generate(self.decoder, prefix, config, stop_id=self.stop_id, keys=keys)
                     bar.update(len(chunk))
-        mx.clear_cache()  # its arrays have other shapes than those of training
+        memory.give_back()
         return rows
 
     def _num_at_once(self, images: Sequence, prompt: str, config: GenerationConfig) -> int:
@@ -139,7 +140,7 @@ class CaptioningModule(Module):
         `keys` are those of `generate`.
         """
         config, captions = self._generation(settings, prompt), [StreamedCaption(self.text_of) for _ in images]
-        with evaluating(self), autocast(self, "32"):
+        with evaluating(self, len(images)), autocast(self, "32"):
             prefix = self.prefix(self.features(self.processor(images)), prompt)
             for column in stream(self.decoder, prefix, config, stop_id=self.stop_id, keys=keys):
                 for caption, token in zip(captions, column):

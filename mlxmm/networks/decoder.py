@@ -9,6 +9,7 @@ import mlx.nn as nn
 from attrs.validators import ge, in_, lt
 
 from mlxmm.compute import functional as F
+from mlxmm.compute.cores import in_halves
 from mlxmm.config import checked, option
 from mlxmm.errors import UserError
 
@@ -173,7 +174,10 @@ class Decoder(nn.Module):
             )
 
     def _run(self, x: mx.array, image: mx.array | None, mask, caches: list[LayerCache] | None) -> mx.array:
-        for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
+        if caches is None:
+            read = () if image is None else (image,)
+            return in_halves(lambda x, image=None: self._run(x, image, mask, [None] * len(self.layers)), x, *read)
+        for layer, cache in zip(self.layers, caches):
             x = layer(x, image, mask, cache)
         return x
 

@@ -12,6 +12,7 @@ import numpy as np
 from attrs.validators import ge, gt, le, lt, optional
 from mlx.utils import tree_flatten, tree_map
 
+from mlxmm.compute import cores
 from mlxmm.config import checked, option
 from mlxmm.errors import UserError
 from mlxmm.networks.language_model import keep_likeliest
@@ -123,35 +124,63 @@ def _require_length(config: GenerationConfig) -> None:
 def _columns(network, prefix, config, stop_id, keys) -> Iterator[np.ndarray]:
     """Yield the next token of every row, (B,), until all have stopped; a row that has stopped gets anything.
 
-    The next step is dispatched before the last one is read, so that the device does not wait for Python. Whenever half
-    of the rows have stopped, the others go on without them.
+    The next step is dispatched before the last one is read, so that the device does not wait for Python.
     """
     keys = sequence_keys(config.seed, range(len(prefix))) if keys is None else keys
-    cache = network.make_cache(num_positions(prefix, config))
-    tokens, *state = _drawn(network.logits(prefix, cache), None, keys, config)
-    column, rows = np.full(len(prefix), stop_id), np.arange(len(prefix))  # `rows` are those that are still computed
+    parts = [_Decoding(network, config, stop_id, *half) for half in cores.halves(prefix, keys)]
+    cores.in_streams(lambda part: part.start(), parts)
+    mx.async_eval([part.tokens for part in parts])
     for length in range(1, config.max_new_tokens + 1):
-        read = tokens
+        drawn = [part.tokens for part in parts]
         if length < config.max_new_tokens:
-            logits = network.logits(network.embed(tokens[:, None]), cache)
-            tokens, *state = _drawn(logits, _with_tokens(state[0], tokens, logits), state[1], config)
-        column[rows] = np.array(read)
-        yield column.copy()
-        [running] = np.nonzero(column[rows] != stop_id)
-        if not running.size:
+            cores.in_streams(lambda part: part.advance(), parts)
+            mx.async_eval([part.tokens for part in parts])
+        yield np.concatenate([part.read(tokens) for part, tokens in zip(parts, drawn)])
+        cores.in_streams(lambda part: part.drop_stopped(), parts)
+        if not any(part.rows.size for part in parts):
             return
-        if 2 * running.size <= rows.size:
-            rows, kept = rows[running], mx.array(running, dtype=mx.uint32)
-            _take_rows(cache, kept)
-            tokens, state = tokens[kept], [array if array is None else array[kept] for array in state]
 
 
-def _drawn(logits, generated, keys, config) -> tuple[mx.array, mx.array | None, mx.array]:
-    """The next tokens (B,), which are being computed, with `generated` and the random keys after them."""
-    keys, drawn = mx.vmap(mx.random.split)(keys).swapaxes(0, 1)
-    tokens = _choose(_penalised(logits, generated, config), config, drawn)
-    mx.async_eval(tokens)
-    return tokens, generated, keys
+class _Decoding:
+    """Rows that are decoded together. Whenever half of them have stopped, the others go on without them."""
+
+    def __init__(self, network, config, stop_id, prefix, keys):
+        self.network, self.config, self.stop_id = network, config, stop_id
+        self.prefix, self.keys, self.generated = prefix, keys, None
+        self.column, self.rows = np.full(len(prefix), stop_id), np.arange(len(prefix))  # `rows` are still computed
+
+    def start(self) -> None:
+        """Read the prefix and draw `tokens` (B,), the first of each row."""
+        self.cache = self.network.make_cache(num_positions(self.prefix, self.config))
+        self._draw(self.network.logits(self.prefix, self.cache))
+
+    def advance(self) -> None:
+        """Append `tokens`, and draw the next ones."""
+        if self.rows.size:
+            logits = self.network.logits(self.network.embed(self.tokens[:, None]), self.cache)
+            self.generated = _with_tokens(self.generated, self.tokens, logits)
+            self._draw(logits)
+
+    def _draw(self, logits: mx.array) -> None:
+        self.keys, drawn = mx.vmap(mx.random.split)(self.keys).swapaxes(0, 1)
+        self.tokens = _choose(_penalised(logits, self.generated, self.config), self.config, drawn)
+
+    def read(self, tokens: mx.array) -> np.ndarray:
+        """The newest token of every row, once `tokens` are computed."""
+        if self.rows.size:
+            self.column[self.rows] = np.array(tokens)
+        return self.column.copy()
+
+    def drop_stopped(self) -> None:
+        """Take the rows that go on out of those that are computed, if they are half of them or less."""
+        [running] = np.nonzero(self.column[self.rows] != self.stop_id)
+        if 2 * running.size > self.rows.size:
+            return
+        self.rows, kept = self.rows[running], mx.array(running, dtype=mx.uint32)
+        if running.size:
+            _take_rows(self.cache, kept)
+            self.tokens, self.keys = self.tokens[kept], self.keys[kept]
+            self.generated = None if self.generated is None else self.generated[kept]
 
 
 def _choose(logits: mx.array, config: GenerationConfig, keys: mx.array) -> mx.array:

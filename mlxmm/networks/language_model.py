@@ -19,6 +19,7 @@ from attrs.validators import ge, gt
 from mlx.utils import tree_flatten, tree_map
 
 from mlxmm import environment
+from mlxmm.compute.cores import in_halves
 from mlxmm.compute.precision import HALF, dtype_name
 from mlxmm.compute.quantized import is_quantized, unpacked, use_unpacking
 from mlxmm.config import checked, option
@@ -238,7 +239,8 @@ def num_rows(model: nn.Module) -> int:
 
 def hidden_states(model: nn.Module, embeddings: mx.array, cache=None) -> mx.array:
     """(B, L, D) embeddings to the normalised states (B, L, D) that the head reads, with causal attention."""
-    return model.model(None, cache, input_embeddings=embeddings.astype(compute_dtype(model)))
+    run = lambda rows: model.model(None, cache, input_embeddings=rows.astype(compute_dtype(model)))
+    return in_halves(run, embeddings) if cache is None else run(embeddings)
 
 
 def head(model: nn.Module, states: mx.array) -> mx.array:

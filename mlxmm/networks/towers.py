@@ -13,6 +13,7 @@ import numpy as np
 from attrs.validators import ge
 
 from mlxmm.compute import functional as F
+from mlxmm.compute.cores import in_halves
 from mlxmm.config import checked, option
 from mlxmm.errors import UserError
 from mlxmm.networks.transformer import TransformerConfig
@@ -71,7 +72,8 @@ class Tower(nn.Module):
         """
         depth = len(self.encoder.layers)
         check_layer(layer, depth)
-        return self.encoder(self.embed(inputs), self.mask, num_layers=layer % (depth + 1))
+        run = lambda rows: self.encoder(self.embed(rows), self.mask, num_layers=layer % (depth + 1))
+        return in_halves(run, inputs)
 
     def all_hidden_states(self, inputs: mx.array) -> list[mx.array]:
         """The hidden states of all layers, from 0 to the last, in one pass."""

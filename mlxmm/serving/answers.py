@@ -51,7 +51,7 @@ def heat_map(model: ContrastiveCLIP | CaptioningModule, image: Image.Image, text
 def log_likelihoods(captioner: CaptioningModule, images: Sequence[Image.Image], text: str) -> list[float]:
     """The log-likelihood of `text` as the caption of each image."""
     found = []
-    with evaluating(captioner), autocast(captioner, "32"):
+    with evaluating(captioner, 1), autocast(captioner, "32"):
         for image in images:  # one by one: a step gives the mean over its batch
             example = captioner.transform({"image": image}, text)
             batch = captioner.collate({name: array[None] for name, array in example.items()})

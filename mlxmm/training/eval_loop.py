@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import mlx.core as mx
 
+from mlxmm.compute import memory
 from mlxmm.distributed import collectives
 from mlxmm.distributed.signals import check_end
 from mlxmm.progress_bar import passing_bar
@@ -43,7 +44,7 @@ class Evaluator:
             trainer.log(metrics)
             self.call(f"on_{stage}_epoch_end")
             self.call(f"on_{stage}_end", metrics)
-        mx.clear_cache()  # its arrays have other shapes than those of training
+        memory.give_back()
         return metrics
 
     def predict(self, loader, limit: int | float) -> list:

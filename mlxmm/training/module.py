@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxmm.compute.blas_threads import threads_for
+from mlxmm.compute.cores import cores_for
 from mlxmm.compute.named_arrays import is_differentiable, put_arrays
 from mlxmm.compute.precision import ComputeDtypes
 from mlxmm.errors import UserError
@@ -148,12 +148,13 @@ class Module(nn.Module, metaclass=NotedErrors):
 
 
 @contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put the module into evaluation mode within the block; then restore the mode of each part."""
+def evaluating(module: nn.Module, num_rows: int | None = None) -> Iterator[None]:
+    """Put the module into evaluation mode within the block, to be asked about `num_rows` at once; then restore the mode
+    of each part."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        with threads_for(module):
+        with cores_for(module, num_rows):
             yield
     finally:
         for part, mode in modes:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import attrs
 
-from mlxmm.compute.blas_threads import threads_for
+from mlxmm.compute.cores import cores_for
 from mlxmm.compute.deterministic import deterministic_lookups
 from mlxmm.compute.gradient_checkpointing import recomputed_layers
 from mlxmm.config import to_json
@@ -20,7 +20,7 @@ def prepared_layers(trainer) -> Iterator[None]:
     module, config = trainer.module, trainer.config
     module.update(collectives.broadcast(module.parameters()))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(threads_for(module))
+        stack.enter_context(cores_for(module))
         if config.deterministic:
             stack.enter_context(deterministic_lookups(module))
         stack.enter_context(trainer.strategy.sharded(trainer))

@@ -323,8 +323,8 @@ def test_the_cache_holds_the_positions_that_are_read_and_stays_within_its_budget
     monkeypatch.setattr("mlxmm.modules.captioning_module.CACHE_BYTES", 3 * caption)
     assert aligner.caption(images, **way) == together
     num_bytes = [sum(entry.keys.nbytes + entry.values.nbytes for entry in cache) for cache in made[1:]]
-    assert len(num_bytes) == 3 and max(num_bytes) <= 3 * caption
-    assert way or num_bytes == [3 * caption, 3 * caption, caption]
+    assert 3 <= len(num_bytes) < 7 and max(num_bytes) <= 3 * caption  # on two cores each half has one
+    assert way or sum(num_bytes) == 7 * caption
 
 
 class Scripted:
