@@ -7,6 +7,7 @@ from functools import partial, reduce
 
 import mlx.core as mx
 
+from mlxmm.compute import cores
 from mlxmm.compute import functional as F
 from mlxmm.compute.deterministic import add_rows
 
@@ -100,7 +101,16 @@ def linear_token_loss(
 def _loss_and_gradients(states, weight, targets, shares, *, for_states, for_weight):
     """Loss and accuracy of (N, D) states whose positions count by their `shares` (N,), and the loss's gradients
     with respect to `states` and `weight`; an empty array in place of one that is not wanted."""
-    size = max(1, CHUNK_LOGITS // len(weight))
+    halves = cores.halves(states, targets, shares)
+    size = max(1, CHUNK_LOGITS // len(halves) // len(weight))
+    wanted = {"for_states": for_states, "for_weight": for_weight}
+    found = cores.in_streams(lambda half: _in_chunks(size, half[0], weight, *half[1:], **wanted), halves)
+    losses, hits, d_states, d_weights = zip(*found)
+    return sum(losses), sum(hits), mx.concatenate(d_states), reduce(mx.add, d_weights)
+
+
+def _in_chunks(size: int, states, weight, targets, shares, *, for_states, for_weight):
+    """`_loss_and_gradients` of a part of the positions, `size` at a time."""
     parts, d_weight = [], None
     for start in range(0, len(states), size):
         # Each chunk waits for the one before; else MLX would hold the logits of all chunks at once.

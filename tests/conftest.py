@@ -1,5 +1,6 @@
 """What the tests share: tiny modules and data, and a cache of their own."""
 
+import contextlib
 import os
 import resource
 import signal
@@ -16,6 +17,7 @@ import pytest
 
 from mlxmm import Module, Trainer
 from mlxmm.callbacks import ModelCheckpoint, TQDMProgressBar
+from mlxmm.compute import cores, linux_blas
 from mlxmm.optimizers import OptimizerConfig
 from mlxmm.training.checks import as_callbacks
 
@@ -90,3 +92,23 @@ def full_disk():
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (limits[1] if size is None else size, limits[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     signal.signal(signal.SIGXFSZ, handler)
+
+
+@contextlib.contextmanager
+def blas_threads(count: int):
+    """Within the block, the BLAS of a Linux CPU has so many threads, which are as many cores as MLX uses."""
+    before = linux_blas.num_threads()
+    linux_blas.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if before is not None:
+            linux_blas.set_num_threads(before)
+
+
+def on_cores(count: int, compute):
+    """What `compute()` returns, computed as a small module is on `count` cores of a Linux CPU."""
+    with blas_threads(count), cores.cores_for(nn.Linear(2, 2)):
+        found = compute()
+        mx.eval(found)
+    return found

@@ -79,21 +79,24 @@ def as_arrays(batch):
     """`batch`, a tree of mappings, lists and tuples, with MLX arrays in place of NumPy's, of torch's tensors, of
     numbers and of lists of numbers. Raises `UserError` that names the field, and for a batch without examples: its
     loss is no number, and MLX's sums of empty views may not end (0.32, CPU)."""
-    arrays = _arrays(batch, "")
-    if lengths := [leaf.shape[0] for _, leaf in tree_flatten(arrays) if isinstance(leaf, mx.array) and leaf.ndim]:
-        if not any(lengths):
-            raise UserError("a batch has no examples: the first axis of all its arrays is of length 0")
+    lengths: set[int] = set()
+    arrays = _arrays(batch, "", lengths)
+    if lengths == {0}:
+        raise UserError("a batch has no examples: the first axis of all its arrays is of length 0")
     return arrays
 
 
-def _arrays(value, name: str):
+def _arrays(value, name: str, lengths: set[int]):
+    """`value` of arrays; the lengths of their first axes are added to `lengths`."""
     if isinstance(value, Mapping):  # not only dicts: a BatchEncoding of transformers, too
-        return {key: _arrays(part, f"{name}.{key}") for key, part in value.items()}
+        return {key: _arrays(part, f"{name}.{key}", lengths) for key, part in value.items()}
     if isinstance(value, list | tuple) and not _is_numbers(value):
-        parts = [_arrays(part, f"{name}.{i}") for i, part in enumerate(value)]
+        parts = [_arrays(part, f"{name}.{i}", lengths) for i, part in enumerate(value)]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     try:
-        return mx.array(value)
+        array = mx.array(value)
+        lengths.update(array.shape[:1])
+        return array
     except (TypeError, ValueError, BufferError, RuntimeError):
         what = f"{name[1:] or 'it'} holds {_advice(value)}"
         raise UserError(f"a batch is a tree of arrays and numbers; {what}") from None

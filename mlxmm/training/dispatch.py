@@ -1,4 +1,4 @@
-"""Dispatch: a GPU computes an update while Python goes on to hooks and to the next batch."""
+"""Dispatch: the device computes an update while Python goes on to hooks and to the next batch."""
 
 from collections.abc import Mapping
 
@@ -11,9 +11,9 @@ class Dispatch:
     """`dispatch(metrics, state…)` has the device begin with an update, and returns.
 
     The update before is waited for, as two at once would take the memory of two: it is the one that Python is ahead
-    by. The update itself is waited for on a CPU, where handing it to another thread costs more than that gives (0.1 to
-    0.5 ms an update on two cores that others use too); and with several processes, which communicate within it: the
-    calls that they make after it must not come in between. `is_ahead` says what to do whatever the device is.
+    by. The update itself is waited for on a lone core, which Python would share with it; and with several processes,
+    which communicate within it: the calls that they make after it must not come in between. `is_ahead` says what to do
+    whatever the device is.
     """
 
     def __init__(self, is_ahead: bool | None = None) -> None:
@@ -21,7 +21,8 @@ class Dispatch:
         self._newest: Mapping[str, mx.array] | None = None  # metrics of the update that the device may still compute
 
     def __call__(self, metrics: Mapping[str, mx.array], *state) -> None:
-        is_ahead = mx.default_device() != mx.cpu if self._is_ahead is None else self._is_ahead
+        has_room = mx.default_device() != mx.cpu or collectives.cores_per_process() > 1
+        is_ahead = has_room if self._is_ahead is None else self._is_ahead
         if not is_ahead or collectives.world_size() > 1:
             mx.eval(metrics, *state)
             return

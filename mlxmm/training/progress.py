@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlxmm.training.epoch_means import EpochMeans
 
 
-@attrs.define
+@attrs.define(on_setattr=attrs.setters.NO_OP)
 class Progress:
     """How far a run is. Order of data and random keys are functions of these counters and of the seed."""
 

@@ -1,12 +1,11 @@
 """While a module is trained or asked, both halves of a batch are computed at once, and a product has one thread."""
 
-import contextlib
 from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from conftest import DistinctBatches, TinyRegression
+from conftest import DistinctBatches, TinyRegression, blas_threads, on_cores
 from mlx.utils import tree_flatten
 
 from mlxmm import Callback
@@ -28,28 +27,10 @@ from mlxmm.training.module import evaluating
 pytestmark = pytest.mark.skipif(linux_blas.num_threads() is None, reason="MLX has a BLAS of its own here")
 
 
-@contextlib.contextmanager
-def threads(count: int):
-    before = linux_blas.num_threads()
-    linux_blas.set_num_threads(count)
-    try:
-        yield
-    finally:
-        linux_blas.set_num_threads(before)
-
-
 @pytest.fixture
 def two_threads():
-    with threads(2):
+    with blas_threads(2):
         yield
-
-
-def in_halves(compute, cores_used: int = 2):
-    """What `compute()` returns where there are `cores_used` cores."""
-    with threads(cores_used), cores.cores_for(nn.Linear(2, 2)):
-        found = compute()
-        mx.eval(found)
-    return found
 
 
 @pytest.mark.parametrize(
@@ -64,7 +45,7 @@ def in_halves(compute, cores_used: int = 2):
     ],
 )
 def test_products_have_one_thread_where_rows_have_two_cores(width, num_rows, before, within, has_halves):
-    with threads(before):
+    with blas_threads(before):
         with evaluating(nn.Linear(width, width), num_rows):
             assert linux_blas.num_threads() == within
             assert len(cores.halves(mx.zeros((5, 2)))) == 1 + has_halves
@@ -97,7 +78,7 @@ def test_each_half_has_a_stream_of_its_own_and_rows_keep_their_order(two_threads
         return 2 * x + y
 
     x, y = mx.arange(15).reshape(5, 3), mx.arange(5)[:, None]
-    assert mx.array_equal(in_halves(lambda: cores.in_halves(double, x, y)), 2 * x + y)
+    assert mx.array_equal(on_cores(2, lambda: cores.in_halves(double, x, y)), 2 * x + y)
     assert [count for count, _ in seen] == [3, 2]
     assert len({str(stream) for _, stream in seen} | {str(mx.default_stream(mx.cpu))}) == 3
 
@@ -115,7 +96,7 @@ def test_the_gradient_of_our_functions_is_computed_in_the_stream_of_the_function
         return 2 * x * g
 
     x = mx.arange(6.0).reshape(3, 2)
-    grad = in_halves(lambda: mx.grad(lambda x: cores.in_halves(square, x).sum())(x))
+    grad = on_cores(2, lambda: mx.grad(lambda x: cores.in_halves(square, x).sum())(x))
     assert mx.array_equal(grad, 2 * x)
     assert len(set(seen) | {str(mx.default_stream(mx.cpu))}) == 3
 
@@ -143,13 +124,13 @@ def loss_and_gradients(language_model, is_compiled: bool = True) -> list:
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_a_loss_and_its_gradients_are_those_of_the_whole(language_model, is_compiled):
     whole = loss_and_gradients(language_model, is_compiled)
-    halved = in_halves(lambda: loss_and_gradients(language_model, is_compiled))
+    halved = on_cores(2, lambda: loss_and_gradients(language_model, is_compiled))
     for (name, one), (_, other) in zip(whole, halved, strict=True):
         assert mx.allclose(one, other, rtol=1e-4, atol=1e-6), name
 
 
 def test_they_are_the_same_to_the_bit_on_any_number_of_cores(language_model):
-    two, four = (in_halves(lambda: loss_and_gradients(language_model), count) for count in (2, 4))
+    two, four = (on_cores(count, lambda: loss_and_gradients(language_model)) for count in (2, 4))
     assert all(mx.array_equal(one, other) for (_, one), (_, other) in zip(two, four, strict=True))
 
 
@@ -164,4 +145,4 @@ def test_rows_get_the_same_tokens_in_halves(language_model, settings):
 
     never_stopped = decode(stop_id=1_000)
     for stop_id in (1_000, *{row[len(row) // 2] for row in never_stopped}):  # rows, and halves, end at different times
-        assert in_halves(partial(decode, stop_id)) == decode(stop_id)
+        assert on_cores(2, partial(decode, stop_id)) == decode(stop_id)

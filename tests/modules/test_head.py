@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from conftest import on_cores
 from mlx.utils import tree_flatten
 from small_modules import CAPTIONS, VISION, small_aligner, tokenizer
 
@@ -43,8 +44,9 @@ def chunk(request, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_LOGITS", request.param)
 
 
+@pytest.mark.parametrize("num_cores", [1, 2])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_loss_accuracy_and_both_gradients_equal_plain_cross_entropy(case, chunk, compiled):
+def test_loss_accuracy_and_both_gradients_equal_plain_cross_entropy(case, chunk, compiled, num_cores):
     states, weight, targets, mask = case
     wrap = mx.compile if compiled else lambda f: f
     # 2.5: a cotangent that is not one
@@ -52,7 +54,7 @@ def test_loss_accuracy_and_both_gradients_equal_plain_cross_entropy(case, chunk,
         mx.value_and_grad(lambda s, w, t, m: (2.5 * (out := loss(s, w, t, m))[0], out[1]), argnums=(0, 1))
     )
     (loss, accuracy), expected = grads(plain)(*case)
-    (ours, hits), actual = grads(linear_token_loss)(*case)
+    (ours, hits), actual = on_cores(num_cores, lambda: grads(linear_token_loss)(*case))
     assert mx.allclose(ours, loss, atol=1e-5) and mx.allclose(hits, accuracy, atol=1e-6)
     for mine, theirs in zip(actual, expected, strict=True):
         assert mine.shape == theirs.shape and mx.abs(mine - theirs).max() < 1e-5 < mx.abs(theirs).max()

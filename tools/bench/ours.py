@@ -7,6 +7,7 @@ import numpy as np
 
 from mlxmm import Callback, TrainerConfig
 from mlxmm.compute.compiled import Compiler
+from mlxmm.compute.cores import cores_for
 from mlxmm.training.train_step import TrainStep
 from tools.bench.child import clocks, since
 
@@ -29,6 +30,7 @@ def updates(module, batch: dict) -> Callable[[], dict]:
     optimizer = module.config.optimizer.build(1_000)
     optimizer.init(module.trainable_parameters())
     module.train()
+    cores_for(module).__enter__()  # until the process ends
     step = TrainStep(module, optimizer, TrainerConfig(), Compiler(True, 8))
 
     def turn() -> dict:
