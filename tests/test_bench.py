@@ -24,6 +24,15 @@ def test_every_row_names_two_sides_that_are_there(row):
         assert callable(getattr(importlib.import_module(f"tools.bench.{module}"), function))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [row for row in ROWS if "start" not in row.name], ids=lambda row: row.name)
+def test_our_side_of_every_row_gives_numbers(row, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    answers = []
+    serve(row.ours, Case(**CASE | {"folder": tmp_path, "options": row.options}), answers.append)
+    assert len(answers) == 2 and answers[1]["cpu"] > 0
+
+
 def test_a_peer_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     answers = []

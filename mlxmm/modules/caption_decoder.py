@@ -11,6 +11,7 @@ import mlx.nn as nn
 from attrs.validators import ge, lt
 from mlx.utils import tree_flatten
 
+from mlxmm.compute.cores import in_halves
 from mlxmm.config import checked, from_json, option, to_json
 from mlxmm.errors import UserError
 from mlxmm.losses import token_accuracy, token_loss
@@ -181,7 +182,7 @@ class CaptionDecoder(CaptioningModule):
         start = mx.full((len(tokens), 1), self._start_id, dtype=tokens.dtype)
         before = self.network.token_embedding(mx.concatenate([start, tokens[:, :-1]], axis=1))
         states, tokens, mask = at_labels(self.network.hidden_states(image, before), batch)
-        logits = self.network.head(states)
+        logits = in_halves(self.network.head, states)
         return {
             "loss": token_loss(logits, tokens, mask, smoothing=smoothing),
             "accuracy": token_accuracy(logits, tokens, mask),

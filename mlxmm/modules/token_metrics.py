@@ -3,9 +3,12 @@
 B texts, L positions, D features, M positions that get logits.
 """
 
+from functools import partial
+
 import mlx.core as mx
 import numpy as np
 
+from mlxmm.compute.cores import in_halves
 from mlxmm.losses import linear_token_loss, token_accuracy, token_loss
 from mlxmm.networks.language_model import head, head_part, head_weight
 
@@ -23,7 +26,7 @@ def token_metrics(model, states: mx.array, batch: dict) -> dict[str, mx.array]:
     """
     states, tokens, mask = at_labels(states, batch)
     if not fuses_head(model):
-        logits = head(model, states)
+        logits = in_halves(partial(head, model), states)
         loss, accuracy = token_loss(logits, tokens, mask), token_accuracy(logits, tokens, mask)
     else:
         trained = model.training and "weight" in head_part(model).trainable_parameters()

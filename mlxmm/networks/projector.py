@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxmm.compute import functional as F
+from mlxmm.compute.cores import in_halves
 from mlxmm.errors import UserError
 
 PROJECTORS = ("linear", "mlp", "pixel_shuffle")
@@ -28,6 +29,9 @@ class Projector(nn.Module):
         self.layers = [nn.Linear(*pair, bias=kind != "pixel_shuffle") for pair in zip(sizes, sizes[1:])]
 
     def __call__(self, x: mx.array) -> mx.array:
+        return in_halves(self._projected, x)
+
+    def _projected(self, x: mx.array) -> mx.array:
         x = x.astype(self.layers[0].weight.dtype)
         x = x if self.factor == 1 else pixel_shuffle(x, self.factor)
         for layer in self.layers[:-1]:

@@ -30,7 +30,8 @@ def _network():
 class _Tokenizer:
     """Texts are lists of tokens already."""
 
-    bos_token_id, eos_token_id, pad_token_id, name_or_path = 1, 0, 0, ""
+    bos_token_id, eos_token_id, pad_token_id, unk_token_id, name_or_path = 1, 0, 0, None, ""
+    all_special_ids, added_tokens_decoder = (0, 1), {}
 
     def __len__(self) -> int:
         return VOCABULARY
