@@ -30,12 +30,12 @@ def updates(module, batch: dict) -> Callable[[], dict]:
     optimizer = module.config.optimizer.build(1_000)
     optimizer.init(module.trainable_parameters())
     module.train()
-    cores_for(module).__enter__()  # until the process ends
     step = TrainStep(module, optimizer, TrainerConfig(), Compiler(True, 8))
 
     def turn() -> dict:
-        metrics = step(({name: mx.array(array) for name, array in batch.items()},))
-        mx.eval(metrics, module.state, optimizer.state)
+        with cores_for(module):
+            metrics = step(({name: mx.array(array) for name, array in batch.items()},))
+            mx.eval(metrics, module.state, optimizer.state)
         return {"check": [metrics["loss"].item()]}
 
     return turn
