@@ -56,7 +56,13 @@ def ours(case: Case):
     return updates(module, batch(case, len(tokenizer), tokenizer.eos_token_id))
 
 
-def theirs(case: Case):
+def theirs_compiled(case: Case):
+    import torch
+
+    return theirs(case, torch.compile)
+
+
+def theirs(case: Case, wrap=lambda model: model):
     import torch
     import transformers
 
@@ -67,8 +73,9 @@ def theirs(case: Case):
     config = model.config.text_config
     data = batch(case, config.vocab_size, config.eos_token_id)
     tokens = torch.from_numpy(data["tokens"]).long().to(name)
+    call = wrap(model)
 
     def loss():
-        return model(input_ids=tokens, pixel_values=normalized(data["pixels"], name), return_loss=True).loss
+        return call(input_ids=tokens, pixel_values=normalized(data["pixels"], name), return_loss=True).loss
 
     return updates(model, loss)

@@ -26,10 +26,10 @@ class Row:
     options: dict = {}
 
 
-def _clip(name: str, size: str) -> Row:
+def _clip(name: str, size: str, theirs: str = "theirs", peer: str = "transformers") -> Row:
     options = {"size": size}
-    sides = {"ours": "clip_step:ours", "theirs": "clip_step:theirs"}
-    return Row(name=name, **sides, peer="transformers", needs=TRANSFORMERS, goal=0.91, aim=1.11, options=options)
+    sides = {"ours": "clip_step:ours", "theirs": f"clip_step:{theirs}"}
+    return Row(name=name, **sides, peer=peer, needs=TRANSFORMERS, goal=0.91, aim=1.11, options=options)
 
 
 def _checkpoint(name: str, which: str, goal: float) -> Row:
@@ -56,6 +56,7 @@ ROWS = (
     ),
     _clip("CLIP step, small", "small"),
     _clip("CLIP step, ViT-S", "ViT-S"),
+    _clip("CLIP step, small, compiled", "small", "theirs_compiled", "torch.compile"),
     Row(
         name="aligner step, labels only",
         ours="aligner:ours",
