@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlxmm import environment
 from mlxmm.compute import linux_blas
@@ -40,10 +40,11 @@ def cores_for(module: nn.Module, num_rows: int | None = None) -> Iterator[None]:
         linux_blas.set_num_threads(cores)
 
 
-def in_halves(function: Callable, *arrays: mx.array) -> mx.array:
-    """`function(*arrays)`, which takes arrays (B, ...) to (B, ...), row by row: one half of the rows on each core."""
+def in_halves(function: Callable, *arrays: mx.array):
+    """`function(*arrays)`, which takes arrays (B, ...) to (B, ...), or to a tree of them, row by row: one half of the
+    rows on each core."""
     outputs = in_streams(lambda half: function(*half), halves(*arrays))
-    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+    return outputs[0] if len(outputs) == 1 else tree_map(lambda *parts: mx.concatenate(parts), *outputs)
 
 
 def halves(*arrays: mx.array) -> list[tuple[mx.array, ...]]:

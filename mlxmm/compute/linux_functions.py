@@ -150,8 +150,7 @@ def silu(x):
 
 @silu.vjp
 def _silu_vjp(x, g, _):
-    s = _sigmoid(x)
-    return g * s * (1 + x * (1 - s))
+    return _gradient_of_product(x, g)
 
 
 @custom_function
@@ -161,7 +160,11 @@ def quick_gelu(x):
 
 @quick_gelu.vjp
 def _quick_gelu_vjp(x, g, _):
-    x = QUICK_GELU_SLOPE * x
+    return _gradient_of_product(QUICK_GELU_SLOPE * x, g)
+
+
+def _gradient_of_product(x, g):
+    """`g` times the slope of x * sigmoid(x), which is that of x * sigmoid(a * x) at x / a."""
     s = _sigmoid(x)
     return g * s * (1 + x * (1 - s))
 

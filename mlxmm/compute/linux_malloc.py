@@ -17,10 +17,11 @@ _libc: ctypes.CDLL | None = None  # once it keeps memory
 def enable() -> bool:
     """Whether glibc took the settings; false elsewhere."""
     global _libc
-    libc = ctypes.CDLL(None)
-    if not sys.platform.startswith("linux") or not hasattr(libc, "mallopt"):
+    if not sys.platform.startswith("linux"):
         return False
-    _libc = libc if libc.mallopt(M_MMAP_MAX, 0) == libc.mallopt(M_TRIM_THRESHOLD, KEPT) == 1 else None
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and libc.mallopt(M_MMAP_MAX, 0) == libc.mallopt(M_TRIM_THRESHOLD, KEPT) == 1:
+        _libc = libc
     return _libc is not None
 
 

@@ -107,7 +107,8 @@ class CaptioningModule(Module):
         """
         config, rows = self._generation(settings, prompt), []
         indices = range(len(images)) if indices is None else indices
-        with evaluating(self, len(images)), autocast(self, "32"):
+        num_rows = len(images) if config.num_beams == 1 else 1  # beams are not decoded in halves
+        with evaluating(self, num_rows), autocast(self, "32"):
             size = self._num_at_once(images[:1], prompt, config)
             with passing_bar("captioning", len(images), "picture") as bar:
                 for start in range(0, len(images), size):

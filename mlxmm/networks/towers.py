@@ -77,6 +77,9 @@ class Tower(nn.Module):
 
     def all_hidden_states(self, inputs: mx.array) -> list[mx.array]:
         """The hidden states of all layers, from 0 to the last, in one pass."""
+        return in_halves(self._all_hidden_states, inputs)
+
+    def _all_hidden_states(self, inputs: mx.array) -> list[mx.array]:
         states = [self.embed(inputs)]
         for block in self.encoder.layers:
             states.append(block(states[-1], self.mask))

@@ -1,5 +1,6 @@
 """Dispatch: the device computes an update while Python goes on to hooks and to the next batch."""
 
+import os
 from collections.abc import Mapping
 
 import mlx.core as mx
@@ -17,11 +18,11 @@ class Dispatch:
     """
 
     def __init__(self, is_ahead: bool | None = None) -> None:
-        self._is_ahead = is_ahead
+        self._is_ahead, self._has_cores = is_ahead, (os.cpu_count() or 1) > 1
         self._newest: Mapping[str, mx.array] | None = None  # metrics of the update that the device may still compute
 
     def __call__(self, metrics: Mapping[str, mx.array], *state) -> None:
-        has_room = mx.default_device() != mx.cpu or collectives.cores_per_process() > 1
+        has_room = self._has_cores or mx.default_device() != mx.cpu
         is_ahead = has_room if self._is_ahead is None else self._is_ahead
         if not is_ahead or collectives.world_size() > 1:
             mx.eval(metrics, *state)

@@ -12,6 +12,7 @@ from mlxmm import Callback
 from mlxmm.compute import cores, linux_blas
 from mlxmm.compute import functional as F
 from mlxmm.compute.compiled import Compiler
+from mlxmm.networks.clip import CLIPVisionTower
 from mlxmm.networks.generation import GenerationConfig, generate
 from mlxmm.networks.language_model import (
     CachedLanguageModel,
@@ -21,6 +22,7 @@ from mlxmm.networks.language_model import (
     hidden_states,
     num_rows,
 )
+from mlxmm.networks.towers import VisionConfig
 from mlxmm.preprocessing.tokenizers import train_tokenizer
 from mlxmm.training.module import evaluating
 
@@ -70,7 +72,7 @@ def test_another_block_within_changes_nothing(two_threads):
         assert len(cores.halves(mx.zeros((4, 2)))) == 2 and linux_blas.num_threads() == 1
 
 
-def test_each_half_has_a_stream_of_its_own_and_rows_keep_their_order(two_threads):
+def test_each_half_has_a_stream_of_its_own_and_rows_keep_their_order():
     seen = []
 
     def double(x, y):
@@ -83,7 +85,7 @@ def test_each_half_has_a_stream_of_its_own_and_rows_keep_their_order(two_threads
     assert len({str(stream) for _, stream in seen} | {str(mx.default_stream(mx.cpu))}) == 3
 
 
-def test_the_gradient_of_our_functions_is_computed_in_the_stream_of_the_function(two_threads):
+def test_the_gradient_of_our_functions_is_computed_in_the_stream_of_the_function():
     seen = []
 
     @cores.custom_function
@@ -132,6 +134,13 @@ def test_a_loss_and_its_gradients_are_those_of_the_whole(language_model, is_comp
 def test_they_are_the_same_to_the_bit_on_any_number_of_cores(language_model):
     two, four = (on_cores(count, lambda: loss_and_gradients(language_model)) for count in (2, 4))
     assert all(mx.array_equal(one, other) for (_, one), (_, other) in zip(two, four, strict=True))
+
+
+def test_the_states_of_all_layers_are_those_of_the_whole():
+    tower, images = CLIPVisionTower(VisionConfig(image_size=16, patch_size=8)), mx.random.normal((5, 16, 16, 3))
+    whole, halved = tower.all_hidden_states(images), on_cores(2, lambda: tower.all_hidden_states(images))
+    assert len(whole) == len(halved) == len(tower.encoder.layers) + 1
+    assert all(mx.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in zip(whole, halved))
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from conftest import blas_threads
 from mlx.utils import tree_flatten
 from PIL import Image
 
+from mlxmm.compute import cores, linux_blas
 from mlxmm.errors import UserError
 from mlxmm.modules.qwen3_aligner import Qwen3Aligner, Qwen3AlignerConfig
 from mlxmm.networks.clip import CLIPVisionTower, VisionConfig
@@ -321,10 +323,30 @@ def test_the_cache_holds_the_positions_that_are_read_and_stays_within_its_budget
     caption = (16 + 8 - 1) * position * way.get("num_beams", 1)  # patches and tokens, the last of which is not read
     monkeypatch.setattr(Qwen3Aligner, "decoder", property(lambda self: Watched(self.language_model)))
     monkeypatch.setattr("mlxmm.modules.captioning_module.CACHE_BYTES", 3 * caption)
-    assert aligner.caption(images, **way) == together
+    with blas_threads(1):  # on two cores each half has a cache
+        assert aligner.caption(images, **way) == together
     num_bytes = [sum(entry.keys.nbytes + entry.values.nbytes for entry in cache) for cache in made[1:]]
-    assert 3 <= len(num_bytes) < 7 and max(num_bytes) <= 3 * caption  # on two cores each half has one
-    assert way or sum(num_bytes) == 7 * caption
+    assert len(num_bytes) == 3 and max(num_bytes) <= 3 * caption
+    assert way or num_bytes == [3 * caption, 3 * caption, caption]
+
+
+@pytest.mark.skipif(linux_blas.num_threads() is None, reason="MLX has a BLAS of its own here")
+@pytest.mark.parametrize(("num_beams", "num_pictures", "expected"), [(1, 4, 1), (3, 4, 2), (1, 1, 2)])
+def test_products_of_a_large_captioner_keep_their_threads_where_it_does_not_decode_halves(
+    monkeypatch, num_beams, num_pictures, expected
+):
+    aligner, seen = make_aligner(), []
+
+    class Watched(CachedLanguageModel):
+        def embed(self, tokens):
+            seen.append(linux_blas.num_threads())
+            return super().embed(tokens)
+
+    monkeypatch.setattr(cores, "SMALL", 0)
+    monkeypatch.setattr(Qwen3Aligner, "decoder", property(lambda self: Watched(self.language_model)))
+    with blas_threads(2):
+        aligner.caption(pictures(num_pictures), num_beams=num_beams)
+    assert set(seen) == {expected}
 
 
 class Scripted:
